@@ -1,0 +1,55 @@
+// A set of pages, one bit each, made for runs: the predictor and the sessions think in runs of pages.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "absl/types/span.h"
+#include "predictor/page.h"
+
+namespace presync {
+
+// Fixed size, count kept up to date. Cost: one bit a page; operations on runs work a 64-bit word at a
+// time. Not thread-safe. Preconditions (CHECKed): runs end at or below size().
+class PageBitmap {
+ public:
+  explicit PageBitmap(PageCount size, bool value = false);
+
+  PageCount size() const { return size_; }
+  PageCount count() const { return count_; }  // pages in the set, O(1)
+  bool empty() const { return count_ == 0; }
+
+  bool Test(PageIndex page) const { return (words_[page >> 6] >> (page & 63)) & 1; }
+  // Set and Clear return how many pages changed.
+  PageCount Set(PageRun run);
+  PageCount Clear(PageRun run);
+  void SetAll();
+  void ClearAll();
+
+  // Set algebra with a bitmap of the same size.
+  void Or(const PageBitmap& other);
+  void And(const PageBitmap& other);
+  void AndNot(const PageBitmap& other);
+
+  // The first maximal run of pages in the set that begins at or after `from`, cut at `max_pages`.
+  std::optional<PageRun> NextRun(PageIndex from, PageCount max_pages = UINT32_MAX) const;
+
+  // Appends the parts of `run` that are in the set, as maximal runs.
+  void AppendRunsWithin(PageRun run, std::vector<PageRun>* out) const;
+
+  // How many pages of `run` are in the set.
+  PageCount CountWithin(PageRun run) const;
+
+  friend bool operator==(const PageBitmap&, const PageBitmap&) = default;
+
+ private:
+  PageCount size_;
+  PageCount count_ = 0;
+  std::vector<uint64_t> words_;  // bits at and above size_ are always 0
+};
+
+// Sum of the runs' lengths.
+PageCount CountPages(absl::Span<const PageRun> runs);
+
+}  // namespace presync

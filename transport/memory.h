@@ -1,0 +1,93 @@
+// Guest RAM as this process sees it: the files that back it, mapped once and shared with QEMU. That
+// mapping is the zero-copy view: what a link sends or receives goes straight from or to it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "predictor/page.h"
+#include "transport/unique_fd.h"
+
+namespace presync {
+
+// One contiguous piece of guest RAM: one file on tmpfs or hugetlbfs, mapped MAP_SHARED. Owns the
+// descriptor and the mapping. Movable; the mapping's address stays.
+//
+// Reading a hole of a tmpfs file through a mapping allocates a page in it: ask Holes first.
+class Region {
+ public:
+  // Opens an existing file (never a symbolic link) that must be exactly `size_bytes` long, a multiple of 4096.
+  // NOT_FOUND, PERMISSION_DENIED; FAILED_PRECONDITION: not a regular file on tmpfs or hugetlbfs, or
+  // another length.
+  static absl::StatusOr<Region> Open(std::string name, const std::string& path,
+                                     uint64_t size_bytes);
+
+  // Creates the file (mode 0600, it must not exist) and reserves all its memory, zeroed, so that a sync
+  // can't run out of it. ALREADY_EXISTS: a file is in the way. RESOURCE_EXHAUSTED: too little memory
+  // on the host or room in the file system; nothing is left behind.
+  static absl::StatusOr<Region> Create(std::string name, const std::string& path,
+                                       uint64_t size_bytes);
+
+  Region(Region&& other) noexcept;
+  Region& operator=(Region&& other) noexcept;
+  ~Region();
+
+  const std::string& name() const { return name_; }  // QEMU's id of the memory backend
+  const std::string& path() const { return path_; }
+  int fd() const { return fd_.get(); }
+  std::byte* data() const { return data_; }
+  uint64_t size_bytes() const { return size_bytes_; }
+  PageCount pages() const { return static_cast<PageCount>(size_bytes_ / kPageBytes); }
+
+  // The holes in pages [run.first, run.end()) of this region (indices within the region): pages that
+  // have no memory behind them and read as zero. Walks the file: about 50 ns a populated page.
+  absl::StatusOr<std::vector<PageRun>> Holes(PageRun run) const;
+
+ private:
+  Region() = default;
+  std::string name_;
+  std::string path_;
+  UniqueFd fd_;
+  std::byte* data_ = nullptr;
+  uint64_t size_bytes_ = 0;
+};
+
+// All regions of one guest, in an order that both hosts agreed on, and the flat page space over them.
+// Immutable after it is made, so any thread may use it.
+class GuestMemory {
+ public:
+  // INVALID_ARGUMENT: no region, or more than 2^32 - 1 pages in all.
+  static absl::StatusOr<GuestMemory> Create(std::vector<Region> regions);
+
+  absl::Span<const Region> regions() const { return regions_; }
+  PageCount pages() const { return first_pages_.back(); }
+  // First flat page of region `index`; FirstPage(regions().size()) is pages().
+  PageIndex FirstPage(size_t index) const { return first_pages_[index]; }
+
+  // Which region holds `page`. Precondition: page < pages().
+  size_t RegionOf(PageIndex page) const;
+
+  // Whether `run` is not empty and lies within one region: what a link may be asked to write.
+  bool IsWithinOneRegion(PageRun run) const;
+
+  // The bytes of `run`. Precondition: IsWithinOneRegion(run).
+  absl::Span<std::byte> Bytes(PageRun run) const;
+
+  // `run` cut at region borders. Precondition: run.end() <= pages().
+  std::vector<PageRun> SplitAtRegions(PageRun run) const;
+
+  // Holes of the files within `run`, as flat runs. See Region::Holes.
+  absl::StatusOr<std::vector<PageRun>> Holes(PageRun run) const;
+
+ private:
+  GuestMemory() = default;
+  std::vector<Region> regions_;
+  std::vector<PageIndex> first_pages_;
+};
+
+}  // namespace presync
