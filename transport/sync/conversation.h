@@ -1,0 +1,29 @@
+// Small helpers that both ends of the control conversation share.
+#pragma once
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "transport/wire/control_channel.h"
+
+namespace presync {
+
+// Both sides say Hello and agree on a version. FAILED_PRECONDITION: no common version, with what both
+// sides speak and which one to upgrade; else as ControlChannel.
+absl::StatusOr<uint32_t> ExchangeHello(ControlChannel* channel, absl::Time deadline);
+
+// The version that two ranges have in common, 0 if none: the newest.
+uint32_t CommonVersion(uint32_t newest_a, uint32_t oldest_a, uint32_t newest_b, uint32_t oldest_b);
+
+// Waits for the message `wanted`. Pongs and Pings are passed over; Refused becomes its status; anything
+// else is INVALID_ARGUMENT.
+absl::StatusOr<wire::ControlMessage> Expect(ControlChannel* channel,
+                                            wire::ControlMessage::BodyCase wanted,
+                                            absl::Time deadline);
+
+wire::ControlMessage MakeRefused(const absl::Status& status);
+// The status that a Refused carries; never ok, whatever the peer wrote. The text is cut and cleaned of
+// control characters: it goes to an operator's terminal.
+absl::Status RefusedStatus(const wire::Refused& refused, absl::string_view peer);
+
+}  // namespace presync

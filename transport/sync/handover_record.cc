@@ -1,0 +1,203 @@
+#include "transport/sync/handover_record.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#include <xxhash.h>
+
+#include <array>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <utility>
+
+#include "absl/strings/escaping.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+
+namespace presync {
+namespace {
+
+constexpr size_t kBlockBytes = 4096;
+// A record has at most a handful of entries a handover; retries of one session add to it.
+constexpr uint64_t kPreallocatedBlocks = 8;
+constexpr size_t kChecksumDigits = 16;
+
+constexpr std::array<std::pair<HandoverPhase, absl::string_view>, 8> kPhaseNames = {{
+    {HandoverPhase::kPreparing, "preparing"},
+    {HandoverPhase::kGivenUp, "given-up"},
+    {HandoverPhase::kMoved, "moved"},
+    {HandoverPhase::kTakenBack, "taken-back"},
+    {HandoverPhase::kWaiting, "waiting"},
+    {HandoverPhase::kToldToRun, "told-to-run"},
+    {HandoverPhase::kRunning, "running"},
+    {HandoverPhase::kNeverRan, "never-ran"},
+}};
+
+std::string Checksum(absl::string_view text) {
+  return absl::StrFormat("%016x", XXH3_64bits(text.data(), text.size()));
+}
+
+// One block: JSON, padding, checksum, newline.
+absl::StatusOr<std::string> EncodeBlock(const HandoverEntry& entry) {
+  const nlohmann::json json = {
+      {"role", entry.role == HandoverRole::kSource ? "source" : "target"},
+      {"phase", std::string(PhaseName(entry.phase))},
+      {"guest", entry.guest},
+      {"session", IdToHex(entry.session)},
+      {"peer", entry.peer},
+      {"detail", entry.detail},
+  };
+  std::string block = json.dump(-1, ' ', true, nlohmann::json::error_handler_t::replace);
+  if (block.size() > kBlockBytes - kChecksumDigits - 2) {
+    return absl::InvalidArgumentError("a handover record's names are too long");
+  }
+  block.resize(kBlockBytes - kChecksumDigits - 1, ' ');
+  absl::StrAppend(&block, Checksum(block), "\n");
+  return block;
+}
+
+std::optional<HandoverEntry> DecodeBlock(absl::string_view block) {
+  const absl::string_view text = block.substr(0, kBlockBytes - kChecksumDigits - 1);
+  if (Checksum(text) != block.substr(text.size(), kChecksumDigits)) return std::nullopt;
+  const nlohmann::json json = nlohmann::json::parse(text.begin(), text.end(), nullptr, false);
+  if (!json.is_object()) return std::nullopt;
+  const auto field = [&json](const char* name) {
+    const auto it = json.find(name);
+    return it != json.end() && it->is_string() ? it->get<std::string>() : std::string();
+  };
+  HandoverEntry entry;
+  entry.role = field("role") == "target" ? HandoverRole::kTarget : HandoverRole::kSource;
+  entry.guest = field("guest");
+  entry.peer = field("peer");
+  entry.detail = field("detail");
+  const absl::StatusOr<SessionId> id = IdFromHex(field("session"));
+  if (!id.ok()) return std::nullopt;
+  entry.session = *id;
+  const std::string phase = field("phase");
+  for (const auto& [value, name] : kPhaseNames) {
+    if (name != phase) continue;
+    entry.phase = value;
+    return entry;
+  }
+  return std::nullopt;
+}
+
+absl::Status FileError(absl::string_view what, const std::string& path) {
+  return absl::UnavailableError(
+      absl::StrCat("handover record: ", what, " ", path, ": ", std::strerror(errno)));
+}
+
+absl::StatusOr<std::string> ReadFile(const std::string& path) {
+  std::ifstream in(path, std::ios::binary);
+  std::string bytes((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
+  if (in.bad() || !in.is_open()) return FileError("read", path);
+  return bytes;
+}
+
+// A guest's name may hold anything; the file's name must not.
+std::string FileName(const HandoverEntry& entry) {
+  std::string safe;
+  for (const char c : entry.guest) {
+    const bool plain = absl::ascii_isalnum(static_cast<unsigned char>(c)) || c == '-' || c == '_';
+    safe += plain ? c : '_';
+  }
+  return absl::StrCat(safe.substr(0, 64), ".", IdToHex(entry.session),
+                      entry.role == HandoverRole::kSource ? ".source" : ".target");
+}
+
+}  // namespace
+
+absl::string_view PhaseName(HandoverPhase phase) {
+  for (const auto& [value, name] : kPhaseNames) {
+    if (value == phase) return name;
+  }
+  return "unknown";
+}
+
+absl::StatusOr<HandoverRecord> HandoverRecord::Open(const std::string& folder,
+                                                    HandoverEntry entry) {
+  HandoverRecord record;
+  record.path_ = absl::StrCat(folder, "/", FileName(entry));
+  record.fd_.reset(::open(record.path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600));
+  if (!record.fd_.valid()) return FileError("open", record.path_);
+  struct stat st;
+  if (::fstat(record.fd_.get(), &st) != 0) return FileError("stat", record.path_);
+  const absl::StatusOr<std::string> old = ReadFile(record.path_);
+  if (!old.ok()) return old.status();
+  for (size_t at = 0; at + kBlockBytes <= old->size(); at += kBlockBytes) {
+    if ((*old)[at] != '\0') record.blocks_ = at / kBlockBytes + 1;
+  }
+  // Written zeros, not fallocate: an unwritten extent would need metadata at the next sync.
+  const uint64_t wanted = record.blocks_ + kPreallocatedBlocks;
+  const std::string zeros((wanted - record.blocks_) * kBlockBytes, '\0');
+  const auto offset = static_cast<off_t>(record.blocks_ * kBlockBytes);
+  if (::pwrite(record.fd_.get(), zeros.data(), zeros.size(), offset) !=
+      static_cast<ssize_t>(zeros.size())) {
+    return FileError("write", record.path_);
+  }
+  const UniqueFd dir(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (::fsync(record.fd_.get()) != 0 || !dir.valid() || ::fsync(dir.get()) != 0) {
+    return FileError("sync", record.path_);
+  }
+  record.entry_ = std::move(entry);
+  if (absl::Status s = record.Append(record.entry_.phase); !s.ok()) return s;
+  return record;
+}
+
+absl::Status HandoverRecord::Append(HandoverPhase phase) {
+  HandoverEntry next = entry_;
+  next.phase = phase;
+  const absl::StatusOr<std::string> block = EncodeBlock(next);
+  if (!block.ok()) return block.status();
+  const auto offset = static_cast<off_t>(blocks_ * kBlockBytes);
+  if (::pwrite(fd_.get(), block->data(), block->size(), offset) !=
+          static_cast<ssize_t>(block->size()) ||
+      ::fdatasync(fd_.get()) != 0) {
+    return FileError("write", path_);
+  }
+  ++blocks_;
+  entry_ = std::move(next);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<HandoverEntry> HandoverRecord::Parse(absl::string_view bytes) {
+  std::optional<HandoverEntry> newest;
+  for (size_t at = 0; at + kBlockBytes <= bytes.size(); at += kBlockBytes) {
+    if (std::optional<HandoverEntry> entry = DecodeBlock(bytes.substr(at, kBlockBytes))) {
+      newest = std::move(entry);
+    }
+  }
+  if (!newest) return absl::InvalidArgumentError("no whole entry in the handover record");
+  return *std::move(newest);
+}
+
+std::vector<HandoverEntry> HandoverRecord::ReadAll(const std::string& folder,
+                                                   std::vector<std::string>* unreadable) {
+  std::vector<HandoverEntry> entries;
+  std::error_code error;
+  for (const auto& file : std::filesystem::directory_iterator(folder, error)) {
+    const std::string extension = file.path().extension();
+    if (extension != ".source" && extension != ".target") continue;
+    const absl::StatusOr<std::string> bytes = ReadFile(file.path());
+    const absl::StatusOr<HandoverEntry> entry =
+        bytes.ok() ? Parse(*bytes) : absl::StatusOr<HandoverEntry>(bytes.status());
+    if (entry.ok()) {
+      entries.push_back(*entry);
+    } else {
+      unreadable->push_back(file.path());
+    }
+  }
+  return entries;
+}
+
+absl::Status HandoverRecord::Remove() {
+  if (::unlink(path_.c_str()) != 0 && errno != ENOENT) return FileError("remove", path_);
+  return absl::OkStatus();
+}
+
+}  // namespace presync

@@ -1,0 +1,78 @@
+// The durable record of one handover, kept on both hosts: who may run the guest, whatever crashes.
+//
+// A file NAME.SESSION.source or .target of 4096-byte blocks in presyncd's state folder. Each entry is one
+// block: a line of JSON padded with spaces, so that `cat` shows it, with a checksum, so that a torn write
+// is not believed. The last whole block counts. All blocks are allocated before the guest stops: an
+// entry costs one fdatasync and no file system metadata.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "transport/sync/session_id.h"
+#include "transport/unique_fd.h"
+
+namespace presync {
+
+enum class HandoverRole { kSource, kTarget };
+
+enum class HandoverPhase {
+  // On the source:
+  kPreparing,  // the guest is the source's
+  kGivenUp,    // the target may run it; the source must not, unless the target says that it never will
+  kMoved,      // the target runs it
+  kTakenBack,  // the target never ran it: the source's again
+  // On the target:
+  kWaiting,    // the guest is the source's
+  kToldToRun,  // the guest is the target's
+  kRunning,    // the same, and it ran
+  kNeverRan,   // it never ran here and never will by this session
+};
+
+absl::string_view PhaseName(HandoverPhase phase);
+
+struct HandoverEntry {
+  HandoverRole role = HandoverRole::kSource;
+  HandoverPhase phase = HandoverPhase::kPreparing;
+  std::string guest;
+  SessionId session = {};
+  std::string peer;    // the other host, for people
+  std::string detail;  // how to reach the guest's QEMU here (its QMP socket), for recovery
+};
+
+// One writer, not thread-safe.
+class HandoverRecord {
+ public:
+  // Creates (or continues) the record of `entry.session` in `folder` with `entry` as its newest entry.
+  // The folder must exist. Durable on return. UNAVAILABLE: the file system's own words.
+  static absl::StatusOr<HandoverRecord> Open(const std::string& folder, HandoverEntry entry);
+
+  // Adds an entry with this phase. Durable on return. UNAVAILABLE: it may or may not be on disk.
+  absl::Status Append(HandoverPhase phase);
+
+  const HandoverEntry& entry() const { return entry_; }
+  const std::string& path() const { return path_; }
+
+  // The newest entry of each record in `folder`; files that can't be read are named in `*unreadable`.
+  static std::vector<HandoverEntry> ReadAll(const std::string& folder,
+                                            std::vector<std::string>* unreadable);
+
+  // The newest whole entry in a record's bytes. INVALID_ARGUMENT: none.
+  static absl::StatusOr<HandoverEntry> Parse(absl::string_view bytes);
+
+  // Forgets the record: nothing about this session is open any more.
+  absl::Status Remove();
+
+ private:
+  HandoverRecord() = default;
+
+  HandoverEntry entry_;
+  std::string path_;
+  UniqueFd fd_;
+  uint64_t blocks_ = 0;
+};
+
+}  // namespace presync

@@ -1,0 +1,92 @@
+#include "transport/sync/page_ledger.h"
+
+#include <utility>
+
+#include "predictor/check.h"
+
+namespace presync {
+
+PageLedger::PageLedger(PageCount pages, bool target_is_zero)
+    : stale_(pages, true),
+      sendable_(pages, true),
+      in_flight_(pages),
+      since_commit_(pages),
+      in_commit_(pages),
+      target_nonzero_(pages, !target_is_zero) {}
+
+void PageLedger::MarkStale(absl::Span<const PageRun> runs) {
+  std::vector<PageRun> flying;
+  for (const PageRun& run : runs) {
+    stale_.Set(run);
+    sendable_.Set(run);
+    in_flight_.AppendRunsWithin(run, &flying);
+  }
+  for (const PageRun& run : flying) sendable_.Clear(run);
+}
+
+void PageLedger::MarkInFlight(PageRun run) {
+  PRESYNC_CHECK(sendable_.Clear(run) == run.count);
+  stale_.Clear(run);
+  in_flight_.Set(run);
+  target_nonzero_.Set(run);
+}
+
+void PageLedger::OnPosted(PageRun run) { since_commit_.Set(run); }
+
+void PageLedger::OnCompleted(const PageWrite& write) {
+  PRESYNC_CHECK(in_flight_.Clear(write.run) == write.run.count);
+  if (write.zero) target_nonzero_.Clear(write.run);
+  std::vector<PageRun> stale_again;
+  stale_.AppendRunsWithin(write.run, &stale_again);
+  for (const PageRun& run : stale_again) sendable_.Set(run);
+}
+
+void PageLedger::MarkSynced(PageRun run) {
+  PRESYNC_CHECK(in_flight_.CountWithin(run) == 0);
+  stale_.Clear(run);
+  sendable_.Clear(run);
+}
+
+void PageLedger::OnCommitPosted(CommitId id) {
+  PRESYNC_CHECK(commit_under_way_ == 0);
+  commit_under_way_ = id;
+  std::swap(in_commit_, since_commit_);
+}
+
+void PageLedger::OnCommitted(CommitId id) {
+  if (commit_under_way_ == 0 || id < commit_under_way_) return;
+  commit_under_way_ = 0;
+  in_commit_.ClearAll();
+}
+
+void PageLedger::OnLinkLost() {
+  stale_.Or(in_flight_);
+  stale_.Or(since_commit_);
+  stale_.Or(in_commit_);
+  // A zero write that was not confirmed may have happened or not.
+  target_nonzero_.Or(in_flight_);
+  target_nonzero_.Or(since_commit_);
+  target_nonzero_.Or(in_commit_);
+  in_flight_.ClearAll();
+  since_commit_.ClearAll();
+  in_commit_.ClearAll();
+  commit_under_way_ = 0;
+  sendable_ = stale_;
+}
+
+void PageLedger::OnTargetReset(bool target_is_zero) {
+  OnLinkLost();
+  stale_.SetAll();
+  sendable_.SetAll();
+  target_is_zero ? target_nonzero_.ClearAll() : target_nonzero_.SetAll();
+}
+
+PageCount PageLedger::residual() const {
+  PageBitmap waiting = stale_;
+  waiting.Or(in_flight_);
+  waiting.Or(since_commit_);
+  waiting.Or(in_commit_);
+  return waiting.count();
+}
+
+}  // namespace presync

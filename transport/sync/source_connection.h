@@ -1,0 +1,45 @@
+// One conversation of the source with the target: from the first byte to a link that works.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "transport/link.h"
+#include "transport/memory.h"
+#include "transport/sync/dialer.h"
+#include "transport/sync/session_id.h"
+#include "transport/sync/source_sync.h"
+#include "transport/tcp/tcp_link.h"
+#include "transport/wire/control_channel.h"
+
+namespace presync {
+
+// What the source asks for when it connects.
+struct SessionRequest {
+  SessionId session = {};
+  std::string guest;
+  uint32_t tcp_streams = 4;
+  TcpLinkOptions tcp;
+};
+
+struct SourceConnection {
+  std::unique_ptr<ControlChannel> channel;
+  std::unique_ptr<SourceLink> link;
+  SourceSync::TargetContent content = SourceSync::TargetContent::kUnknown;
+  absl::Duration round_trip = absl::ZeroDuration();  // of the control connection, once measured
+};
+
+// Connects, agrees on a version, opens the session and brings up the link. Blocks until then or
+// `deadline`. Errors: those of Dialer and ControlChannel; whatever the target refused with.
+absl::StatusOr<SourceConnection> ConnectSource(Dialer* dialer, const GuestMemory* memory,
+                                               const SessionRequest& request,
+                                               absl::Time deadline);
+
+// Asks the target what became of a session that was given up. Errors as above.
+absl::StatusOr<wire::Outcome> AskOutcome(Dialer* dialer, const SessionId& session,
+                                         const std::string& guest, absl::Time deadline);
+
+}  // namespace presync

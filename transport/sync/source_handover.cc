@@ -1,0 +1,337 @@
+#include "transport/sync/source_handover.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <thread>
+
+#include "absl/strings/str_cat.h"
+#include "transport/sync/conversation.h"
+#include "transport/sync/page_hash.h"
+
+namespace presync {
+namespace {
+
+using Body = wire::ControlMessage;
+
+// Ranges of 256 KiB keep the hashes of 1 GiB within 64 KiB; the pages are told apart only where ranges differ.
+constexpr PageCount kPagesPerHash = 64;
+// One request's hashes fit a control frame with room to spare.
+constexpr PageCount kPagesPerHashRequest = kPagesPerHash * 32768;
+
+// Reads the device state from the guest's stream and sends it on, in a thread of its own, for the guest
+// waits for its reader while it saves.
+class StateRelay {
+ public:
+  StateRelay(UniqueFd stream, ControlChannel* channel, absl::Time deadline)
+      : stream_(std::move(stream)), thread_([this, channel, deadline] {
+          status_ = Relay(channel, deadline);
+          stream_.reset();  // a guest that still saves must not wait for a reader that is gone
+        }) {}
+  ~StateRelay() {
+    cancelled_ = true;
+    if (thread_.joinable()) thread_.join();
+  }
+
+  // What is read from now on must wait at the target until the memory is complete.
+  void StageFromNowOn() { staged_ = true; }
+
+  // Waits for the end of the stream; the bytes that were sent.
+  absl::StatusOr<uint64_t> Finish() {
+    thread_.join();
+    if (!status_.ok()) return status_;
+    return bytes_;
+  }
+
+ private:
+  absl::Status Relay(ControlChannel* channel, absl::Time deadline) {
+    std::vector<char> buffer(kMaxStateChunkBytes);
+    while (true) {
+      pollfd p = {.fd = stream_.get(), .events = POLLIN, .revents = 0};
+      if (::poll(&p, 1, /*timeout ms, to notice cancelling=*/50) == 0) {
+        if (cancelled_) return absl::CancelledError("the relay was cancelled");
+        continue;
+      }
+      const ssize_t n = ::read(stream_.get(), buffer.data(), buffer.size());
+      if (n < 0 && errno == EINTR) continue;
+      if (n < 0) {
+        return absl::UnavailableError(absl::StrCat("device state stream: ", std::strerror(errno)));
+      }
+      if (n == 0) return absl::OkStatus();
+      Body message;
+      message.mutable_state_chunk()->set_data(buffer.data(), static_cast<size_t>(n));
+      // After the read: what was read before staging began was saved before it, too.
+      message.mutable_state_chunk()->set_staged(staged_);
+      if (absl::Status s = channel->Send(message, deadline); !s.ok()) return s;
+      bytes_ += static_cast<uint64_t>(n);
+    }
+  }
+
+  UniqueFd stream_;
+  std::atomic<bool> staged_ = false;
+  std::atomic<bool> cancelled_ = false;
+  absl::Status status_;
+  uint64_t bytes_ = 0;
+  std::thread thread_;  // last: it uses all of the above
+};
+
+class Handover {
+ public:
+  Handover(ControlChannel* channel, SourceSync* sync, SourceGuest* guest,
+           const GuestMemory& memory, HandoverRecord* record, const HandoverOptions& options)
+      : channel_(channel),
+        sync_(sync),
+        guest_(guest),
+        memory_(memory),
+        record_(record),
+        options_(options),
+        start_(absl::Now()) {}
+
+  HandoverEnd Run();
+
+ private:
+  absl::Status BeforeGivingUp();
+  absl::Status Rounds();
+  absl::Status StopAndDrain();
+  absl::Status FinishSave();
+  absl::Status Verify();
+  absl::Status CountDiffering(const std::vector<PageRun>& ranges);
+  absl::StatusOr<std::string> AskHashes(PageRun run, PageCount pages_per_hash);
+  absl::StatusOr<std::vector<PageRun>> CompareHashes(PageRun run, PageCount pages_per_hash);
+  absl::Status LoadOnTarget();
+  HandoverEnd AfterGivingUp();
+  HandoverEnd CallOff(absl::Status why);
+  HandoverEnd End(HandoverResult result, absl::Status why) {
+    return {.result = result, .why = std::move(why), .report = report_};
+  }
+
+  absl::Status SendBody(const Body& message) { return channel_->Send(message, deadline_); }
+  void Mark(absl::string_view step) {
+    report_.steps.emplace_back(std::string(step), absl::Now() - start_);
+  }
+
+  ControlChannel* const channel_;
+  SourceSync* const sync_;
+  SourceGuest* const guest_;
+  const GuestMemory& memory_;
+  HandoverRecord* const record_;
+  const HandoverOptions options_;
+  const absl::Time start_;
+  absl::Time stopped_at_;
+  absl::Time deadline_;
+  HandoverReport report_;
+};
+
+HandoverEnd Handover::Run() {
+  deadline_ = start_ + options_.rounds_timeout;
+  const uint64_t wire_bytes_before = sync_->progress().wire_bytes;
+  if (absl::Status s = BeforeGivingUp(); !s.ok()) return CallOff(std::move(s));
+  report_.wire_bytes = sync_->progress().wire_bytes - wire_bytes_before;
+
+  // From here on the guest is the target's, unless the target says that it never ran it. An append that
+  // failed may be on disk all the same, but the target was not told: the guest is still ours.
+  if (absl::Status s = record_->Append(HandoverPhase::kGivenUp); !s.ok()) {
+    return CallOff(std::move(s));
+  }
+  Mark("given up");
+  return AfterGivingUp();
+}
+
+absl::Status Handover::BeforeGivingUp() {
+  Body begin;
+  begin.mutable_begin_handover();
+  if (absl::Status s = SendBody(begin); !s.ok()) return s;
+  if (absl::Status s = Rounds(); !s.ok()) return s;
+  if (auto ready = Expect(channel_, Body::kHandoverReady, deadline_); !ready.ok()) {
+    return ready.status();
+  }
+  Mark("target ready");
+  if (absl::Status s = StopAndDrain(); !s.ok()) return s;
+  if (options_.verify) {
+    if (absl::Status s = Verify(); !s.ok()) return s;
+  }
+  return LoadOnTarget();
+}
+
+// Sends what is stale, again and again, while the guest runs, until little enough is left or another round
+// would not make it less.
+absl::Status Handover::Rounds() {
+  if (absl::Status s = sync_->Scan(); !s.ok()) return s;
+  report_.residual_at_launch = sync_->residual();
+  PageCount before = UINT32_MAX;
+  while (true) {
+    const uint64_t free_bytes = static_cast<uint64_t>(
+        static_cast<double>(sync_->link_bytes_per_s()) *
+        absl::ToDoubleSeconds(options_.stopped_transfer));
+    const PageCount residual = sync_->residual();
+    if (PagesToBytes(residual) <= free_bytes || residual >= before - before / 4) break;
+    before = residual;
+    ++report_.rounds;
+    if (absl::Status s = sync_->Flush(deadline_); !s.ok()) return s;
+    if (absl::Status s = sync_->Scan(); !s.ok()) return s;
+  }
+  Mark("rounds");
+  return absl::OkStatus();
+}
+
+absl::Status Handover::StopAndDrain() {
+  absl::StatusOr<UniqueFd> stream = guest_->BeginSave(deadline_);
+  if (!stream.ok()) return stream.status();
+  deadline_ = absl::Now() + options_.switchover_timeout;
+  StateRelay relay(*std::move(stream), channel_, deadline_);
+  if (absl::Status s = guest_->Stop(deadline_); !s.ok()) return s;
+  stopped_at_ = absl::Now();
+  Mark("stopped");
+  relay.StageFromNowOn();
+
+  // The device state is saved while the residual travels.
+  absl::Status saved;
+  std::thread saver([&] { saved = guest_->FinishSave(deadline_); });
+  const auto drain = [&] {
+    if (absl::Status s = sync_->Scan(); !s.ok()) return s;
+    report_.residual_at_stop = sync_->residual();
+    if (absl::Status s = sync_->PushAll(); !s.ok()) return s;
+    if (absl::Status s = sync_->FindDiscarded(); !s.ok()) return s;
+    return sync_->Flush(deadline_);
+  };
+  const absl::Status drained = drain();
+  Mark("residual confirmed");
+  saver.join();
+  if (!saved.ok()) return saved;
+  if (!drained.ok()) return drained;
+  Mark("state saved");
+
+  absl::StatusOr<uint64_t> state_bytes = relay.Finish();
+  if (!state_bytes.ok()) return state_bytes.status();
+  report_.state_bytes = *state_bytes;
+  Mark("state relayed");
+
+  // Device code may have written guest RAM while its state was saved.
+  if (absl::Status s = sync_->Scan(); !s.ok()) return s;
+  if (absl::Status s = sync_->Flush(deadline_); !s.ok()) return s;
+  Mark("last scan");
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::string> Handover::AskHashes(PageRun run, PageCount pages_per_hash) {
+  absl::StatusOr<Body> reply = Expect(channel_, Body::kHashReply, deadline_);
+  if (!reply.ok()) return reply.status();
+  const size_t ranges = (size_t{run.count} + pages_per_hash - 1) / pages_per_hash;
+  if (reply->hash_reply().first_page() != run.first ||
+      reply->hash_reply().hashes().size() != ranges * kHashBytes) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(channel_->peer(), " answered with other hashes than it was asked for"));
+  }
+  return reply->hash_reply().hashes();
+}
+
+// Both sides hash at the same time.
+absl::StatusOr<std::vector<PageRun>> Handover::CompareHashes(PageRun run,
+                                                             PageCount pages_per_hash) {
+  Body request;
+  request.mutable_hash_request()->set_first_page(run.first);
+  request.mutable_hash_request()->set_pages(run.count);
+  request.mutable_hash_request()->set_pages_per_hash(pages_per_hash);
+  if (absl::Status s = SendBody(request); !s.ok()) return s;
+  const absl::StatusOr<std::string> mine = HashPages(memory_, run, pages_per_hash);
+  if (!mine.ok()) return mine.status();
+  const absl::StatusOr<std::string> theirs = AskHashes(run, pages_per_hash);
+  if (!theirs.ok()) return theirs.status();
+  return DifferingRanges(run, pages_per_hash, *mine, *theirs);
+}
+
+absl::Status Handover::Verify() {
+  std::vector<PageRun> differing;
+  for (PageIndex first = 0; first < memory_.pages(); first += kPagesPerHashRequest) {
+    const PageRun run = {first, std::min(kPagesPerHashRequest, memory_.pages() - first)};
+    absl::StatusOr<std::vector<PageRun>> ranges = CompareHashes(run, kPagesPerHash);
+    if (!ranges.ok()) return ranges.status();
+    differing.insert(differing.end(), ranges->begin(), ranges->end());
+    report_.pages_compared += run.count;
+  }
+  Mark("verified");
+  return differing.empty() ? absl::OkStatus() : CountDiffering(differing);
+}
+
+absl::Status Handover::CountDiffering(const std::vector<PageRun>& ranges) {
+  std::string first_pages;
+  for (const PageRun& range : ranges) {
+    absl::StatusOr<std::vector<PageRun>> pages = CompareHashes(range, /*pages_per_hash=*/1);
+    if (!pages.ok()) return pages.status();
+    for (const PageRun& page : *pages) {
+      if (++report_.pages_differing <= 8) absl::StrAppend(&first_pages, " ", page.first);
+    }
+  }
+  return absl::DataLossError(absl::StrCat(
+      report_.pages_differing, " pages differ on the target (first:", first_pages,
+      "): something writes guest memory that dirty tracking does not see, or presync is at fault; "
+      "the guest stays here. Keep the logs of both presyncd and report it"));
+}
+
+absl::Status Handover::LoadOnTarget() {
+  Body load;
+  load.mutable_load()->set_state_bytes(report_.state_bytes);
+  if (absl::Status s = SendBody(load); !s.ok()) return s;
+  absl::StatusOr<Body> loaded = Expect(channel_, Body::kLoaded, deadline_);
+  if (!loaded.ok()) return loaded.status();
+  Mark("loaded on target");
+  return absl::OkStatus();
+}
+
+HandoverEnd Handover::AfterGivingUp() {
+  deadline_ = absl::Now() + options_.switchover_timeout;
+  Body run;
+  run.mutable_run();
+  absl::Status sent = SendBody(run);
+  if (!sent.ok()) return End(HandoverResult::kInDoubt, std::move(sent));
+  absl::StatusOr<Body> answer = channel_->Receive(deadline_);
+  while (answer.ok() && answer->body_case() == Body::kPong) answer = channel_->Receive(deadline_);
+  if (!answer.ok()) return End(HandoverResult::kInDoubt, answer.status());
+
+  const bool never_ran = answer->body_case() == Body::kOutcome &&
+                         answer->outcome().value() == wire::Outcome::NEVER_RAN;
+  if (never_ran) {
+    record_->Append(HandoverPhase::kTakenBack).IgnoreError();  // without it, recovery asks again
+    HandoverEnd end = CallOff(absl::AbortedError(
+        absl::StrCat(channel_->peer(), " could not run the guest: ", answer->outcome().text())));
+    end.result = HandoverResult::kNeverRan;
+    return end;
+  }
+  if (answer->body_case() != Body::kRunning) {
+    return End(HandoverResult::kInDoubt,
+               absl::InvalidArgumentError(absl::StrCat(
+                   channel_->peer(), " answered the order to run with message ", answer->body_case())));
+  }
+  report_.launch = absl::Now() - start_;
+  report_.downtime = absl::Now() - stopped_at_;
+  Mark("running on target");
+  return End(HandoverResult::kMoved, absl::OkStatus());
+}
+
+// Gives the guest back to its vCPUs first, then tells the target.
+HandoverEnd Handover::CallOff(absl::Status why) {
+  const absl::Status resumed = guest_->Resume(absl::Now() + absl::Seconds(30));
+  Mark("called off");
+  if (!resumed.ok()) {
+    why = absl::Status(why.code(), absl::StrCat(why.message(), "; and then the guest could not be "
+                                                "resumed here: ", resumed.message()));
+  }
+  Body abort;
+  abort.mutable_abort_handover()->set_reason(std::string(why.message()));
+  channel_->Send(abort, absl::Now() + absl::Seconds(1)).IgnoreError();
+  return End(HandoverResult::kHere, std::move(why));
+}
+
+}  // namespace
+
+HandoverEnd RunSourceHandover(ControlChannel* channel, SourceSync* sync, SourceGuest* guest,
+                              const GuestMemory& memory, HandoverRecord* record,
+                              const HandoverOptions& options) {
+  return Handover(channel, sync, guest, memory, record, options).Run();
+}
+
+}  // namespace presync

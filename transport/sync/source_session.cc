@@ -1,0 +1,354 @@
+#include "transport/sync/source_session.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "transport/sync/conversation.h"
+
+namespace presync {
+namespace {
+
+using Body = wire::ControlMessage;
+
+// While the link has work the session looks again this soon; a page waits no longer for its turn.
+constexpr absl::Duration kBusyStep = absl::Milliseconds(1);
+constexpr absl::Duration kPublishEvery = absl::Milliseconds(100);
+constexpr absl::Duration kPingEvery = absl::Seconds(1);
+
+}  // namespace
+
+absl::string_view StateName(SessionState state) {
+  switch (state) {
+    case SessionState::kConnecting:
+      return "connecting";
+    case SessionState::kFirstPass:
+      return "first-pass";
+    case SessionState::kSyncing:
+      return "syncing";
+    case SessionState::kLaunching:
+      return "launching";
+    case SessionState::kMoved:
+      return "moved";
+    case SessionState::kInDoubt:
+      return "in-doubt";
+    case SessionState::kFailed:
+      return "failed";
+    case SessionState::kStopped:
+      return "stopped";
+  }
+  return "unknown";
+}
+
+absl::StatusOr<std::unique_ptr<SourceSession>> SourceSession::Start(
+    SourceSessionOptions options, std::unique_ptr<Dialer> dialer, GuestMemory memory,
+    std::unique_ptr<DirtyLog> log, std::unique_ptr<SourceGuest> guest) {
+  std::unique_ptr<SourceSession> session(
+      new SourceSession(std::move(options), std::move(dialer), std::move(memory), std::move(log),
+                        std::move(guest)));
+  absl::StatusOr<std::unique_ptr<SourceSync>> sync =
+      SourceSync::Create(&session->memory_, session->log_.get(), session->options_.sync);
+  if (!sync.ok()) return sync.status();
+  session->sync_ = *std::move(sync);
+  if (absl::Status s = session->Connect(); !s.ok()) return s;
+  session->Publish();
+  session->thread_ = std::thread([raw = session.get()] { raw->Run(); });
+  return session;
+}
+
+SourceSession::SourceSession(SourceSessionOptions options, std::unique_ptr<Dialer> dialer,
+                             GuestMemory memory, std::unique_ptr<DirtyLog> log,
+                             std::unique_ptr<SourceGuest> guest)
+    : options_(std::move(options)),
+      id_(RandomId()),
+      started_(absl::Now()),
+      dialer_(std::move(dialer)),
+      memory_(std::move(memory)),
+      log_(std::move(log)),
+      guest_(std::move(guest)) {}
+
+SourceSession::~SourceSession() {
+  {
+    absl::MutexLock lock(&mutex_);
+    stop_ = true;
+  }
+  if (thread_.joinable()) thread_.join();
+}
+
+SessionStatus SourceSession::status() const {
+  absl::MutexLock lock(&mutex_);
+  return published_;
+}
+
+absl::StatusOr<HandoverReport> SourceSession::Launch(const HandoverOptions& options,
+                                                     absl::Duration wait_for_first_pass) {
+  LaunchOrder order{.options = options};
+  absl::MutexLock lock(&mutex_);
+  if (order_ != nullptr) return absl::FailedPreconditionError("a launch is already under way");
+  const auto launchable_or_over = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
+    return published_.state != SessionState::kConnecting &&
+           published_.state != SessionState::kFirstPass;
+  };
+  mutex_.AwaitWithTimeout(absl::Condition(&launchable_or_over), wait_for_first_pass);
+  if (order_ != nullptr || stop_) {
+    return absl::FailedPreconditionError("another launch or a stop came first");
+  }
+  if (published_.state != SessionState::kSyncing) {
+    const bool first_pass = published_.state == SessionState::kFirstPass;
+    return absl::FailedPreconditionError(
+        absl::StrCat(options_.guest, " can't be launched: it is ", StateName(published_.state),
+                     published_.problem.empty() ? "" : ": ", published_.problem,
+                     first_pass ? "; its memory was not copied once yet. Wait for it (launch --wait)"
+                                : ""));
+  }
+  order_ = &order;
+  const auto done = [&order] { return order.done; };
+  mutex_.Await(absl::Condition(&done));
+  return order.result;
+}
+
+absl::Status SourceSession::Stop() {
+  {
+    absl::MutexLock lock(&mutex_);
+    if (order_ != nullptr || published_.state == SessionState::kLaunching) {
+      return absl::FailedPreconditionError("a launch is under way; wait for its end");
+    }
+    if (published_.state == SessionState::kInDoubt) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          "whether ", options_.guest, " runs on ", dialer_->peer(), " is not known: ",
+          published_.problem, ". Stopping would forget that; bring the target's presyncd back, or "
+          "see presync status"));
+    }
+    stop_ = true;
+  }
+  if (thread_.joinable()) thread_.join();
+  return absl::OkStatus();
+}
+
+// The session thread. -----------------------------------------------------------------------------
+
+void SourceSession::Run() {
+  while (!Ended()) {
+    if (state_ == SessionState::kInDoubt) {
+      ResolveDoubt();
+    } else if (!connected_ && absl::Now() >= next_connect_) {
+      next_connect_ = absl::Now() + options_.reconnect_every;
+      if (absl::Status s = Connect(); !s.ok()) problem_ = std::string(s.message());
+    }
+    if (absl::Status s = TickConnected(); !s.ok()) LoseLink(s);
+    if (absl::Now() >= next_publish_) Publish();
+
+    const bool busy = connected_ && sync_->busy();
+    LaunchOrder* order = WaitForOrder(busy ? absl::ZeroDuration() : absl::Milliseconds(5));
+    if (order != nullptr) Serve(order);
+    absl::MutexLock lock(&mutex_);
+    if (stop_ && state_ != SessionState::kInDoubt && !Ended()) {
+      if (connected_) {
+        Body close;
+        close.mutable_close_session();
+        connection_.channel->Send(close, absl::Now() + absl::Seconds(1)).IgnoreError();
+      }
+      state_ = SessionState::kStopped;
+    }
+    if (stop_) break;
+  }
+  sync_->DetachLink();
+  connection_ = {};
+  Publish();
+}
+
+absl::Status SourceSession::TickConnected() {
+  // Without a link the guest is watched all the same: what was synced stays known.
+  if (absl::Status s = sync_->Tick(); !s.ok()) return s;
+  if (!connected_) return absl::OkStatus();
+  if (sync_->busy()) {
+    if (absl::Status s = connection_.link->Wait(absl::Now() + kBusyStep); !s.ok()) return s;
+  }
+  if (state_ == SessionState::kFirstPass && sync_->progress().first_pass_done) {
+    state_ = SessionState::kSyncing;
+    Publish();
+  }
+  return PollControl();
+}
+
+absl::Status SourceSession::PollControl() {
+  const absl::Time now = absl::Now();
+  if (now < next_ping_) return absl::OkStatus();
+  next_ping_ = now + kPingEvery;
+  Body ping;
+  ping.mutable_ping()->set_sequence(static_cast<uint64_t>(absl::ToUnixMicros(now)));
+  if (absl::Status s = connection_.channel->Send(ping, now + absl::Seconds(5)); !s.ok()) return s;
+  while (true) {
+    absl::StatusOr<Body> message = connection_.channel->Receive(absl::Now());
+    if (absl::IsDeadlineExceeded(message.status())) return absl::OkStatus();
+    if (!message.ok()) return message.status();
+    if (message->body_case() == Body::kRefused) {
+      return RefusedStatus(message->refused(), dialer_->peer());
+    }
+    if (message->body_case() != Body::kPong) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(dialer_->peer(), " sent message ", message->body_case(), " unasked"));
+    }
+  }
+}
+
+absl::Status SourceSession::Connect() {
+  const SessionRequest request = {.session = id_,
+                                  .guest = options_.guest,
+                                  .tcp_streams = options_.tcp_streams,
+                                  .tcp = options_.tcp};
+  absl::StatusOr<SourceConnection> connection =
+      ConnectSource(dialer_.get(), &memory_, request, absl::Now() + options_.connect_timeout);
+  if (!connection.ok()) return connection.status();
+  connection_ = *std::move(connection);
+  sync_->AttachLink(connection_.link.get(), connection_.content);
+  connected_ = true;
+  problem_.clear();
+  state_ = SessionState::kFirstPass;  // the next Tick says if that is already over
+  return absl::OkStatus();
+}
+
+void SourceSession::LoseLink(const absl::Status& why) {
+  problem_ = std::string(why.message());
+  if (!connected_) {  // then it was the dirty log, without which there is nothing to go on
+    Settle(SessionState::kFailed, why);
+    return;
+  }
+  sync_->DetachLink();
+  connection_ = {};
+  connected_ = false;
+  ++reconnects_;
+  state_ = SessionState::kConnecting;
+  next_connect_ = absl::Now() + options_.reconnect_every;
+  Publish();
+}
+
+void SourceSession::Serve(LaunchOrder* order) {
+  if (!connected_ || state_ != SessionState::kSyncing) {
+    Answer(order, absl::FailedPreconditionError(
+                      absl::StrCat("the link to ", dialer_->peer(), " is down: ", problem_)));
+    return;
+  }
+  state_ = SessionState::kLaunching;
+  Publish();
+  absl::StatusOr<HandoverRecord> record =
+      HandoverRecord::Open(options_.record_folder, {.role = HandoverRole::kSource,
+                                                    .phase = HandoverPhase::kPreparing,
+                                                    .guest = options_.guest,
+                                                    .session = id_,
+                                                    .peer = dialer_->peer(),
+                                                    .detail = options_.guest_address});
+  if (!record.ok()) {
+    state_ = SessionState::kSyncing;
+    Answer(order, record.status());
+    return;
+  }
+  record_ = std::make_unique<HandoverRecord>(*std::move(record));
+  HandoverEnd end = RunSourceHandover(connection_.channel.get(), sync_.get(), guest_.get(), memory_,
+                                      record_.get(), order->options);
+  switch (end.result) {
+    case HandoverResult::kMoved:
+      Settle(SessionState::kMoved, absl::OkStatus());
+      Answer(order, end.report);
+      return;
+    case HandoverResult::kInDoubt:
+      sync_->DetachLink();
+      connection_ = {};
+      connected_ = false;
+      problem_ = std::string(end.why.message());
+      state_ = SessionState::kInDoubt;
+      Publish();
+      ResolveDoubt();
+      break;
+    case HandoverResult::kHere:
+    case HandoverResult::kNeverRan:
+      record_->Remove().IgnoreError();
+      LoseLink(end.why);
+      break;
+  }
+  Answer(order, state_ == SessionState::kMoved ? absl::StatusOr<HandoverReport>(end.report)
+                                               : absl::StatusOr<HandoverReport>(end.why));
+}
+
+// Given up, and no answer: ask until there is one. Neither yes nor silence lets the guest run here; only
+// the target's positive word that it never ran it.
+void SourceSession::ResolveDoubt() {
+  absl::StatusOr<wire::Outcome> outcome =
+      AskOutcome(dialer_.get(), id_, options_.guest, absl::Now() + absl::Seconds(5));
+  if (!outcome.ok()) {
+    problem_ = absl::StrCat("given up to ", dialer_->peer(), ", whose presyncd can't be asked: ",
+                            outcome.status().message());
+  } else if (outcome->value() == wire::Outcome::RUNNING) {
+    Settle(SessionState::kMoved, absl::OkStatus());
+  } else if (outcome->value() == wire::Outcome::NEVER_RAN) {
+    record_->Append(HandoverPhase::kTakenBack).IgnoreError();
+    const absl::Status resumed = guest_->Resume(absl::Now() + absl::Seconds(30));
+    if (resumed.ok()) {
+      record_->Remove().IgnoreError();
+      state_ = SessionState::kConnecting;
+      problem_ = absl::StrCat(dialer_->peer(), " never ran the guest; it goes on here");
+    } else {
+      problem_ = absl::StrCat("it is this host's again, but could not be resumed: ",
+                              resumed.message());
+    }
+  } else {
+    problem_ = absl::StrCat("given up to ", dialer_->peer(),
+                            ", which has no record of it: look whether the guest runs there before "
+                            "resuming it here by hand");
+  }
+  Publish();
+  WaitForOrder(options_.reconnect_every);
+}
+
+// The session is over. A guest that moved must not be left where somebody could let it run again.
+void SourceSession::Settle(SessionState state, const absl::Status& why) {
+  state_ = state;
+  problem_ = std::string(why.message());
+  if (state == SessionState::kMoved) {
+    record_->Append(HandoverPhase::kMoved).IgnoreError();
+    if (absl::Status s = guest_->Quit(absl::Now() + absl::Seconds(10)); !s.ok()) {
+      problem_ = absl::StrCat("the guest has moved, but its old QEMU here did not quit (",
+                              s.message(), "): end it by hand, and never resume it");
+    } else {
+      record_->Remove().IgnoreError();
+    }
+  }
+  Publish();
+}
+
+void SourceSession::Publish() {
+  SessionStatus status = {.state = state_,
+                          .guest = options_.guest,
+                          .session = IdToHex(id_),
+                          .peer = dialer_->peer(),
+                          .link = connected_ ? std::string(connection_.link->name()) : "",
+                          .dirty_log = std::string(log_->name()),
+                          .problem = problem_,
+                          .uptime = absl::Now() - started_,
+                          .promise = sync_->options().max_launch_time,
+                          .fixed_cost = sync_->options().fixed_cost,
+                          .reconnects = reconnects_,
+                          .progress = sync_->progress()};
+  next_publish_ = absl::Now() + kPublishEvery;
+  absl::MutexLock lock(&mutex_);
+  published_ = std::move(status);
+}
+
+SourceSession::LaunchOrder* SourceSession::WaitForOrder(absl::Duration longest) {
+  absl::MutexLock lock(&mutex_);
+  const auto ordered = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
+    return (order_ != nullptr && !order_->done) || stop_;
+  };
+  mutex_.AwaitWithTimeout(absl::Condition(&ordered), longest);
+  return order_;
+}
+
+void SourceSession::Answer(LaunchOrder* order, absl::StatusOr<HandoverReport> result) {
+  Publish();
+  absl::MutexLock lock(&mutex_);
+  order->result = std::move(result);
+  order->done = true;
+  order_ = nullptr;
+}
+
+}  // namespace presync

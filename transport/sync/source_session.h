@@ -1,0 +1,142 @@
+// The source's session: keeps one guest in sync with one target over links that come and go, and hands it
+// over when told to.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <thread>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "transport/dirty_log.h"
+#include "transport/guest.h"
+#include "transport/memory.h"
+#include "transport/sync/dialer.h"
+#include "transport/sync/source_connection.h"
+#include "transport/sync/source_handover.h"
+#include "transport/sync/source_sync.h"
+
+namespace presync {
+
+struct SourceSessionOptions {
+  std::string guest;
+  std::string guest_address;  // how this host reaches the guest's QEMU: for the handover record
+  std::string record_folder;
+  SourceSyncOptions sync;
+  uint32_t tcp_streams = 4;
+  TcpLinkOptions tcp;
+  absl::Duration connect_timeout = absl::Seconds(20);
+  absl::Duration reconnect_every = absl::Seconds(1);
+};
+
+enum class SessionState {
+  kConnecting,  // the link broke, or was never there; the guest runs here
+  kFirstPass,   // the first copy of all memory is under way
+  kSyncing,     // in sync up to the set-point: a launch keeps its promise
+  kLaunching,
+  kMoved,       // the guest runs on the target
+  kInDoubt,     // given up, and the target can't be asked
+  kFailed,      // ended by an error; the guest runs here
+  kStopped,     // ended by the operator; the guest runs here
+};
+
+absl::string_view StateName(SessionState state);
+
+struct SessionStatus {
+  SessionState state = SessionState::kConnecting;
+  std::string guest;
+  std::string session;  // the id, in hex
+  std::string peer;
+  std::string link;       // "tcp" or empty
+  std::string dirty_log;
+  std::string problem;    // why it is connecting, failed or in doubt; empty if all is well
+  absl::Duration uptime = absl::ZeroDuration();
+  absl::Duration promise = absl::ZeroDuration();
+  absl::Duration fixed_cost = absl::ZeroDuration();
+  uint32_t reconnects = 0;
+  SyncProgress progress;
+};
+
+// Everything public may be called from any thread. The session owns a thread of its own, which alone
+// touches guest, log and link.
+class SourceSession {
+ public:
+  // Connects once, so that what is wrong is said at once, then goes on in its own thread. Takes all of
+  // its parts; the guest is not touched before a launch. Errors as ConnectSource and SourceSync.
+  static absl::StatusOr<std::unique_ptr<SourceSession>> Start(SourceSessionOptions options,
+                                                              std::unique_ptr<Dialer> dialer,
+                                                              GuestMemory memory,
+                                                              std::unique_ptr<DirtyLog> log,
+                                                              std::unique_ptr<SourceGuest> guest);
+  // Ends the sync. The guest goes on here. Never interrupts a handover.
+  ~SourceSession();
+
+  SessionStatus status() const ABSL_LOCKS_EXCLUDED(mutex_);
+
+  // Hands the guest over. Blocks until it runs on the target or the launch has failed. With
+  // `wait_for_first_pass` it waits for the first full sync. FAILED_PRECONDITION: the first pass is not done,
+  // or the session is in a state that can't launch, with what to do.
+  absl::StatusOr<HandoverReport> Launch(const HandoverOptions& options, absl::Duration wait_for_first_pass)
+      ABSL_LOCKS_EXCLUDED(mutex_);
+
+  // Ends the sync and tells the target to forget the memory. The guest goes on here.
+  // FAILED_PRECONDITION: a launch is under way, or the guest's fate is in doubt.
+  absl::Status Stop() ABSL_LOCKS_EXCLUDED(mutex_);
+
+ private:
+  struct LaunchOrder {
+    HandoverOptions options;
+    bool done = false;
+    absl::StatusOr<HandoverReport> result = absl::UnknownError("not launched");
+  };
+
+  SourceSession(SourceSessionOptions options, std::unique_ptr<Dialer> dialer, GuestMemory memory,
+                std::unique_ptr<DirtyLog> log, std::unique_ptr<SourceGuest> guest);
+
+  void Run();
+  void RunConnected();
+  void Serve(LaunchOrder* order);
+  absl::Status TickConnected();
+  absl::Status PollControl();
+  absl::Status Connect();
+  void LoseLink(const absl::Status& why);
+  void ResolveDoubt();
+  void Settle(SessionState state, const absl::Status& why);
+  void Publish() ABSL_LOCKS_EXCLUDED(mutex_);
+  bool Ended() const { return state_ >= SessionState::kMoved && state_ != SessionState::kInDoubt; }
+  LaunchOrder* WaitForOrder(absl::Duration longest) ABSL_LOCKS_EXCLUDED(mutex_);
+  void Answer(LaunchOrder* order, absl::StatusOr<HandoverReport> result)
+      ABSL_LOCKS_EXCLUDED(mutex_);
+
+  const SourceSessionOptions options_;
+  const SessionId id_;
+  const absl::Time started_;
+  const std::unique_ptr<Dialer> dialer_;
+  const GuestMemory memory_;
+  const std::unique_ptr<DirtyLog> log_;
+  const std::unique_ptr<SourceGuest> guest_;
+
+  // The session thread's own.
+  std::unique_ptr<SourceSync> sync_;
+  SourceConnection connection_;
+  bool connected_ = false;
+  SessionState state_ = SessionState::kConnecting;
+  std::string problem_;
+  uint32_t reconnects_ = 0;
+  absl::Time next_connect_ = absl::InfinitePast();
+  absl::Time next_ping_ = absl::InfinitePast();
+  absl::Time next_publish_ = absl::InfinitePast();
+  std::unique_ptr<HandoverRecord> record_;
+
+  mutable absl::Mutex mutex_;
+  SessionStatus published_ ABSL_GUARDED_BY(mutex_);
+  LaunchOrder* order_ ABSL_GUARDED_BY(mutex_) = nullptr;
+  bool stop_ ABSL_GUARDED_BY(mutex_) = false;
+
+  std::thread thread_;  // last: it uses all of the above
+};
+
+}  // namespace presync

@@ -1,0 +1,307 @@
+#include "transport/sync/source_sync.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "predictor/check.h"
+#include "transport/sync/zero_pages.h"
+
+namespace presync {
+namespace {
+
+// A commit costs the target one answer per stream; one per 8 MiB is noise even at 100 Gb/s (0.7 ms), and
+// one a second bounds what a broken link makes stale.
+constexpr uint64_t kCommitEveryBytes = 8 << 20;
+constexpr absl::Duration kCommitEvery = absl::Seconds(1);
+
+// Longest single write: long enough for full RDMA and TCP efficiency, short enough that a page waits
+// 9 ms at most behind another at 1 Gb/s.
+constexpr PageCount kMaxWritePages = 256;
+
+// Holes appear by balloon and free-page reporting only, and a launch looks again: seldom is enough.
+constexpr absl::Duration kHoleWalkEvery = absl::Seconds(5);
+
+constexpr absl::Duration kMeterEvery = absl::Seconds(1);
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<SourceSync>> SourceSync::Create(const GuestMemory* memory,
+                                                               DirtyLog* log,
+                                                               SourceSyncOptions options) {
+  absl::StatusOr<std::unique_ptr<SendPolicy>> policy = MakePolicy(options.policy, memory->pages());
+  if (!policy.ok()) return policy.status();
+  return std::unique_ptr<SourceSync>(
+      new SourceSync(memory, log, std::move(options), *std::move(policy)));
+}
+
+SourceSync::SourceSync(const GuestMemory* memory, DirtyLog* log, SourceSyncOptions options,
+                       std::unique_ptr<SendPolicy> policy)
+    : memory_(memory),
+      log_(log),
+      options_(std::move(options)),
+      policy_(std::move(policy)),
+      pacer_({.max_bytes_per_s = options_.max_bytes_per_s, .interval = options_.scan_interval},
+             options_.now()),
+      ledger_(memory->pages(), /*target_is_zero=*/false) {}
+
+void SourceSync::AttachLink(SourceLink* link, TargetContent content) {
+  PRESYNC_CHECK(link_ == nullptr);
+  link_ = link;
+  if (content != TargetContent::kKept) {
+    ledger_.OnTargetReset(content == TargetContent::kZero);
+    first_pass_done_ = false;
+  }
+  open_sample_ = {.since = options_.now()};
+  last_confirmed_ = absl::InfinitePast();
+}
+
+void SourceSync::DetachLink() {
+  if (link_ == nullptr) return;
+  wire_bytes_before_ += link_->stats().wire_bytes;
+  link_ = nullptr;
+  pending_.clear();
+  ledger_.OnLinkLost();
+}
+
+absl::Status SourceSync::Tick() {
+  const absl::Time now = options_.now();
+  if (now >= next_scan_) {
+    next_scan_ = std::max(next_scan_ + options_.scan_interval, now);
+    if (absl::Status s = Scan(); !s.ok()) return s;
+    if (now >= next_hole_walk_) {
+      next_hole_walk_ = now + kHoleWalkEvery;
+      if (absl::Status s = FindDiscarded(); !s.ok()) return s;
+    }
+    AdaptPace(now);
+    UpdateMeters(now);
+  }
+  if (link_ == nullptr) return absl::OkStatus();
+  if (absl::Status s = Collect(); !s.ok()) return s;
+  if (absl::Status s = PostPending(); !s.ok()) return s;
+
+  const PageCount set_point = SetPointPages(options_.max_launch_time, cost());
+  const PageCount sendable = ledger_.sendable().count();
+  const PageCount above = PagesToSend(sendable, set_point, UINT64_MAX);
+  if (above == 0) {
+    first_pass_done_ = true;
+  } else if (pending_.empty()) {
+    const PageCount allowed = PagesToSend(sendable, set_point, pacer_.AvailableBytes(now));
+    starved_ |= allowed < above;
+    // A few writes at a time keep the choice fresh; the link takes more at the next step.
+    if (absl::Status s = Send(std::min(allowed, 4 * kMaxWritePages)); !s.ok()) return s;
+  }
+  return CommitIfDue(/*now=*/false);
+}
+
+absl::Status SourceSync::Scan() {
+  written_.clear();
+  if (absl::Status s = log_->Peek(&written_); !s.ok()) return s;
+  write_faults_ += CountPages(written_);
+  ledger_.MarkStale(written_);
+  policy_->OnScan(written_);
+  to_arm_.clear();
+  policy_->AppendPagesToArm(&to_arm_);
+  return log_->Arm(to_arm_);
+}
+
+absl::Status SourceSync::FindDiscarded() {
+  const PageRun all = {0, memory_->pages()};
+  absl::StatusOr<std::vector<PageRun>> holes = memory_->Holes(all);
+  if (!holes.ok()) return holes.status();
+  std::vector<PageRun> differ;
+  for (const PageRun& hole : *holes) ledger_.AppendTargetNonzero(hole, &differ);
+  ledger_.MarkStale(differ);
+  return absl::OkStatus();
+}
+
+// Takes note of what the link finished and confirmed.
+absl::Status SourceSync::Collect() {
+  events_.Clear();
+  if (absl::Status s = link_->Poll(&events_); !s.ok()) return s;
+  for (const PageWrite& write : events_.completed) ledger_.OnCompleted(write);
+  if (ledger_.commit_under_way()) {
+    ledger_.OnCommitted(events_.committed);
+    if (!ledger_.commit_under_way()) {
+      const absl::Time now = options_.now();
+      const absl::Time since = std::max(commit_sample_.since, last_confirmed_);
+      link_rate_.OnSample(commit_sample_.bytes, now - since, commit_sample_.saturated);
+      last_confirmed_ = now;
+    }
+  }
+  return absl::OkStatus();
+}
+
+// Lets the policy choose up to `pages` sendable pages, arms them and queues the writes. The order is the
+// invariant: armed first, read afterwards.
+absl::Status SourceSync::Send(PageCount pages) {
+  if (pages == 0) return absl::OkStatus();
+  policy_->Choose(ledger_.sendable(), pages, &chosen_);
+  to_arm_.clear();
+  for (const PageRun& run : chosen_) {
+    for (const PageRun& piece : memory_->SplitAtRegions(run)) to_arm_.push_back(piece);
+  }
+  if (absl::Status s = log_->Arm(to_arm_); !s.ok()) return s;
+  policy_->OnSent(to_arm_);
+  for (const PageRun& run : to_arm_) {
+    if (absl::Status s = Prepare(run); !s.ok()) return s;
+  }
+  return PostPending();
+}
+
+// Turns one armed run into writes: holes and zero pages without payload (or without any write where the
+// target is zero already), the rest in pieces. Reading a hole would allocate it, so holes come first.
+absl::Status SourceSync::Prepare(PageRun run) {
+  absl::StatusOr<std::vector<PageRun>> holes = memory_->Holes(run);
+  if (!holes.ok()) return holes.status();
+  PageIndex next = run.first;
+  for (const PageRun& hole : *holes) {
+    if (hole.first > next) QueueNonHole({next, hole.first - next});
+    QueueZero(hole);
+    next = hole.end();
+  }
+  if (run.end() > next) QueueNonHole({next, run.end() - next});
+  return absl::OkStatus();
+}
+
+void SourceSync::QueueNonHole(PageRun run) {
+  const absl::Span<const std::byte> bytes = memory_->Bytes(run);
+  PageCount done = 0;
+  while (done < run.count) {
+    const auto [zero, count] = NextZeroOrDataPages(bytes.subspan(PagesToBytes(done)));
+    const PageRun piece = {run.first + done, count};
+    done += count;
+    if (zero) {
+      QueueZero(piece);
+      continue;
+    }
+    for (PageCount cut = 0; cut < count; cut += kMaxWritePages) {
+      const PageRun write = {piece.first + cut, std::min(kMaxWritePages, count - cut)};
+      ledger_.MarkInFlight(write);
+      pending_.push_back({write, /*zero=*/false});
+      pages_sent_ += write.count;
+    }
+  }
+}
+
+void SourceSync::QueueZero(PageRun run) {
+  std::vector<PageRun> differ;
+  ledger_.AppendTargetNonzero(run, &differ);
+  ledger_.MarkSynced(run);
+  for (const PageRun& write : differ) {
+    ledger_.MarkStale({&write, 1});
+    ledger_.MarkInFlight(write);
+    pending_.push_back({write, /*zero=*/true});
+    pages_zero_ += write.count;
+  }
+}
+
+absl::Status SourceSync::PostPending() {
+  while (!pending_.empty()) {
+    // A deque is not contiguous: hand over its first stretch.
+    PageWrite batch[64];
+    const size_t count = std::min(pending_.size(), std::size(batch));
+    std::copy_n(pending_.begin(), count, batch);
+    absl::StatusOr<size_t> posted = link_->Post({batch, count});
+    if (!posted.ok()) return posted.status();
+    for (size_t i = 0; i < *posted; ++i) {
+      ledger_.OnPosted(batch[i].run);
+      if (batch[i].zero) continue;
+      const uint64_t bytes = PagesToBytes(batch[i].run.count);
+      pacer_.Spend(bytes);
+      if (open_sample_.bytes == 0) open_sample_.since = options_.now();
+      open_sample_.bytes += bytes;
+    }
+    pending_.erase(pending_.begin(), pending_.begin() + static_cast<std::ptrdiff_t>(*posted));
+    if (*posted < count) {
+      open_sample_.saturated = true;
+      return absl::OkStatus();
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status SourceSync::CommitIfDue(bool now) {
+  if (ledger_.commit_under_way() || !ledger_.needs_commit()) return absl::OkStatus();
+  const absl::Time time = options_.now();
+  const bool due = open_sample_.bytes >= kCommitEveryBytes ||
+                   time - std::max(open_sample_.since, last_confirmed_) >= kCommitEvery;
+  if (!now && !due) return absl::OkStatus();
+  absl::StatusOr<CommitId> id = link_->PostCommit();
+  if (!id.ok()) return id.status();
+  ledger_.OnCommitPosted(*id);
+  commit_sample_ = open_sample_;
+  open_sample_ = {.since = time};
+  return absl::OkStatus();
+}
+
+absl::Status SourceSync::PushAll() {
+  if (absl::Status s = Collect(); !s.ok()) return s;
+  if (absl::Status s = PostPending(); !s.ok()) return s;
+  return pending_.empty() ? Send(ledger_.sendable().count()) : absl::OkStatus();
+}
+
+absl::Status SourceSync::Flush(absl::Time deadline) {
+  while (true) {
+    if (absl::Status s = PushAll(); !s.ok()) return s;
+    if (ledger_.all_synced()) return absl::OkStatus();
+    if (pending_.empty() && ledger_.sendable().empty()) {
+      if (absl::Status s = CommitIfDue(/*now=*/true); !s.ok()) return s;
+    }
+    const absl::Time now = options_.now();
+    if (now >= deadline) {
+      return absl::DeadlineExceededError("the target did not confirm the residual in time");
+    }
+    if (absl::Status s = link_->Wait(std::min(deadline, now + absl::Milliseconds(20))); !s.ok()) {
+      return s;
+    }
+  }
+}
+
+void SourceSync::AdaptPace(absl::Time now) {
+  PacerSignals signals = {.link_bytes_per_s = link_rate_.bytes_per_s(), .demand = starved_};
+  if (link_ != nullptr) {
+    const LinkStats stats = link_->stats();
+    signals.completion_latency = stats.completion_latency;
+    // A queue worth a whole interval of the link is full: what waits there came too early.
+    const double interval_bytes = std::max<double>(
+        1 << 20, signals.link_bytes_per_s * absl::ToDoubleSeconds(options_.scan_interval));
+    signals.queue_fill = std::min(1.0, stats.queued_bytes / interval_bytes);
+  }
+  starved_ = false;
+  pacer_.OnInterval(now, signals);
+}
+
+void SourceSync::UpdateMeters(absl::Time now) {
+  const absl::Duration elapsed = now - meter_since_;
+  if (elapsed < kMeterEvery) return;
+  const uint64_t wire = wire_bytes_before_ + (link_ != nullptr ? link_->stats().wire_bytes : 0);
+  if (meter_since_ != absl::InfinitePast()) {
+    const double seconds = absl::ToDoubleSeconds(elapsed);
+    rate_bytes_per_s_ = static_cast<uint64_t>((wire - meter_wire_bytes_) / seconds);
+    dirty_pages_per_s_ = (write_faults_ - meter_faults_) / seconds;
+  }
+  meter_since_ = now;
+  meter_wire_bytes_ = wire;
+  meter_faults_ = write_faults_;
+}
+
+SyncProgress SourceSync::progress() const {
+  const PageCount residual = ledger_.residual();
+  return {
+      .pages = ledger_.pages(),
+      .residual = residual,
+      .set_point = SetPointPages(options_.max_launch_time, cost()),
+      .first_pass_done = first_pass_done_,
+      .predicted_launch = PredictLaunchTime(residual, cost()),
+      .rate_bytes_per_s = rate_bytes_per_s_,
+      .allowed_bytes_per_s = pacer_.rate_bytes_per_s(),
+      .link_bytes_per_s = link_rate_.bytes_per_s(),
+      .wire_bytes = wire_bytes_before_ + (link_ != nullptr ? link_->stats().wire_bytes : 0),
+      .pages_sent = pages_sent_,
+      .pages_zero = pages_zero_,
+      .write_faults = write_faults_,
+      .dirty_pages_per_s = dirty_pages_per_s_,
+  };
+}
+
+}  // namespace presync

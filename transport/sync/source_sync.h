@@ -1,0 +1,153 @@
+// The source's engine: joins dirty log, policy, pacer and link so that the target's copy of a running
+// guest's memory stays close behind, and can be brought level at a launch.
+#pragma once
+
+#include <deque>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "predictor/link_rate.h"
+#include "predictor/pacer.h"
+#include "predictor/policy.h"
+#include "predictor/set_point.h"
+#include "transport/dirty_log.h"
+#include "transport/link.h"
+#include "transport/memory.h"
+#include "transport/sync/page_ledger.h"
+
+namespace presync {
+
+struct SourceSyncOptions {
+  absl::Duration scan_interval = absl::Milliseconds(100);
+  absl::Duration max_launch_time = absl::Milliseconds(100);  // the promise
+  absl::Duration fixed_cost = absl::Milliseconds(45);  // of a handover, until one was measured here
+  uint64_t max_bytes_per_s = 0;                         // of the background sync; 0 = no cap
+  std::string policy = "ewma";
+  std::function<absl::Time()> now = absl::Now;
+};
+
+// What a person or a script sees of the sync. Counters since the session began.
+struct SyncProgress {
+  PageCount pages = 0;
+  PageCount residual = 0;
+  PageCount set_point = 0;
+  bool first_pass_done = false;  // every page was synced once, but for those that wait in the set-point
+  absl::Duration predicted_launch = absl::InfiniteDuration();
+  uint64_t rate_bytes_per_s = 0;   // wire bytes, over the last second
+  uint64_t allowed_bytes_per_s = 0;  // by the pacer
+  uint64_t link_bytes_per_s = 0;   // measured goodput, 0 = not yet
+  uint64_t wire_bytes = 0;
+  uint64_t pages_sent = 0;         // with payload
+  uint64_t pages_zero = 0;         // as zero runs
+  uint64_t write_faults = 0;       // armed pages that were written: what tracking cost the guest
+  double dirty_pages_per_s = 0;    // pages seen written, over the last second
+};
+
+// One thread at a time may use it. It owns no thread and does not block, except where it takes a deadline.
+// Errors: UNAVAILABLE from the link means "detach it, attach another"; the dirty log's errors are final.
+class SourceSync {
+ public:
+  // `memory` and `log` must outlive it. INVALID_ARGUMENT: no such policy.
+  static absl::StatusOr<std::unique_ptr<SourceSync>> Create(const GuestMemory* memory,
+                                                            DirtyLog* log,
+                                                            SourceSyncOptions options);
+
+  // What the target's memory holds at the moment a link to it is attached.
+  enum class TargetContent { kUnknown, kZero, kKept };
+
+  // `link` must live until DetachLink.
+  void AttachLink(SourceLink* link, TargetContent content);
+  // Forgets the link and everything it had not confirmed.
+  void DetachLink();
+
+  // One step of the background sync: scans if a scan is due, adapts the pace, sends what is above
+  // the set-point. Call it at least every few milliseconds while there is work.
+  absl::Status Tick();
+
+  // When Tick has something to do next, the link's completions aside.
+  absl::Time next_scan() const { return next_scan_; }
+  // Whether the link has accepted work that waits for completion or back-pressure to end.
+  bool busy() const { return !pending_.empty() || ledger_.in_flight() > 0; }
+
+  // For a launch. ------------------------------------------------------------------------------------
+  // Looks now, whatever the interval says.
+  absl::Status Scan();
+  // Finds pages that left the guest's memory (holes) and are not zero on the target: they become stale.
+  absl::Status FindDiscarded();
+  // Sends every stale page, past set-point and pacer, and waits until the target confirmed all
+  // of it. `progress` (may be null) is called between steps. DEADLINE_EXCEEDED: not all confirmed in time.
+  absl::Status Flush(absl::Time deadline);
+  // Sends every stale page without waiting for completions.
+  absl::Status PushAll();
+
+  PageCount residual() const { return ledger_.residual(); }
+  bool all_synced() const { return ledger_.all_synced(); }
+  uint64_t link_bytes_per_s() const { return link_rate_.bytes_per_s(); }
+  SyncProgress progress() const;
+
+  void set_max_launch_time(absl::Duration promise) { options_.max_launch_time = promise; }
+  void set_fixed_cost(absl::Duration cost) { options_.fixed_cost = cost; }
+  const SourceSyncOptions& options() const { return options_; }
+
+ private:
+  SourceSync(const GuestMemory* memory, DirtyLog* log, SourceSyncOptions options,
+             std::unique_ptr<SendPolicy> policy);
+
+  LaunchCost cost() const { return {options_.fixed_cost, link_rate_.bytes_per_s()}; }
+  absl::Status Collect();
+  absl::Status Send(PageCount pages);
+  absl::Status Prepare(PageRun run);
+  void QueueNonHole(PageRun run);
+  void QueueZero(PageRun run);
+  absl::Status PostPending();
+  absl::Status CommitIfDue(bool now);
+  void AdaptPace(absl::Time now);
+  void UpdateMeters(absl::Time now);
+
+  const GuestMemory* memory_;
+  DirtyLog* log_;
+  SourceSyncOptions options_;
+  std::unique_ptr<SendPolicy> policy_;
+  Pacer pacer_;
+  LinkRateEstimator link_rate_;
+  PageLedger ledger_;
+  SourceLink* link_ = nullptr;
+
+  std::deque<PageWrite> pending_;  // armed, in flight for the ledger, not yet taken by the link
+  absl::Time next_scan_ = absl::InfinitePast();
+  absl::Time next_hole_walk_ = absl::InfinitePast();
+  bool first_pass_done_ = false;
+  bool starved_ = false;  // since the last interval the pacer held something back
+
+  // The commit under way, and what it measures.
+  struct CommitSample {
+    absl::Time since;
+    uint64_t bytes = 0;
+    bool saturated = false;
+  };
+  CommitSample open_sample_;    // of what was posted since the last commit was posted
+  CommitSample commit_sample_;  // of the commit under way
+  absl::Time last_confirmed_ = absl::InfinitePast();
+
+  // Counters of links that are gone, and meters.
+  uint64_t wire_bytes_before_ = 0;
+  uint64_t pages_sent_ = 0;
+  uint64_t pages_zero_ = 0;
+  uint64_t write_faults_ = 0;
+  absl::Time meter_since_ = absl::InfinitePast();
+  uint64_t meter_wire_bytes_ = 0;
+  uint64_t meter_faults_ = 0;
+  uint64_t rate_bytes_per_s_ = 0;
+  double dirty_pages_per_s_ = 0;
+
+  // Reused buffers.
+  std::vector<PageRun> written_, to_arm_, chosen_;
+  LinkEvents events_;
+};
+
+}  // namespace presync

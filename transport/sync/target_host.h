@@ -1,0 +1,69 @@
+// What the target's host offers to guests that come: decided by its own configuration, never by a peer.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "transport/guest.h"
+#include "transport/memory.h"
+
+namespace presync {
+
+// One region as the source describes it. Checked by the session: a plain name, a sane size.
+struct RegionRequest {
+  std::string name;
+  uint64_t size_bytes = 0;
+};
+
+// One guest's place on this host: its memory, and the process that waits for its device state.
+// Destroying a place ends the waiting process and removes the memory, unless Keep was called.
+// One thread at a time may use it.
+class TargetPlace {
+ public:
+  virtual ~TargetPlace() = default;
+
+  virtual const GuestMemory& memory() const = 0;
+
+  // Whether the memory was fresh and zero when this place was made.
+  virtual bool memory_was_zero() const = 0;
+
+  // The waiting guest, started (or, after a handover that was called off, started again) if need be.
+  // The pointer is good until the next call. FAILED_PRECONDITION: it does not fit the memory, with what
+  // to change; UNAVAILABLE: it did not start, with its last words.
+  virtual absl::StatusOr<TargetGuest*> Waiting(absl::Time deadline) = 0;
+
+  // Ok while the waiting guest's process lives.
+  virtual absl::Status Check() = 0;
+
+  // Ends the waiting guest's process, which never ran; the memory stays. Waiting starts a new one.
+  // Ok: it is certain that the process is gone.
+  virtual absl::Status EndWaiting() = 0;
+
+  // The guest runs here now: leave process and memory alone from now on.
+  virtual void Keep() = 0;
+
+  // How this host reaches the guest's QEMU, for people and for recovery.
+  virtual std::string address() const = 0;
+};
+
+// Thread-safe.
+class TargetHost {
+ public:
+  virtual ~TargetHost() = default;
+
+  // Makes a place for `guest`. Errors are told to the source's operator: NOT_FOUND: this host's
+  // configuration has no such guest; ALREADY_EXISTS: a file or a running guest is in the way;
+  // RESOURCE_EXHAUSTED: not enough memory; FAILED_PRECONDITION: regions differ from what is configured.
+  virtual absl::StatusOr<std::unique_ptr<TargetPlace>> MakePlace(
+      const std::string& guest, const std::vector<RegionRequest>& regions) = 0;
+
+  // Makes sure that a guest which was waiting for `session` under this address, before presyncd was
+  // restarted, never runs. Ok: it is certain.
+  virtual absl::Status EndOrphan(const std::string& address) = 0;
+};
+
+}  // namespace presync

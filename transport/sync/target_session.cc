@@ -1,0 +1,411 @@
+#include "transport/sync/target_session.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "transport/sync/conversation.h"
+#include "transport/sync/handover_record.h"
+#include "transport/sync/page_hash.h"
+
+namespace presync {
+namespace {
+
+using Body = wire::ControlMessage;
+
+constexpr absl::Duration kSendTimeout = absl::Seconds(5);
+constexpr absl::Duration kStreamsTimeout = absl::Seconds(10);
+constexpr absl::Duration kGuestTimeout = absl::Seconds(30);
+// A guest's name goes into messages and file names.
+constexpr size_t kMaxNameBytes = 128;
+constexpr int kMaxRegions = 256;
+constexpr uint64_t kMaxRegionBytes = uint64_t{1} << 43;  // 8 TiB
+// Device state that is staged: QEMU's is some hundred KB, with video RAM some tens of MB.
+constexpr uint64_t kMaxStateBytes = uint64_t{1} << 30;
+constexpr size_t kMaxHashReplyBytes = 512 << 10;
+
+bool IsPlainName(const std::string& name) {
+  return !name.empty() && name.size() <= kMaxNameBytes && name[0] != '.' &&
+         std::all_of(name.begin(), name.end(), [](unsigned char c) {
+           return std::isalnum(c) != 0 || c == '-' || c == '_' || c == '.';
+         });
+}
+
+absl::Status CheckRequest(const wire::OpenSession& open) {
+  if (!IsPlainName(open.guest())) {
+    return absl::InvalidArgumentError(
+        "a guest's name has letters, digits, '-', '_' and '.', at most 128 of them");
+  }
+  if (open.page_bytes() != kPageBytes) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("pages of ", open.page_bytes(), " bytes; this host has ", kPageBytes));
+  }
+  if (open.regions_size() < 1 || open.regions_size() > kMaxRegions || open.tcp_streams() < 1) {
+    return absl::InvalidArgumentError("a session needs memory regions and at least one stream");
+  }
+  for (const wire::RegionSpec& region : open.regions()) {
+    if (!IsPlainName(region.name()) || region.size_bytes() == 0 ||
+        region.size_bytes() > kMaxRegionBytes || region.size_bytes() % kPageBytes != 0) {
+      return absl::InvalidArgumentError("a memory region has a bad name or size");
+    }
+  }
+  return absl::OkStatus();
+}
+
+// Writes all of `bytes` to a pipe or socket whose reader is a loading guest.
+absl::Status WriteAll(int fd, absl::string_view bytes, absl::Time deadline) {
+  while (!bytes.empty()) {
+    const ssize_t n = ::write(fd, bytes.data(), bytes.size());
+    if (n > 0) {
+      bytes.remove_prefix(static_cast<size_t>(n));
+      continue;
+    }
+    if (errno == EINTR) continue;
+    if (errno != EAGAIN) {
+      return absl::UnavailableError(
+          absl::StrCat("the waiting guest does not take its device state: ", std::strerror(errno)));
+    }
+    const int64_t left_ms = absl::ToInt64Milliseconds(deadline - absl::Now());
+    pollfd p = {.fd = fd, .events = POLLOUT, .revents = 0};
+    if (left_ms <= 0 || ::poll(&p, 1, static_cast<int>(left_ms)) <= 0) {
+      return absl::DeadlineExceededError("the waiting guest does not take its device state");
+    }
+  }
+  return absl::OkStatus();
+}
+
+class Conversation {
+ public:
+  Conversation(TargetService* service, ControlChannel* channel)
+      : service_(service), channel_(channel) {}
+
+  void Run();
+
+ private:
+  absl::Status Open(const wire::OpenSession& open);
+  absl::StatusOr<wire::SessionOpened::Content> PreparePlace(const wire::OpenSession& open);
+  absl::Status Serve();
+  absl::Status Handle(const Body& message);
+  absl::Status BeginHandover();
+  absl::Status TakeState(const wire::StateChunk& chunk);
+  absl::Status AnswerHashes(const wire::HashRequest& request);
+  absl::Status Load(const wire::Load& load);
+  absl::Status RunGuest();
+  void AbortHandover();
+  void End(const absl::Status& why);
+
+  absl::Status Send(const Body& message) {
+    return channel_->Send(message, absl::Now() + kSendTimeout);
+  }
+
+  TargetService* const service_;
+  ControlChannel* const channel_;
+  TargetSlot* slot_ = nullptr;
+  std::unique_ptr<TcpTargetLink> link_;
+
+  // The handover, from BeginHandover on.
+  TargetGuest* guest_ = nullptr;
+  std::optional<HandoverRecord> record_;
+  UniqueFd state_stream_;
+  std::string staged_;
+  uint64_t state_bytes_ = 0;
+  bool loading_ = false;  // bytes saved after the stop were given to the guest: it may have written its RAM
+  bool loaded_ = false;
+  bool forget_ = false;
+  bool over_ = false;
+};
+
+void Conversation::Run() {
+  const absl::Time deadline = absl::Now() + service_->options().preamble_timeout;
+  absl::StatusOr<uint32_t> version = ExchangeHello(channel_, deadline);
+  if (!version.ok()) {
+    Send(MakeRefused(version.status())).IgnoreError();
+    service_->Log(true, absl::StrCat(channel_->peer(), ": ", version.status().message()));
+    return;
+  }
+  absl::StatusOr<Body> first = channel_->Receive(deadline);
+  if (!first.ok()) return;
+  if (first->body_case() == Body::kQueryOutcome) {
+    Body reply;
+    const absl::StatusOr<SessionId> id = IdFromBytes(first->query_outcome().session_id());
+    if (id.ok()) *reply.mutable_outcome() = service_->Outcome(*id, first->query_outcome().guest());
+    reply.mutable_outcome();
+    Send(reply).IgnoreError();
+    return;
+  }
+  absl::Status status = first->body_case() == Body::kOpenSession
+                            ? Open(first->open_session())
+                            : absl::InvalidArgumentError("a conversation opens a session first");
+  if (status.ok()) status = Serve();
+  End(status);
+}
+
+absl::Status Conversation::Open(const wire::OpenSession& open) {
+  if (absl::Status s = CheckRequest(open); !s.ok()) return s;
+  const absl::StatusOr<SessionId> id = IdFromBytes(open.session_id());
+  if (!id.ok()) return id.status();
+  absl::StatusOr<TargetSlot*> slot = service_->AcquireSlot(*id, open.guest(), channel_);
+  if (!slot.ok()) return slot.status();
+  slot_ = *slot;
+
+  absl::StatusOr<wire::SessionOpened::Content> content = PreparePlace(open);
+  if (!content.ok()) {
+    forget_ = true;
+    return content.status();
+  }
+  const uint32_t streams = std::min(open.tcp_streams(), service_->options().max_tcp_streams);
+  const SessionToken token = service_->ExpectStreams(streams);
+  Body opened;
+  opened.mutable_session_opened()->set_content(*content);
+  opened.mutable_session_opened()->set_token(IdToBytes(token));
+  opened.mutable_session_opened()->set_tcp_streams(streams);
+  const absl::Status sent = Send(opened);
+  absl::StatusOr<std::vector<UniqueFd>> sockets =
+      service_->TakeStreams(token, absl::Now() + (sent.ok() ? kStreamsTimeout : absl::ZeroDuration()));
+  if (!sent.ok()) return sent;
+  if (!sockets.ok()) return sockets.status();
+  absl::StatusOr<std::unique_ptr<TcpTargetLink>> link =
+      TcpTargetLink::Create(&slot_->place->memory(), *std::move(sockets), service_->options().tcp);
+  if (!link.ok()) return link.status();
+  link_ = *std::move(link);
+  slot_->content_kept = true;
+  service_->Log(false, absl::StrCat(slot_->guest, ": mirroring from ", channel_->peer(), ", ",
+                                    slot_->place->memory().pages() * (kPageBytes >> 10) >> 10,
+                                    " MiB, ", streams, " streams"));
+  Body ready;
+  ready.mutable_link_ready();
+  return Send(ready);
+}
+
+// Memory and waiting guest: those of the session if it comes back, else new ones.
+absl::StatusOr<wire::SessionOpened::Content> Conversation::PreparePlace(
+    const wire::OpenSession& open) {
+  std::vector<RegionRequest> regions;
+  for (const wire::RegionSpec& spec : open.regions()) {
+    regions.push_back({spec.name(), spec.size_bytes()});
+  }
+  wire::SessionOpened::Content content = wire::SessionOpened::KEPT;
+  if (slot_->place == nullptr || !slot_->content_kept) {
+    slot_->place.reset();
+    absl::StatusOr<std::unique_ptr<TargetPlace>> place =
+        service_->host()->MakePlace(open.guest(), regions);
+    if (!place.ok()) return place.status();
+    slot_->place = *std::move(place);
+    content = slot_->place->memory_was_zero() ? wire::SessionOpened::ZERO
+                                              : wire::SessionOpened::UNKNOWN;
+  }
+  const absl::Span<const Region> here = slot_->place->memory().regions();
+  for (size_t i = 0; i < std::max(here.size(), regions.size()); ++i) {
+    if (i >= here.size() || i >= regions.size() || here[i].name() != regions[i].name ||
+        here[i].size_bytes() != regions[i].size_bytes) {
+      return absl::FailedPreconditionError(
+          "the session came back with other memory regions than it began with");
+    }
+  }
+  if (absl::StatusOr<TargetGuest*> guest = slot_->place->Waiting(absl::Now() + kGuestTimeout);
+      !guest.ok()) {
+    return guest.status();
+  }
+  return content;
+}
+
+absl::Status Conversation::Serve() {
+  while (!over_) {
+    absl::StatusOr<Body> message =
+        channel_->Receive(absl::Now() + service_->options().idle_timeout);
+    if (!message.ok()) {
+      if (!absl::IsDeadlineExceeded(message.status())) return message.status();
+      return absl::UnavailableError(absl::StrCat(channel_->peer(), " fell silent"));
+    }
+    if (absl::Status s = Handle(*message); !s.ok()) return s;
+    if (link_ != nullptr && !loaded_) {
+      if (absl::Status s = link_->health(); !s.ok()) return s;
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Conversation::Handle(const Body& message) {
+  switch (message.body_case()) {
+    case Body::kPing: {
+      if (!loaded_) {
+        if (absl::Status s = slot_->place->Check(); !s.ok()) return s;
+      }
+      Body pong;
+      pong.mutable_pong()->set_sequence(message.ping().sequence());
+      return Send(pong);
+    }
+    case Body::kBeginHandover:
+      return BeginHandover();
+    case Body::kStateChunk:
+      return TakeState(message.state_chunk());
+    case Body::kHashRequest:
+      return AnswerHashes(message.hash_request());
+    case Body::kLoad:
+      return Load(message.load());
+    case Body::kRun:
+      return RunGuest();
+    case Body::kAbortHandover:
+      service_->Log(true, absl::StrCat(slot_->guest, ": the source called the handover off: ",
+                                       RefusedStatus({}, message.abort_handover().reason()).message()));
+      AbortHandover();
+      return absl::OkStatus();
+    case Body::kCloseSession:
+      service_->Log(false, absl::StrCat(slot_->guest, ": the source ended the sync"));
+      forget_ = over_ = true;
+      return absl::OkStatus();
+    default:
+      return absl::InvalidArgumentError(
+          absl::StrCat("message ", message.body_case(), " does not fit here"));
+  }
+}
+
+absl::Status Conversation::BeginHandover() {
+  if (guest_ != nullptr) return absl::FailedPreconditionError("a handover is already under way");
+  absl::StatusOr<TargetGuest*> guest = slot_->place->Waiting(absl::Now() + kGuestTimeout);
+  if (!guest.ok()) return guest.status();
+  absl::StatusOr<HandoverRecord> record = HandoverRecord::Open(
+      service_->options().record_folder, {.role = HandoverRole::kTarget,
+                                          .phase = HandoverPhase::kWaiting,
+                                          .guest = slot_->guest,
+                                          .session = slot_->session,
+                                          .peer = channel_->peer(),
+                                          .detail = slot_->place->address()});
+  if (!record.ok()) return record.status();
+  record_ = *std::move(record);
+  guest_ = *guest;
+  absl::StatusOr<UniqueFd> stream = (*guest)->BeginLoad(absl::Now() + kGuestTimeout);
+  if (!stream.ok()) return stream.status();
+  state_stream_ = *std::move(stream);
+  ::fcntl(state_stream_.get(), F_SETFL, ::fcntl(state_stream_.get(), F_GETFL) | O_NONBLOCK);
+  service_->SetSlotState(slot_, "handover");
+  Body ready;
+  ready.mutable_handover_ready();
+  return Send(ready);
+}
+
+// Live state is loaded as it comes; staged state waits, for loading it reads guest RAM.
+absl::Status Conversation::TakeState(const wire::StateChunk& chunk) {
+  if (guest_ == nullptr || loading_) {
+    return absl::InvalidArgumentError("device state came outside a handover");
+  }
+  state_bytes_ += chunk.data().size();
+  if (chunk.staged() || !staged_.empty()) {
+    if (staged_.size() + chunk.data().size() > kMaxStateBytes) {
+      return absl::InvalidArgumentError("the device state is too long");
+    }
+    staged_ += chunk.data();
+    return absl::OkStatus();
+  }
+  return WriteAll(state_stream_.get(), chunk.data(), absl::Now() + kGuestTimeout);
+}
+
+absl::Status Conversation::AnswerHashes(const wire::HashRequest& request) {
+  const uint64_t per_hash = std::max<uint64_t>(1, request.pages_per_hash());
+  if (request.pages() / per_hash * kHashBytes > kMaxHashReplyBytes) {
+    return absl::InvalidArgumentError("too many hashes were asked for at once");
+  }
+  absl::StatusOr<std::string> hashes =
+      HashPages(slot_->place->memory(), {request.first_page(), request.pages()},
+                request.pages_per_hash());
+  if (!hashes.ok()) return hashes.status();
+  Body reply;
+  reply.mutable_hash_reply()->set_first_page(request.first_page());
+  *reply.mutable_hash_reply()->mutable_hashes() = *std::move(hashes);
+  return Send(reply);
+}
+
+absl::Status Conversation::Load(const wire::Load& load) {
+  if (guest_ == nullptr || loading_ || load.state_bytes() != state_bytes_) {
+    return absl::InvalidArgumentError("the order to load does not match the device state received");
+  }
+  // Nothing of the network's may touch the guest's memory from here on.
+  link_->Close();
+  loading_ = true;
+  slot_->content_kept = false;
+  const absl::Time deadline = absl::Now() + kGuestTimeout;
+  if (absl::Status s = WriteAll(state_stream_.get(), staged_, deadline); !s.ok()) return s;
+  state_stream_.reset();
+  if (absl::Status s = guest_->AwaitLoaded(deadline); !s.ok()) return s;
+  loaded_ = true;
+  Body loaded;
+  loaded.mutable_loaded();
+  return Send(loaded);
+}
+
+// The source has given the guest up. From the record on it is this host's.
+absl::Status Conversation::RunGuest() {
+  if (!loaded_) return absl::InvalidArgumentError("the order to run came before everything was loaded");
+  if (absl::Status s = record_->Append(HandoverPhase::kToldToRun); !s.ok()) return s;
+  const absl::Time deadline = absl::Now() + kGuestTimeout;
+  absl::Status run = guest_->Run(deadline);
+  Body answer;
+  if (run.ok()) {
+    answer.mutable_running();
+    Send(answer).IgnoreError();  // if it is lost the source asks; the record knows
+    slot_->place->Keep();
+    record_->Append(HandoverPhase::kRunning).IgnoreError();
+    service_->Log(false, absl::StrCat(slot_->guest, ": runs here now"));
+  } else if (guest_->Discard(deadline).ok() && record_->Append(HandoverPhase::kNeverRan).ok()) {
+    // Only a process that is certainly gone never ran.
+    answer.mutable_outcome()->set_value(wire::Outcome::NEVER_RAN);
+    answer.mutable_outcome()->set_text(std::string(run.message()));
+    Send(answer).IgnoreError();
+    service_->Log(true, absl::StrCat(slot_->guest, ": could not be run: ", run.message()));
+  } else {
+    slot_->place->Keep();
+    service_->Log(true, absl::StrCat(slot_->guest, ": was told to run, and whether it does is not "
+                                     "known: ", run.message(), ". Look at ", slot_->place->address()));
+  }
+  forget_ = over_ = true;
+  return absl::OkStatus();
+}
+
+// The guest goes on at the source. The waiting one has eaten a part of the state: a new one must wait.
+void Conversation::AbortHandover() {
+  over_ = true;
+  if (guest_ == nullptr) return;
+  guest_ = nullptr;
+  // Only a process that is certainly gone never ran; otherwise the record stays open, and Outcome decides.
+  const absl::Status ended = slot_->place->EndWaiting();
+  if (ended.ok()) {
+    record_->Append(HandoverPhase::kNeverRan).IgnoreError();
+  } else {
+    service_->Log(true, absl::StrCat(slot_->guest, ": ", ended.message()));
+  }
+}
+
+void Conversation::End(const absl::Status& why) {
+  if (slot_ == nullptr) {
+    if (!why.ok()) {
+      service_->Log(true, absl::StrCat("refused ", channel_->peer(), ": ", why.message()));
+      Send(MakeRefused(why)).IgnoreError();
+    }
+    return;
+  }
+  if (!why.ok()) {
+    service_->Log(true, absl::StrCat(slot_->guest, ": ", why.message()));
+    Send(MakeRefused(why)).IgnoreError();
+  }
+  link_.reset();
+  // Whatever ended the conversation, an order to run can't come any more: the guest never runs here.
+  if (!over_ && guest_ != nullptr) AbortHandover();
+  service_->ReleaseSlot(slot_, forget_);
+}
+
+}  // namespace
+
+void RunTargetConversation(TargetService* service, ControlChannel* channel) {
+  Conversation(service, channel).Run();
+}
+
+}  // namespace presync

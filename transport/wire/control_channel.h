@@ -1,0 +1,55 @@
+// The control connection: framed protobuf messages over one socket.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "transport/unique_fd.h"
+#include "transport/wire/control.pb.h"
+
+namespace presync {
+
+// Frames larger than this are refused before anything is allocated for them.
+inline constexpr uint32_t kMaxControlFrameBytes = 1 << 20;
+// Device state travels in pieces of at most this.
+inline constexpr uint32_t kMaxStateChunkBytes = 256 << 10;
+
+// A frame is a u32 little-endian length and that many bytes of a ControlMessage. Any thread may Send;
+// one thread at a time may Receive. Any failure but a deadline in Receive is final.
+class ControlChannel {
+ public:
+  // Takes a connected stream socket; `peer` names the other side in error texts.
+  ControlChannel(UniqueFd socket, std::string peer);
+  ~ControlChannel();
+  ControlChannel(const ControlChannel&) = delete;
+  ControlChannel& operator=(const ControlChannel&) = delete;
+
+  const std::string& peer() const { return peer_; }
+
+  // Blocks until the message is handed to the kernel, or until `deadline` when the peer does not read.
+  // UNAVAILABLE: the connection is gone. DEADLINE_EXCEEDED: final too, part of a frame may be out.
+  absl::Status Send(const wire::ControlMessage& message, absl::Time deadline);
+
+  // Waits for one message. DEADLINE_EXCEEDED: none yet, ask again. UNAVAILABLE: the connection is gone.
+  // INVALID_ARGUMENT: not a frame of this protocol, or one that is too long.
+  absl::StatusOr<wire::ControlMessage> Receive(absl::Time deadline);
+
+  // Wakes whoever is blocked in Send or Receive, with UNAVAILABLE. Any thread.
+  void Shutdown();
+
+ private:
+  absl::Status FillTo(size_t bytes, absl::Time deadline);
+
+  const UniqueFd socket_;
+  const std::string peer_;
+  absl::Mutex send_mutex_;
+  absl::Status send_status_ ABSL_GUARDED_BY(send_mutex_);
+  std::string received_;  // bytes of a frame that is not whole yet
+};
+
+}  // namespace presync
