@@ -1,0 +1,173 @@
+#include "tools/presyncd/config.h"
+
+#define TOML_EXCEPTIONS 0
+#include <toml++/toml.h>
+
+#include <fstream>
+#include <functional>
+#include <iterator>
+#include <sstream>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "tools/common/units.h"
+
+namespace presync {
+namespace {
+
+// Reads one table: each key has a setter, everything else is an error that names the keys there are.
+class TableReader {
+ public:
+  using Setter = std::function<absl::Status(const toml::node&)>;
+
+  explicit TableReader(std::string path) : path_(std::move(path)) {}
+
+  void On(const std::string& key, Setter setter) { setters_[key] = std::move(setter); }
+
+  void Text(const std::string& key, std::string* out) {
+    On(key, [out](const toml::node& node) {
+      const auto value = node.value_exact<std::string>();
+      if (!value) return absl::InvalidArgumentError("must be a string in quotes");
+      *out = *value;
+      return absl::OkStatus();
+    });
+  }
+
+  template <typename T>
+  void Parsed(const std::string& key, T* out, absl::StatusOr<T> (*parse)(absl::string_view)) {
+    On(key, [out, parse](const toml::node& node) -> absl::Status {
+      const auto text = node.value_exact<std::string>();
+      if (!text) return absl::InvalidArgumentError("must be a string in quotes");
+      absl::StatusOr<T> value = parse(*text);
+      if (!value.ok()) return value.status();
+      *out = *value;
+      return absl::OkStatus();
+    });
+  }
+
+  absl::Status Read(const toml::table& table) const {
+    for (const auto& [key, node] : table) {
+      const std::string name(key.str());
+      const auto it = setters_.find(name);
+      absl::Status status;
+      if (it == setters_.end()) {
+        std::vector<std::string> known;
+        for (const auto& [known_key, setter] : setters_) known.push_back(known_key);
+        status = absl::InvalidArgumentError(
+            absl::StrCat("no such key; there are: ", absl::StrJoin(known, ", ")));
+      } else {
+        status = it->second(node);
+      }
+      if (!status.ok()) {
+        return absl::InvalidArgumentError(
+            absl::StrCat(path_, ":", node.source().begin.line, ": ", name, ": ", status.message()));
+      }
+    }
+    return absl::OkStatus();
+  }
+
+ private:
+  const std::string path_;
+  std::map<std::string, Setter> setters_;
+};
+
+absl::Status OnTable(const toml::node& node, const TableReader& reader) {
+  const toml::table* table = node.as_table();
+  if (table == nullptr) return absl::InvalidArgumentError("must be a table");
+  return reader.Read(*table);
+}
+
+absl::Status ReadGuest(const toml::node& node, const std::string& path, TargetGuestConfig* guest) {
+  TableReader reader(path);
+  reader.Text("attach", &guest->attach_qmp);
+  reader.On("command", [guest](const toml::node& value) {
+    const toml::array* array = value.as_array();
+    if (array == nullptr) return absl::InvalidArgumentError("must be an array of strings");
+    for (const toml::node& element : *array) {
+      const auto text = element.value_exact<std::string>();
+      if (!text) return absl::InvalidArgumentError("must be an array of strings");
+      guest->command.push_back(*text);
+    }
+    return absl::OkStatus();
+  });
+  if (absl::Status s = OnTable(node, reader); !s.ok()) return s;
+  if (guest->command.empty() == guest->attach_qmp.empty()) {
+    return absl::InvalidArgumentError("a guest needs either command = [...] or attach = \"SOCKET\"");
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ReadDefaults(const toml::node& node, const std::string& path, Config* config) {
+  TableReader reader(path);
+  reader.Parsed("max_launch_time", &config->max_launch_time, &ParsePositiveDuration);
+  reader.Parsed("fixed_cost", &config->fixed_cost, &ParsePositiveDuration);
+  reader.Parsed("scan_interval", &config->scan_interval, &ParsePositiveDuration);
+  reader.Parsed("max_bandwidth", &config->max_bandwidth, &ParseRate);
+  reader.Text("compression", &config->compression);
+  reader.Text("dirty_log", &config->dirty_log);
+  reader.Text("policy", &config->policy);
+  reader.On("tcp_streams", [config](const toml::node& value) {
+    const auto number = value.value_exact<int64_t>();
+    if (!number || *number < 1 || *number > 16) {
+      return absl::InvalidArgumentError("must be a number from 1 to 16");
+    }
+    config->tcp_streams = static_cast<uint32_t>(*number);
+    return absl::OkStatus();
+  });
+  return OnTable(node, reader);
+}
+
+absl::Status SetListen(const toml::node& node, Config* config) {
+  const auto text = node.value_exact<std::string>();
+  if (!text) return absl::InvalidArgumentError("must be a string in quotes");
+  absl::StatusOr<HostPort> address = ParseHostPort(*text, kDefaultPort);
+  if (!address.ok()) return address.status();
+  config->listen_host = address->host;
+  config->listen_port = address->port;
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<Config> ParseConfig(absl::string_view text, const std::string& path) {
+  const toml::parse_result parsed = toml::parse(std::string_view(text.data(), text.size()), path);
+  if (!parsed) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(path, ":", parsed.error().source().begin.line, ": ",
+                     std::string(parsed.error().description())));
+  }
+  Config config;
+  TableReader reader(path);
+  reader.On("listen", [&](const toml::node& node) { return SetListen(node, &config); });
+  reader.Text("socket", &config.socket);
+  reader.Text("state_folder", &config.state_folder);
+  reader.Text("run_folder", &config.run_folder);
+  reader.Text("ram_folder", &config.ram_folder);
+  reader.Text("log_level", &config.log_level);
+  reader.Parsed("max_guest_memory", &config.max_guest_bytes, &ParseSize);
+  reader.On("defaults",
+            [&](const toml::node& node) { return ReadDefaults(node, path, &config); });
+  reader.On("guest", [&](const toml::node& node) -> absl::Status {
+    TableReader guests(path);
+    const toml::table* table = node.as_table();
+    if (table == nullptr) return absl::InvalidArgumentError("write it as [guest.NAME]");
+    for (const auto& [key, value] : *table) {
+      TargetGuestConfig* guest = &config.guests[std::string(key.str())];
+      guests.On(std::string(key.str()),
+                [&path, guest](const toml::node& n) { return ReadGuest(n, path, guest); });
+    }
+    return guests.Read(*table);
+  });
+  if (absl::Status s = reader.Read(parsed.table()); !s.ok()) return s;
+  return config;
+}
+
+absl::StatusOr<Config> LoadConfig(const std::string& path) {
+  std::ifstream in(path);
+  if (!in) return absl::NotFoundError(absl::StrCat("can't read the configuration ", path));
+  const std::string text((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
+  return ParseConfig(text, path);
+}
+
+}  // namespace presync

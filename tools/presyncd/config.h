@@ -1,0 +1,47 @@
+// presyncd's configuration: one TOML file. docs/configuration.md describes every key.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "qemu-glue/qemu_target_host.h"
+
+namespace presync {
+
+inline constexpr uint16_t kDefaultPort = 7350;
+inline constexpr char kDefaultConfigPath[] = "/etc/presync/presyncd.toml";
+inline constexpr char kDefaultSocketPath[] = "/run/presync/presyncd.sock";
+
+struct Config {
+  std::string listen_host = "127.0.0.1";  // until an operator opens it
+  uint16_t listen_port = kDefaultPort;
+  std::string socket = kDefaultSocketPath;
+  std::string state_folder = "/var/lib/presync";  // handover records: must survive a reboot
+  std::string run_folder = "/run/presync";
+  std::string ram_folder = "/dev/shm/presync";
+  std::string log_level = "info";
+  uint64_t max_guest_bytes = 0;
+
+  // What `presync start` uses where its caller says nothing.
+  absl::Duration max_launch_time = absl::Milliseconds(100);
+  absl::Duration fixed_cost = absl::Milliseconds(45);
+  absl::Duration scan_interval = absl::Milliseconds(100);
+  uint64_t max_bandwidth = 0;
+  uint32_t tcp_streams = 4;
+  std::string compression = "auto";
+  std::string dirty_log = "auto";
+  std::string policy = "ewma";
+
+  std::map<std::string, TargetGuestConfig> guests;
+};
+
+// INVALID_ARGUMENT with file, line and key: bad syntax, an unknown key, a value that makes no sense.
+// NOT_FOUND: no such file.
+absl::StatusOr<Config> LoadConfig(const std::string& path);
+absl::StatusOr<Config> ParseConfig(absl::string_view text, const std::string& path);
+
+}  // namespace presync
