@@ -1,0 +1,39 @@
+// Everything that a sync needs of a running QEMU guest, from its monitor's socket alone.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "qemu-glue/discovery.h"
+#include "transport/dirty_log.h"
+#include "transport/guest.h"
+#include "transport/memory.h"
+
+namespace presync {
+
+struct OpenGuestOptions {
+  std::string qmp_path;
+  std::string glue_path;  // the plug-in's socket; empty: found in QEMU's command line or environment
+  std::string dirty_log = "auto";  // or "uffd-async", "uffd-handler"
+};
+
+struct OpenedGuest {
+  GuestInfo info;
+  GuestMemory memory;
+  std::unique_ptr<DirtyLog> log;
+  std::unique_ptr<SourceGuest> guest;
+  std::vector<std::string> notes;  // worth telling the operator
+};
+
+// Opens a guest as a source. The guest runs on untouched, whatever comes out. FAILED_PRECONDITION: it
+// can't be mirrored; the text has every reason with its remedy. Else the errors of QmpClient.
+absl::StatusOr<OpenedGuest> OpenGuest(const OpenGuestOptions& options, absl::Time deadline);
+
+// Where the plug-in of process `pid` listens, from `-plugin ...,socket=PATH` in `arguments` or from
+// PRESYNC_GLUE_SOCKET in the environment of `pid`; empty if neither is there.
+std::string FindGlueSocket(const std::vector<std::string>& arguments, const std::string& environment);
+
+}  // namespace presync

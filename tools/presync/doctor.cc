@@ -1,0 +1,179 @@
+#include "tools/presync/doctor.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/magic.h>
+#include <sys/resource.h>
+#include <sys/statfs.h>
+#include <sys/utsname.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "qemu-glue/open_guest.h"
+#include "qemu-glue/qmp/qmp_client.h"
+#include "tools/common/local_api.h"
+#include "tools/common/units.h"
+#include "transport/unique_fd.h"
+
+namespace presync {
+namespace {
+
+using Level = Finding::Level;
+
+constexpr absl::Duration kTimeout = absl::Seconds(10);
+
+Finding Good(std::string what, std::string detail) {
+  return {Level::kGood, std::move(what), std::move(detail), ""};
+}
+Finding Note(std::string what, std::string detail, std::string remedy) {
+  return {Level::kNote, std::move(what), std::move(detail), std::move(remedy)};
+}
+Finding Bad(std::string what, std::string detail, std::string remedy) {
+  return {Level::kProblem, std::move(what), std::move(detail), std::move(remedy)};
+}
+
+Finding ExamineKernel() {
+  utsname name = {};
+  ::uname(&name);
+  int major = 0;
+  int minor = 0;
+  std::sscanf(name.release, "%d.%d", &major, &minor);
+  const std::string detail = absl::StrCat("Linux ", name.release);
+  if (major > 6 || (major == 6 && minor >= 7)) {
+    return Good("kernel", detail + ": dirty log uffd-async");
+  }
+  if (major == 6 || (major == 5 && minor >= 19)) {
+    return Note("kernel", detail + ": dirty log uffd-handler, a write fault costs more",
+                "Linux 6.7 or later (Debian 12: the kernel of bookworm-backports) has uffd-async");
+  }
+  return Bad("kernel", detail + " is too old to track writes to shared memory",
+             "needs 5.19 or later, better 6.7");
+}
+
+Finding ExamineUserfaultfd() {
+  const UniqueFd device(::open("/dev/userfaultfd", O_RDWR | O_CLOEXEC));
+  if (device.valid()) return Good("userfaultfd", "/dev/userfaultfd opens; it is passed on to QEMU");
+  return Note("userfaultfd", absl::StrCat("/dev/userfaultfd: ", std::strerror(errno)),
+              "uffd-async works without it; for uffd-handler run presyncd as root");
+}
+
+Finding ExamineMemlock() {
+  rlimit limit = {};
+  ::getrlimit(RLIMIT_MEMLOCK, &limit);
+  if (limit.rlim_cur == RLIM_INFINITY || ::geteuid() == 0) {
+    return Good("memlock", "no limit for this user");
+  }
+  return Note("memlock", FormatBytes(limit.rlim_cur),
+              "only RDMA needs it: LimitMEMLOCK=infinity in presyncd's unit, or ulimit -l unlimited");
+}
+
+Finding ExamineRdma() {
+  std::vector<std::string> devices;
+  std::error_code error;
+  for (const auto& device : std::filesystem::directory_iterator("/sys/class/infiniband", error)) {
+    devices.push_back(device.path().filename());
+  }
+  if (devices.empty()) return Good("RDMA", "no device; TCP is used");
+  return Good("RDMA", absl::StrCat("devices ", absl::StrJoin(devices, ", ")));
+}
+
+Finding ExamineShm() {
+  struct statfs fs = {};
+  if (::statfs("/dev/shm", &fs) != 0 || fs.f_type != TMPFS_MAGIC) {
+    return Bad("/dev/shm", "is no tmpfs", "mount one, or set ram_folder to a tmpfs or hugetlbfs");
+  }
+  const uint64_t free_bytes = uint64_t{fs.f_bavail} * static_cast<uint64_t>(fs.f_bsize);
+  return Good("/dev/shm", absl::StrCat("tmpfs with ", FormatBytes(free_bytes), " free for guests"));
+}
+
+Finding ExamineDaemon(const std::string& socket) {
+  const absl::StatusOr<nlohmann::json> answer =
+      CallLocal(socket, {{"command", "status"}}, absl::Now() + kTimeout);
+  if (answer.ok()) return Good("presyncd", "answers at " + socket);
+  return Bad("presyncd", std::string(answer.status().message()), "systemctl start presyncd");
+}
+
+const char* LevelName(Level level) {
+  switch (level) {
+    case Level::kGood:
+      return "ok";
+    case Level::kNote:
+      return "note";
+    default:
+      return "problem";
+  }
+}
+
+}  // namespace
+
+std::vector<Finding> ExamineHost(const std::string& socket) {
+  return {ExamineKernel(), ExamineUserfaultfd(), ExamineMemlock(), ExamineRdma(), ExamineShm(),
+          ExamineDaemon(socket)};
+}
+
+std::vector<Finding> ExamineGuest(const std::string& qmp_path, const std::string& glue) {
+  const absl::Time deadline = absl::Now() + kTimeout;
+  absl::StatusOr<std::unique_ptr<QmpClient>> qmp = QmpClient::Connect(qmp_path, deadline);
+  if (!qmp.ok()) {
+    return {Bad("monitor", std::string(qmp.status().message()),
+                "start QEMU with a monitor for presync alone: -qmp unix:PATH,server=on,wait=off; a guest "
+                "that is being kept in sync has it in use")};
+  }
+  absl::StatusOr<GuestInfo> info = DescribeGuest(**qmp, deadline);
+  if (!info.ok()) return {Bad("guest", std::string(info.status().message()), "")};
+  std::vector<Finding> findings;
+  findings.push_back(Good(
+      "QEMU", absl::StrCat(info->version.major, ".", info->version.minor, ".", info->version.micro,
+                           info->kvm ? ", KVM" : ", TCG", ", ", info->run_state, ", ",
+                           info->ram_bytes >> 20, " MiB in ", info->backends.size(), " backends")));
+  absl::StatusOr<Findings> trackable = CheckTrackable(**qmp, *info, deadline);
+  if (!trackable.ok()) {
+    findings.push_back(Bad("guest", std::string(trackable.status().message()), ""));
+    return findings;
+  }
+  for (const Problem& p : trackable->problems) findings.push_back(Bad("guest", p.what, p.remedy));
+  for (const std::string& note : trackable->notes) findings.push_back(Note("guest", note, ""));
+  if (!trackable->problems.empty()) return findings;
+
+  qmp->reset();  // a monitor serves one client at a time
+  absl::StatusOr<OpenedGuest> opened =
+      OpenGuest({.qmp_path = qmp_path, .glue_path = glue}, absl::Now() + kTimeout);
+  if (opened.ok()) {
+    findings.push_back(Good("dirty log", absl::StrCat(std::string(opened->log->name()), ", proved")));
+  } else {
+    findings.push_back(Bad("dirty log", std::string(opened.status().message()), ""));
+  }
+  return findings;
+}
+
+int RunDoctor(const DoctorOptions& options) {
+  std::vector<Finding> findings = ExamineHost(options.socket);
+  if (!options.qmp.empty()) {
+    for (Finding& finding : ExamineGuest(options.qmp, options.glue)) {
+      findings.push_back(std::move(finding));
+    }
+  }
+  nlohmann::json json = nlohmann::json::array();
+  int problems = 0;
+  for (const Finding& finding : findings) {
+    problems += finding.level == Level::kProblem;
+    json.push_back({{"level", LevelName(finding.level)},
+                    {"what", finding.what},
+                    {"detail", finding.detail},
+                    {"remedy", finding.remedy}});
+    if (options.json) continue;
+    std::printf("%-8s %-12s %s\n", LevelName(finding.level), finding.what.c_str(),
+                finding.detail.c_str());
+    if (!finding.remedy.empty()) std::printf("%21s -> %s\n", "", finding.remedy.c_str());
+  }
+  if (options.json) std::printf("%s\n", json.dump().c_str());
+  return problems == 0 ? 0 : 1;
+}
+
+}  // namespace presync

@@ -1,0 +1,32 @@
+// `presync doctor`: is this host, and a guest, ready? Each finding comes with its remedy.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace presync {
+
+struct DoctorOptions {
+  std::string qmp;   // a guest's monitor; empty: only the host
+  std::string glue;  // the plug-in's socket; empty: found by itself
+  bool json = false;
+  std::string socket;  // presyncd's
+};
+
+struct Finding {
+  enum class Level { kGood, kNote, kProblem };
+  Level level = Level::kGood;
+  std::string what;    // what was looked at
+  std::string detail;  // what was found
+  std::string remedy;  // what to do; empty if nothing is to do
+};
+
+// Looks at this host. Reads only.
+std::vector<Finding> ExamineHost(const std::string& socket);
+// Looks at the guest behind a monitor; tries its dirty logs, which touches none of its memory.
+std::vector<Finding> ExamineGuest(const std::string& qmp, const std::string& glue);
+
+// Prints the findings. 0 if there is no problem, 1 otherwise.
+int RunDoctor(const DoctorOptions& options);
+
+}  // namespace presync

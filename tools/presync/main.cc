@@ -1,0 +1,202 @@
+// presync: what a person types. Talks to the presyncd of this host.
+#include <signal.h>
+
+#include <CLI/CLI.hpp>
+#include <atomic>
+#include <cstdio>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <thread>
+
+#include "absl/strings/str_cat.h"
+#include "tools/common/local_api.h"
+#include "tools/common/units.h"
+#include "tools/presync/doctor.h"
+#include "tools/presync/render.h"
+#include "tools/presyncd/config.h"
+
+namespace presync {
+namespace {
+
+using Json = nlohmann::json;
+
+std::atomic<bool> interrupted = false;
+
+// Exit codes, as in the help text.
+enum ExitCode { kOk = 0, kFailed = 1, kUsage = 2, kNoDaemon = 3 };
+
+struct Options {
+  std::string socket = kDefaultSocketPath;
+  bool json = false;
+  std::string name;
+  // start
+  std::string qmp, to, max_launch_time, max_bandwidth, transport = "auto", glue, dirty_log,
+                       compression;
+  bool wait = false;
+  // status
+  bool watch = false;
+  double interval_s = 1;
+  // launch
+  bool verify = false;
+};
+
+int Fail(const absl::Status& status, bool json) {
+  if (json) std::printf("%s\n", StatusToJson(status).dump().c_str());
+  std::fprintf(stderr, "presync: %s\n", std::string(status.message()).c_str());
+  return absl::IsUnavailable(status) ? kNoDaemon : kFailed;
+}
+
+absl::StatusOr<Json> AskStatus(const Options& options) {
+  return CallLocal(options.socket, {{"command", "status"}, {"name", options.name}},
+                   absl::Now() + absl::Seconds(10));
+}
+
+int Print(const absl::StatusOr<Json>& answer, const Options& options,
+          std::string (*render)(const Json&)) {
+  if (!answer.ok()) return Fail(answer.status(), options.json);
+  std::printf("%s\n", options.json ? answer->dump().c_str() : render(*answer).c_str());
+  return kOk;
+}
+
+// Waits until the first pass is done, with one progress line that is rewritten in a terminal.
+int WaitForSync(const Options& options) {
+  while (!interrupted) {
+    absl::StatusOr<Json> answer = AskStatus(options);
+    if (!answer.ok()) return Fail(answer.status(), options.json);
+    const Json guest = (*answer)["guests"].empty() ? Json::object() : (*answer)["guests"][0];
+    const std::string state = TextOr(guest, "state", "");
+    if (!options.json) ShowProgress(RenderGuestLine(guest), state == "syncing");
+    if (state == "syncing") return Print(guest, options, RenderGuest);
+    if (state != "first-pass" && state != "connecting") {
+      return Fail(absl::FailedPreconditionError(absl::StrCat(
+                      options.name, " is ", state, ": ", TextOr(guest, "problem", ""))),
+                  options.json);
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(200));
+  }
+  std::fprintf(stderr, "\npresync: no longer waiting; the sync goes on (presync stop %s ends it)\n",
+               options.name.c_str());
+  return kFailed;
+}
+
+int Start(const Options& options) {
+  const Json request = {{"command", "start"},
+                        {"name", options.name},
+                        {"qmp", options.qmp},
+                        {"to", options.to},
+                        {"max_launch_time", options.max_launch_time},
+                        {"max_bandwidth", options.max_bandwidth},
+                        {"transport", options.transport},
+                        {"glue", options.glue}};
+  Json full = request;
+  if (!options.dirty_log.empty()) full["dirty_log"] = options.dirty_log;
+  if (!options.compression.empty()) full["compression"] = options.compression;
+  absl::StatusOr<Json> answer = CallLocal(options.socket, full, absl::Now() + absl::Seconds(90));
+  if (!answer.ok() || !options.wait) return Print(answer, options, RenderGuest);
+  return WaitForSync(options);
+}
+
+int Status(const Options& options) {
+  do {
+    absl::StatusOr<Json> answer = AskStatus(options);
+    if (answer.ok() && !options.name.empty() && (*answer)["guests"].empty() &&
+        (*answer)["incoming"].empty()) {
+      return Fail(absl::NotFoundError(absl::StrCat("presyncd here knows no guest ", options.name)),
+                  options.json);
+    }
+    if (options.watch && !options.json) ClearScreen();
+    if (int code = Print(answer, options, RenderStatus); code != kOk) return code;
+    std::fflush(stdout);
+    const auto until = std::chrono::steady_clock::now() +
+                       std::chrono::duration<double>(options.watch ? options.interval_s : 0);
+    while (!interrupted && std::chrono::steady_clock::now() < until) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    }
+  } while (options.watch && !interrupted);
+  return kOk;
+}
+
+int Launch(const Options& options) {
+  const Json request = {{"command", "launch"},
+                        {"name", options.name},
+                        {"verify", options.verify},
+                        {"wait_ms", options.wait ? 3'600'000 : 0}};
+  return Print(CallLocal(options.socket, request, absl::Now() + absl::Hours(2)), options,
+               RenderLaunch);
+}
+
+int Stop(const Options& options) {
+  return Print(CallLocal(options.socket, {{"command", "stop"}, {"name", options.name}},
+                         absl::Now() + absl::Seconds(60)),
+               options, RenderStopped);
+}
+
+void AddStart(CLI::App* app, Options* o) {
+  app->add_option("name", o->name, "The guest's name, as the target's configuration has it")->required();
+  app->add_option("--qmp", o->qmp, "Socket of a QMP monitor that presync has for itself")->required();
+  app->add_option("--to", o->to, "Target host, HOST or HOST:PORT (port 7350)")->required();
+  app->add_option("--max-launch-time", o->max_launch_time,
+                  "What a launch may take, from the order to the guest running on the target, e.g. "
+                  "100ms (default: the configuration's)");
+  app->add_option("--max-bandwidth", o->max_bandwidth,
+                  "Cap of the background sync, e.g. 400Mbit; a launch does not heed it");
+  app->add_option("--transport", o->transport, "auto, rdma or tcp")->capture_default_str();
+  app->add_option("--compression", o->compression, "none, lz4, zstd or auto (TCP)");
+  app->add_option("--glue", o->glue, "The plug-in's socket, if it is not found by itself");
+  app->add_option("--dirty-log", o->dirty_log, "auto, uffd-async or uffd-handler");
+  app->add_flag("--wait", o->wait, "Return when a launch would keep its promise");
+}
+
+int Main(int argc, char** argv) {
+  CLI::App app{
+      "presync keeps a running guest's memory mirrored on another host, and launches it there.\n"
+      "Exit codes: 0 done, 1 refused or failed (the guest runs on), 2 wrong usage, 3 presyncd can't be "
+      "reached."};
+  Options options;
+  app.add_option("--socket", options.socket, "presyncd's socket")->capture_default_str();
+  app.set_version_flag("--version", "presync " PRESYNC_VERSION);
+  app.require_subcommand(1);
+  app.fallthrough();
+  const auto add = [&](const char* name, const char* what) {
+    CLI::App* sub = app.add_subcommand(name, what);
+    sub->add_flag("--json", options.json, "Print JSON");
+    return sub;
+  };
+  CLI::App* start = add("start", "Begin to keep a guest in sync with another host");
+  AddStart(start, &options);
+  CLI::App* status = add("status", "Show guests that are kept in sync, and those mirrored here");
+  status->add_option("name", options.name, "Only this guest");
+  status->add_flag("--watch", options.watch, "Show it again and again, until Ctrl-C");
+  status->add_option("--interval", options.interval_s, "Seconds between two looks")
+      ->capture_default_str()
+      ->check(CLI::Range(0.1, 3600.0));
+  CLI::App* launch = add("launch", "Run a guest on the host it was kept in sync with");
+  launch->add_option("name", options.name, "The guest's name")->required();
+  launch->add_flag("--verify", options.verify,
+                   "Compare all memory by hashes before the target may run it (costs downtime)");
+  launch->add_flag("--wait", options.wait, "Wait for the first full sync");
+  CLI::App* stop = add("stop", "End a sync; the guest goes on here");
+  stop->add_option("name", options.name, "The guest's name")->required();
+  CLI::App* doctor = add("doctor", "Look whether this host, and a guest, are ready");
+  doctor->add_option("--qmp", options.qmp, "Also look at the QEMU behind this monitor");
+  doctor->add_option("--glue", options.glue, "The plug-in's socket, if it is not found by itself");
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    const int code = app.exit(error);
+    return code == 0 ? kOk : kUsage;
+  }
+  ::signal(SIGINT, [](int) { interrupted = true; });
+
+  if (start->parsed()) return Start(options);
+  if (status->parsed()) return Status(options);
+  if (launch->parsed()) return Launch(options);
+  if (stop->parsed()) return Stop(options);
+  return RunDoctor({.qmp = options.qmp, .glue = options.glue, .json = options.json,
+                    .socket = options.socket});
+}
+
+}  // namespace
+}  // namespace presync
+
+int main(int argc, char** argv) { return presync::Main(argc, argv); }

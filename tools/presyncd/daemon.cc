@@ -1,0 +1,291 @@
+#include "tools/presyncd/daemon.h"
+
+#include <spdlog/spdlog.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
+#include "qemu-glue/open_guest.h"
+#include "tools/common/local_api.h"
+#include "tools/common/units.h"
+#include "tools/presyncd/recovery.h"
+#include "tools/presyncd/status_json.h"
+#include "transport/tcp/socket.h"
+
+namespace presync {
+namespace {
+
+using Json = nlohmann::json;
+
+void LogLine(bool problem, const std::string& line) {
+  spdlog::log(problem ? spdlog::level::warn : spdlog::level::info, "{}", line);
+}
+
+absl::Status MakeFolder(const std::string& path) {
+  std::error_code error;
+  std::filesystem::create_directories(path, error);
+  if (std::filesystem::is_directory(path)) return absl::OkStatus();
+  return absl::UnavailableError(absl::StrCat("make the folder ", path, ": ", error.message()));
+}
+
+absl::StatusOr<TcpCompression> ToCompression(const std::string& name) {
+  if (name == "none") return TcpCompression::kNone;
+  if (name == "lz4") return TcpCompression::kLz4;
+  if (name == "zstd") return TcpCompression::kZstd;
+  if (name == "auto") return TcpCompression::kAuto;
+  return absl::InvalidArgumentError(
+      absl::StrCat("'", name, "' is no compression; there are none, lz4, zstd and auto"));
+}
+
+// The residual that a promise leaves room for must not be below what one page costs.
+absl::Status CheckPromise(absl::Duration promise, absl::Duration fixed_cost,
+                          const std::string& peer) {
+  if (promise > fixed_cost) return absl::OkStatus();
+  const absl::Duration least = absl::Ceil(fixed_cost + absl::Milliseconds(10), absl::Milliseconds(10));
+  return absl::FailedPreconditionError(absl::StrFormat(
+      "--max-launch-time %s can't be kept: a handover to %s takes about %s here before any memory "
+      "moves; %s is the least that can be promised",
+      absl::FormatDuration(promise), peer, FormatMillis(fixed_cost), absl::FormatDuration(least)));
+}
+
+}  // namespace
+
+Daemon::Daemon(Config config)
+    : config_(std::move(config)), fixed_costs_(config_.state_folder + "/fixed-costs.json") {}
+
+Daemon::~Daemon() {
+  std::map<std::string, std::shared_ptr<SourceSession>> sources;
+  {
+    absl::MutexLock lock(&mutex_);
+    sources.swap(sources_);
+  }
+}
+
+absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Create(Config config) {
+  for (const std::string& folder : {config.state_folder, config.run_folder}) {
+    if (absl::Status s = MakeFolder(folder); !s.ok()) return s;
+  }
+  if (absl::StatusOr<TcpCompression> c = ToCompression(config.compression); !c.ok()) {
+    return c.status();
+  }
+  std::unique_ptr<Daemon> daemon(new Daemon(std::move(config)));
+  const Config& c = daemon->config_;
+  absl::StatusOr<std::unique_ptr<QemuTargetHost>> host =
+      QemuTargetHost::Create({.ram_folder = c.ram_folder,
+                              .run_folder = c.run_folder + "/guests",
+                              .max_guest_bytes = c.max_guest_bytes,
+                              .guests = c.guests});
+  if (!host.ok()) return host.status();
+  daemon->host_ = *std::move(host);
+  {
+    absl::MutexLock lock(&daemon->mutex_);
+    daemon->open_matters_ = RecoverHandovers(c.state_folder, daemon->host_.get(), LogLine);
+  }
+  daemon->host_->EndWaitingLeftovers();
+
+  absl::StatusOr<UniqueFd> listener = ListenSocket(c.listen_host, c.listen_port);
+  if (!listener.ok()) return listener.status();
+  TargetServiceOptions options;
+  options.record_folder = c.state_folder;
+  options.log = LogLine;
+  daemon->service_ =
+      TargetService::Start(*std::move(listener), daemon->host_.get(), std::move(options));
+  spdlog::info("listening at {}:{}, {} guests configured to come here", c.listen_host, c.listen_port,
+               c.guests.size());
+  return daemon;
+}
+
+void Daemon::Tick() { host_->RemoveLeftovers(); }
+
+std::string Daemon::Summary() const {
+  absl::MutexLock lock(&mutex_);
+  return absl::StrCat(sources_.size(), " guests kept in sync elsewhere, ",
+                      service_->status().size(), " mirrored here");
+}
+
+Json Daemon::Handle(const Json& request) {
+  const std::string command = TextOr(request, "command", "");
+  absl::StatusOr<Json> answer = absl::InvalidArgumentError(
+      absl::StrCat("no such command: ", command, "; presync and presyncd differ in version?"));
+  if (command == "start") answer = Start(request);
+  if (command == "launch") answer = Launch(request);
+  if (command == "stop") answer = Stop(request);
+  if (command == "status") answer = Status(request);
+  if (!answer.ok()) {
+    spdlog::warn("{} {}: {}", command, TextOr(request, "name", ""), answer.status().message());
+    return StatusToJson(answer.status());
+  }
+  (*answer)["ok"] = true;
+  return *std::move(answer);
+}
+
+std::shared_ptr<SourceSession> Daemon::Find(const std::string& name) const {
+  absl::MutexLock lock(&mutex_);
+  const auto it = sources_.find(name);
+  return it == sources_.end() ? nullptr : it->second;
+}
+
+// A null session holds the name while its start is under way. An ended session makes room for a new one.
+absl::Status Daemon::Claim(const std::string& name) {
+  std::shared_ptr<SourceSession> ended;
+  absl::MutexLock lock(&mutex_);
+  const auto it = sources_.find(name);
+  if (it != sources_.end()) {
+    if (it->second == nullptr) {
+      return absl::AlreadyExistsError(absl::StrCat("a start of ", name, " is already under way"));
+    }
+    const SessionState state = it->second->status().state;
+    const bool over = state == SessionState::kMoved || state == SessionState::kFailed ||
+                      state == SessionState::kStopped;
+    if (!over) {
+      return absl::AlreadyExistsError(
+          absl::StrCat(name, " is already kept in sync with ", it->second->status().peer, " (",
+                       StateName(state), "); presync stop ", name, " ends that"));
+    }
+    ended = std::move(it->second);
+  }
+  sources_[name] = nullptr;
+  return absl::OkStatus();
+}
+
+void Daemon::Unclaim(const std::string& name) {
+  absl::MutexLock lock(&mutex_);
+  const auto it = sources_.find(name);
+  if (it != sources_.end() && it->second == nullptr) sources_.erase(it);
+}
+
+absl::StatusOr<SourceSessionOptions> Daemon::SessionOptions(const Json& request,
+                                                            const std::string& peer) const {
+  SourceSessionOptions options;
+  options.guest = TextOr(request, "name", "");
+  options.guest_address = TextOr(request, "qmp", "");
+  options.record_folder = config_.state_folder;
+  options.tcp_streams = config_.tcp_streams;
+  options.sync.scan_interval = config_.scan_interval;
+  options.sync.policy = config_.policy;
+  options.sync.fixed_cost = fixed_costs_.For(peer, config_.fixed_cost);
+  options.sync.max_launch_time = config_.max_launch_time;
+  options.sync.max_bytes_per_s = config_.max_bandwidth;
+  if (const std::string text = TextOr(request, "max_launch_time", ""); !text.empty()) {
+    absl::StatusOr<absl::Duration> promise = ParsePositiveDuration(text);
+    if (!promise.ok()) return promise.status();
+    options.sync.max_launch_time = *promise;
+  }
+  if (const std::string text = TextOr(request, "max_bandwidth", ""); !text.empty()) {
+    absl::StatusOr<uint64_t> rate = ParseRate(text);
+    if (!rate.ok()) return rate.status();
+    options.sync.max_bytes_per_s = *rate;
+  }
+  absl::StatusOr<TcpCompression> compression =
+      ToCompression(TextOr(request, "compression", config_.compression));
+  if (!compression.ok()) return compression.status();
+  options.tcp.compression = *compression;
+  const std::string transport = TextOr(request, "transport", "auto");
+  if (transport == "rdma") {
+    return absl::UnimplementedError("this build has no RDMA link; use --transport tcp or auto");
+  }
+  if (transport != "auto" && transport != "tcp") {
+    return absl::InvalidArgumentError(
+        absl::StrCat("'", transport, "' is no transport; there are auto, rdma and tcp"));
+  }
+  absl::Status kept = CheckPromise(options.sync.max_launch_time, options.sync.fixed_cost, peer);
+  if (!kept.ok()) return kept;
+  return options;
+}
+
+absl::StatusOr<Json> Daemon::Start(const Json& request) {
+  const std::string name = TextOr(request, "name", "");
+  absl::StatusOr<HostPort> to = ParseHostPort(TextOr(request, "to", ""), kDefaultPort);
+  if (!to.ok()) return to.status();
+  auto dialer = std::make_unique<TcpDialer>(to->host, to->port);
+  absl::StatusOr<SourceSessionOptions> options = SessionOptions(request, dialer->peer());
+  if (!options.ok()) return options.status();
+  if (absl::Status s = Claim(name); !s.ok()) return s;
+
+  const auto start = [&]() -> absl::StatusOr<std::unique_ptr<SourceSession>> {
+    absl::StatusOr<OpenedGuest> opened =
+        OpenGuest({.qmp_path = options->guest_address,
+                   .glue_path = TextOr(request, "glue", ""),
+                   .dirty_log = TextOr(request, "dirty_log", config_.dirty_log)},
+                  absl::Now() + absl::Seconds(20));
+    if (!opened.ok()) return opened.status();
+    for (const std::string& note : opened->notes) spdlog::info("{}: {}", name, note);
+    return SourceSession::Start(*options, std::move(dialer), std::move(opened->memory),
+                                std::move(opened->log), std::move(opened->guest));
+  };
+  absl::StatusOr<std::unique_ptr<SourceSession>> session = start();
+  if (!session.ok()) {
+    Unclaim(name);
+    return session.status();
+  }
+  Json answer = SourceStatusToJson((*session)->status());
+  spdlog::info("{}: in sync with {} from now on ({} MiB, dirty log {})", name,
+               (*session)->status().peer, (*session)->status().progress.pages >> 8,
+               (*session)->status().dirty_log);
+  absl::MutexLock lock(&mutex_);
+  sources_[name] = *std::move(session);
+  return answer;
+}
+
+absl::StatusOr<Json> Daemon::Launch(const Json& request) {
+  const std::string name = TextOr(request, "name", "");
+  const std::shared_ptr<SourceSession> session = Find(name);
+  if (session == nullptr) {
+    return absl::NotFoundError(
+        absl::StrCat(name, " is not kept in sync from this host; presync start ", name, " first"));
+  }
+  HandoverOptions options;
+  options.verify = FlagOr(request, "verify", false);
+  const absl::Duration wait = absl::Milliseconds(std::max<int64_t>(0, NumberOr(request, "wait_ms", 0)));
+  spdlog::info("{}: launch to {}", name, session->status().peer);
+  absl::StatusOr<HandoverReport> report = session->Launch(options, wait);
+  if (!report.ok()) return report.status();
+  const SessionStatus status = session->status();
+  const double link = static_cast<double>(status.progress.link_bytes_per_s);
+  if (link > 0) {
+    const double moved = static_cast<double>(PagesToBytes(report->residual_at_launch));
+    fixed_costs_.Learn(status.peer, report->launch - absl::Seconds(moved / link));
+  }
+  spdlog::info("{}: runs on {} after {} (stopped for {})", name, status.peer,
+               FormatMillis(report->launch), FormatMillis(report->downtime));
+  return LaunchReportToJson(*report, status);
+}
+
+absl::StatusOr<Json> Daemon::Stop(const Json& request) {
+  const std::string name = TextOr(request, "name", "");
+  const std::shared_ptr<SourceSession> session = Find(name);
+  if (session == nullptr) {
+    return absl::NotFoundError(absl::StrCat(name, " is not kept in sync from this host"));
+  }
+  if (absl::Status s = session->Stop(); !s.ok()) return s;
+  spdlog::info("{}: sync stopped", name);
+  absl::MutexLock lock(&mutex_);
+  sources_.erase(name);
+  return Json::object();
+}
+
+Json Daemon::Status(const Json& request) const {
+  const std::string name = TextOr(request, "name", "");
+  Json answer = {{"guests", Json::array()}, {"incoming", Json::array()}, {"open", Json::array()}};
+  std::vector<std::shared_ptr<SourceSession>> sessions;
+  {
+    absl::MutexLock lock(&mutex_);
+    for (const auto& [key, session] : sources_) {
+      if (session != nullptr && (name.empty() || key == name)) sessions.push_back(session);
+    }
+    for (const std::string& matter : open_matters_) answer["open"].push_back(matter);
+  }
+  for (const auto& session : sessions) {
+    answer["guests"].push_back(SourceStatusToJson(session->status()));
+  }
+  for (const TargetStatus& target : service_->status()) {
+    if (name.empty() || target.guest == name) answer["incoming"].push_back(TargetStatusToJson(target));
+  }
+  return answer;
+}
+
+}  // namespace presync

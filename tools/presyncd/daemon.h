@@ -1,0 +1,61 @@
+// The daemon: all guests that this host keeps in sync elsewhere, all guests that others keep in sync here,
+// and the commands that an operator gives.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "qemu-glue/qemu_target_host.h"
+#include "tools/presyncd/config.h"
+#include "tools/presyncd/fixed_costs.h"
+#include "transport/sync/source_session.h"
+#include "transport/sync/target_service.h"
+
+namespace presync {
+
+// Thread-safe.
+class Daemon {
+ public:
+  // Takes up what an earlier presyncd left open, then listens. Errors: the folders, the port.
+  static absl::StatusOr<std::unique_ptr<Daemon>> Create(Config config);
+  ~Daemon();
+
+  // Answers one request of the local socket.
+  nlohmann::json Handle(const nlohmann::json& request);
+
+  // Housekeeping; call it every few seconds.
+  void Tick();
+
+  // One line for systemd's status.
+  std::string Summary() const;
+
+ private:
+  explicit Daemon(Config config);
+
+  absl::StatusOr<nlohmann::json> Start(const nlohmann::json& request);
+  absl::StatusOr<nlohmann::json> Launch(const nlohmann::json& request);
+  absl::StatusOr<nlohmann::json> Stop(const nlohmann::json& request);
+  nlohmann::json Status(const nlohmann::json& request) const;
+  absl::StatusOr<SourceSessionOptions> SessionOptions(const nlohmann::json& request,
+                                                      const std::string& peer) const;
+  absl::Status Claim(const std::string& name) ABSL_LOCKS_EXCLUDED(mutex_);
+  void Unclaim(const std::string& name) ABSL_LOCKS_EXCLUDED(mutex_);
+  std::shared_ptr<SourceSession> Find(const std::string& name) const ABSL_LOCKS_EXCLUDED(mutex_);
+
+  const Config config_;
+  FixedCosts fixed_costs_;
+  std::unique_ptr<QemuTargetHost> host_;
+  std::unique_ptr<TargetService> service_;
+
+  mutable absl::Mutex mutex_;
+  std::map<std::string, std::shared_ptr<SourceSession>> sources_ ABSL_GUARDED_BY(mutex_);
+  std::vector<std::string> open_matters_ ABSL_GUARDED_BY(mutex_);  // what recovery could not settle
+};
+
+}  // namespace presync

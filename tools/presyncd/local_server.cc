@@ -1,0 +1,92 @@
+#include "tools/presyncd/local_server.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "tools/common/local_api.h"
+
+namespace presync {
+namespace {
+
+constexpr int kAcceptPollMs = 200;
+constexpr absl::Duration kRequestTimeout = absl::Seconds(10);
+constexpr size_t kMaxRequests = 64;
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<LocalServer>> LocalServer::Start(const std::string& path,
+                                                                Handler handler) {
+  sockaddr_un address = {};
+  address.sun_family = AF_UNIX;
+  if (path.size() >= sizeof(address.sun_path)) {
+    return absl::InvalidArgumentError(absl::StrCat("the socket's path is too long: ", path));
+  }
+  std::memcpy(address.sun_path, path.data(), path.size());
+  const auto* raw_address = reinterpret_cast<const sockaddr*>(&address);
+  const UniqueFd probe(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  if (::connect(probe.get(), raw_address, sizeof(address)) == 0) {
+    return absl::AlreadyExistsError(
+        absl::StrCat("another presyncd listens at ", path, "; stop it or configure another socket"));
+  }
+  ::unlink(path.c_str());
+  UniqueFd listener(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  if (!listener.valid() || ::bind(listener.get(), raw_address, sizeof(address)) != 0 ||
+      ::chmod(path.c_str(), 0660) != 0 || ::listen(listener.get(), 16) != 0) {
+    return absl::UnavailableError(absl::StrCat("listen at ", path, ": ", std::strerror(errno)));
+  }
+  return std::unique_ptr<LocalServer>(
+      new LocalServer(path, std::move(listener), std::move(handler)));
+}
+
+LocalServer::LocalServer(std::string path, UniqueFd listener, Handler handler)
+    : path_(std::move(path)),
+      listener_(std::move(listener)),
+      handler_(std::move(handler)),
+      acceptor_([this] { Accept(); }) {}
+
+LocalServer::~LocalServer() {
+  ending_ = true;
+  acceptor_.join();
+  for (Request& request : requests_) request.thread.join();
+  ::unlink(path_.c_str());
+}
+
+void LocalServer::Accept() {
+  while (!ending_) {
+    for (auto it = requests_.begin(); it != requests_.end();) {
+      if (!it->done) {
+        ++it;
+        continue;
+      }
+      it->thread.join();
+      it = requests_.erase(it);
+    }
+    pollfd p = {.fd = listener_.get(), .events = POLLIN, .revents = 0};
+    if (::poll(&p, 1, kAcceptPollMs) <= 0 || requests_.size() >= kMaxRequests) continue;
+    UniqueFd socket(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC));
+    if (!socket.valid()) continue;
+    Request& request = requests_.emplace_back();
+    request.thread = std::thread([this, &request, socket = std::move(socket)]() mutable {
+      Serve(std::move(socket));
+      request.done = true;
+    });
+  }
+}
+
+void LocalServer::Serve(UniqueFd socket) {
+  const absl::StatusOr<nlohmann::json> request =
+      ReadJsonLine(socket.get(), absl::Now() + kRequestTimeout);
+  const nlohmann::json answer =
+      request.ok() ? handler_(*request) : StatusToJson(request.status());
+  WriteJsonLine(socket.get(), answer).IgnoreError();
+}
+
+}  // namespace presync

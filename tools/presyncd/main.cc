@@ -1,0 +1,106 @@
+// presyncd: one per host. Keeps guests in sync with other hosts, and receives those of others.
+#include <poll.h>
+#include <signal.h>
+#include <spdlog/sinks/stdout_sinks.h>
+#include <spdlog/spdlog.h>
+#include <sys/signalfd.h>
+#include <systemd/sd-daemon.h>
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "tools/presyncd/config.h"
+#include "tools/presyncd/daemon.h"
+#include "tools/presyncd/local_server.h"
+
+namespace presync {
+namespace {
+
+constexpr int kTickMs = 5000;
+
+// Under systemd the journal has its own times and takes the level from a prefix.
+void SetUpLog(const std::string& level) {
+  auto logger = spdlog::stderr_logger_mt("presyncd");
+  spdlog::set_default_logger(logger);
+  const bool journal = ::getenv("JOURNAL_STREAM") != nullptr;
+  spdlog::set_pattern(journal ? "%l: %v" : "%Y-%m-%d %H:%M:%S.%e %l: %v");
+  spdlog::set_level(spdlog::level::from_str(level));
+}
+
+// Blocks SIGINT and SIGTERM for all threads (call it before there are any); readable when one came.
+UniqueFd EndSignals() {
+  sigset_t set;
+  sigemptyset(&set);
+  sigaddset(&set, SIGINT);
+  sigaddset(&set, SIGTERM);
+  ::pthread_sigmask(SIG_BLOCK, &set, nullptr);
+  ::signal(SIGPIPE, SIG_IGN);
+  return UniqueFd(::signalfd(-1, &set, SFD_CLOEXEC));
+}
+
+int Serve(Config config, const UniqueFd& signals) {
+  const std::string socket = config.socket;
+  absl::StatusOr<std::unique_ptr<Daemon>> daemon = Daemon::Create(std::move(config));
+  if (!daemon.ok()) {
+    spdlog::error("{}", daemon.status().message());
+    return 1;
+  }
+  absl::StatusOr<std::unique_ptr<LocalServer>> server = LocalServer::Start(
+      socket, [&](const nlohmann::json& request) { return (*daemon)->Handle(request); });
+  if (!server.ok()) {
+    spdlog::error("{}", server.status().message());
+    return 1;
+  }
+  sd_notify(0, "READY=1");
+  spdlog::info("ready; commands at {}", socket);
+  while (true) {
+    pollfd p = {.fd = signals.get(), .events = POLLIN, .revents = 0};
+    if (::poll(&p, 1, kTickMs) > 0) break;
+    (*daemon)->Tick();
+    sd_notify(0, absl::StrCat("STATUS=", (*daemon)->Summary()).c_str());
+  }
+  sd_notify(0, "STOPPING=1");
+  spdlog::info("stopping; guests go on where they run");
+  // The commands first: a launch under way is let finish. A second signal does not wait for it.
+  ::signal(SIGINT, SIG_DFL);
+  ::signal(SIGTERM, SIG_DFL);
+  server->reset();
+  daemon->reset();
+  return 0;
+}
+
+int Main(int argc, char** argv) {
+  CLI::App app{
+      "presyncd keeps the memory of running guests mirrored on other hosts, and receives the guests "
+      "of others.\nOne runs on each host; `presync` is its command line."};
+  std::string config_path = kDefaultConfigPath;
+  std::string log_level;
+  bool check = false;
+  app.add_option("-c,--config", config_path, "Configuration file")->capture_default_str();
+  app.add_option("--log-level", log_level, "debug, info, warn or error (over the file's)");
+  app.add_flag("--check", check, "Read the configuration, say what is wrong with it, and end");
+  app.set_version_flag("--version", "presyncd " PRESYNC_VERSION);
+  CLI11_PARSE(app, argc, argv);
+
+  absl::StatusOr<Config> config = LoadConfig(config_path);
+  if (!config.ok()) {
+    std::fprintf(stderr, "presyncd: %s\n", std::string(config.status().message()).c_str());
+    return 2;
+  }
+  if (check) {
+    std::printf("%s is good\n", config_path.c_str());
+    return 0;
+  }
+  const UniqueFd signals = EndSignals();
+  SetUpLog(log_level.empty() ? config->log_level : log_level);
+  return Serve(*std::move(config), signals);
+}
+
+}  // namespace
+}  // namespace presync
+
+int main(int argc, char** argv) { return presync::Main(argc, argv); }

@@ -1,0 +1,69 @@
+#include "tools/presyncd/status_json.h"
+
+namespace presync {
+namespace {
+
+using Json = nlohmann::json;
+
+// Milliseconds, or null for "not known".
+Json Millis(absl::Duration duration) {
+  if (duration == absl::InfiniteDuration()) return nullptr;
+  return absl::ToDoubleMilliseconds(duration);
+}
+
+}  // namespace
+
+Json SourceStatusToJson(const SessionStatus& status) {
+  const SyncProgress& p = status.progress;
+  return {{"name", status.guest},
+          {"session", status.session},
+          {"state", std::string(StateName(status.state))},
+          {"to", status.peer},
+          {"link", status.link},
+          {"dirty_log", status.dirty_log},
+          {"problem", status.problem},
+          {"uptime_s", absl::ToDoubleSeconds(status.uptime)},
+          {"reconnects", status.reconnects},
+          {"max_launch_ms", Millis(status.promise)},
+          {"fixed_cost_ms", Millis(status.fixed_cost)},
+          {"predicted_launch_ms", Millis(p.predicted_launch)},
+          {"pages", p.pages},
+          {"residual_pages", p.residual},
+          {"set_point_pages", p.set_point},
+          {"first_pass_done", p.first_pass_done},
+          {"rate_bytes_per_s", p.rate_bytes_per_s},
+          {"allowed_bytes_per_s", p.allowed_bytes_per_s},
+          {"link_bytes_per_s", p.link_bytes_per_s},
+          {"wire_bytes", p.wire_bytes},
+          {"pages_sent", p.pages_sent},
+          {"pages_zero", p.pages_zero},
+          {"write_faults", p.write_faults},
+          {"dirty_pages_per_s", p.dirty_pages_per_s}};
+}
+
+Json TargetStatusToJson(const TargetStatus& status) {
+  return {{"name", status.guest},
+          {"session", status.session},
+          {"from", status.peer},
+          {"state", status.state}};
+}
+
+Json LaunchReportToJson(const HandoverReport& report, const SessionStatus& status) {
+  Json steps = Json::array();
+  for (const auto& [step, at] : report.steps) steps.push_back({{"step", step}, {"ms", Millis(at)}});
+  return {{"name", status.guest},
+          {"to", status.peer},
+          {"launch_ms", Millis(report.launch)},
+          {"downtime_ms", Millis(report.downtime)},
+          {"residual_pages", report.residual_at_launch},
+          {"residual_pages_at_stop", report.residual_at_stop},
+          {"rounds", report.rounds},
+          {"state_bytes", report.state_bytes},
+          {"bytes_before_launch", status.progress.wire_bytes - report.wire_bytes},
+          {"bytes_after_launch", report.wire_bytes + report.state_bytes},
+          {"pages_compared", report.pages_compared},
+          {"pages_differing", report.pages_differing},
+          {"steps", std::move(steps)}};
+}
+
+}  // namespace presync

@@ -1,0 +1,15 @@
+// What presyncd tells of its sessions, as JSON. Field names are a promise to scripts: docs/protocol.md.
+#pragma once
+
+#include <nlohmann/json.hpp>
+
+#include "transport/sync/source_session.h"
+#include "transport/sync/target_service.h"
+
+namespace presync {
+
+nlohmann::json SourceStatusToJson(const SessionStatus& status);
+nlohmann::json TargetStatusToJson(const TargetStatus& status);
+nlohmann::json LaunchReportToJson(const HandoverReport& report, const SessionStatus& status);
+
+}  // namespace presync
