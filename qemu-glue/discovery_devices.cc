@@ -1,0 +1,150 @@
+#include "qemu-glue/discovery_devices.h"
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
+
+namespace presync {
+namespace {
+
+// A guest with more devices than this, or nested deeper, is not one that QEMU can build; the limits
+// only bound what a broken monitor can make us do.
+constexpr int kMaxDepth = 8;
+constexpr int kMaxNodes = 20000;
+
+struct Rule {
+  const char* part;  // of a QOM type or of a line of `info network`
+  const char* why;
+  const char* remedy;
+};
+
+// The dirty log sees writes through QEMU's own page tables, and nothing else.
+constexpr Rule kRules[] = {
+    {"vfio", "the device writes guest RAM by DMA, which the dirty log does not see",
+     "detach the device before mirroring (hot-unplug), or use an emulated or virtio one"},
+    {"iommufd", "devices behind it write guest RAM by DMA, which the dirty log does not see",
+     "detach the device before mirroring"},
+    {"vhost-user", "another process writes guest RAM through a mapping of its own, unseen",
+     "use the in-kernel (vhost=on) or QEMU's own back end instead"},
+    {"vhost-vdpa", "the device writes guest RAM by DMA, which the dirty log does not see",
+     "use virtio with a tap or QEMU's own back end instead"},
+    {"virtio-mem", "it takes memory from the guest and gives it back while the guest runs",
+     "use plain RAM or pc-dimm devices"},
+    {"ivshmem", "other guests write its memory, unseen", "remove the device"},
+    {"pvrdma", "the device writes guest RAM by DMA, which the dirty log does not see",
+     "remove the device"},
+    {"memory-backend-epc", "SGX memory can't be read from outside", "remove the SGX memory"},
+    {"sev-guest", "the guest's memory is encrypted", "use a guest without memory encryption"},
+    {"sev-snp-guest", "the guest's memory is encrypted", "use a guest without memory encryption"},
+    {"tdx-guest", "the guest's memory is encrypted", "use a guest without memory encryption"},
+};
+
+void Judge(const std::string& text, const std::string& where, Findings& findings) {
+  for (const Rule& rule : kRules) {
+    if (!absl::StrContains(text, rule.part)) continue;
+    findings.problems.push_back({absl::StrCat(where, ": ", rule.why), rule.remedy});
+    return;
+  }
+  if (absl::StrContains(text, "virtio-balloon")) {
+    findings.notes.push_back(absl::StrCat(
+        where,
+        ": pages that the balloon or free-page reporting takes become holes; presync sends "
+        "them as zeros"));
+  }
+}
+
+// Visits every object below `root`, parents first, by QOM's child<> properties. A device that is
+// itself refused is not entered: its parts say nothing new.
+absl::Status Walk(QmpClient& qmp, const std::string& root, int max_depth, absl::Time deadline,
+                  Findings& findings) {
+  std::vector<std::pair<std::string, int>> pending = {{root, 0}};
+  int nodes = 0;
+  while (!pending.empty()) {
+    auto [path, depth] = std::move(pending.back());
+    pending.pop_back();
+    absl::StatusOr<Json> properties = qmp.Execute("qom-list", {{"path", path}}, deadline);
+    // A device may be unplugged between the listing of its parent and this one.
+    if (absl::IsFailedPrecondition(properties.status())) continue;
+    if (!properties.ok()) return properties.status();
+    for (const Json& property : *properties) {
+      const std::string type = ChildType(property);
+      if (type.empty() || absl::StartsWith(type, "memory-region") || type == "irq") continue;
+      if (++nodes > kMaxNodes) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("QMP: ", qmp.path(), ": more than ", kMaxNodes, " objects below ", root));
+      }
+      const std::string child = absl::StrCat(path, "/", StringAt(property, "name"));
+      const size_t problems = findings.problems.size();
+      Judge(type, absl::StrCat(type, " (", child, ")"), findings);
+      if (problems == findings.problems.size() && depth + 1 < max_depth) {
+        pending.emplace_back(child, depth + 1);
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+// Only the human monitor tells which network back ends there are.
+absl::Status CheckNetwork(QmpClient& qmp, absl::Time deadline, Findings& findings) {
+  absl::StatusOr<Json> text =
+      qmp.Execute("human-monitor-command", {{"command-line", "info network"}}, deadline);
+  if (!text.ok() && !absl::IsFailedPrecondition(text.status())) return text.status();
+  if (!text.ok() || !text->is_string()) {
+    findings.problems.push_back(
+        {absl::StrCat("can't look at the guest's network back ends: ",
+                      text.ok() ? "`info network` gives no text" : text.status().message()),
+         "use a QEMU whose human monitor has `info network`"});
+    return absl::OkStatus();
+  }
+  std::string_view rest = *text->get_ptr<const std::string*>();
+  while (!rest.empty()) {
+    const size_t end = std::min(rest.find('\n'), rest.size());
+    const std::string line(rest.substr(0, end));
+    rest.remove_prefix(std::min(end + 1, rest.size()));
+    // Names are the operator's own; only the back end's type counts.
+    const size_t type = line.find("type=");
+    if (type != std::string::npos) {
+      Judge(line.substr(type, line.find(',', type) - type), absl::StrCat("network: ", line),
+            findings);
+    }
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+std::string ChildType(const Json& property) {
+  const std::string type = StringAt(property, "type");
+  if (!absl::StartsWith(type, "child<") || !absl::EndsWith(type, ">")) return "";
+  return type.substr(6, type.size() - 7);
+}
+
+absl::Status CheckDevices(QmpClient& qmp, absl::Time deadline, Findings& findings) {
+  // Devices that were asked for; those that the machine brings along, whose own parts (memory
+  // regions, interrupts by the hundred) say nothing; and back ends that are objects.
+  struct Root {
+    const char* path;
+    int max_depth;
+  };
+  constexpr Root kRoots[] = {{"/machine/peripheral", kMaxDepth},
+                             {"/machine/peripheral-anon", kMaxDepth},
+                             {"/machine/unattached", 1},
+                             {"/objects", 1}};
+  for (const Root& root : kRoots) {
+    absl::Status status = Walk(qmp, root.path, root.max_depth, deadline, findings);
+    if (!status.ok()) return status;
+  }
+  return CheckNetwork(qmp, deadline, findings);
+}
+
+bool HasStoppedOption(absl::Span<const std::string> arguments) {
+  // QEMU takes each option with one dash or two.
+  return std::any_of(arguments.begin(), arguments.end(),
+                     [](const std::string& a) { return a == "-S" || a == "--S"; });
+}
+
+}  // namespace presync

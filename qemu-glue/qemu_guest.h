@@ -1,0 +1,113 @@
+// QEMU's side of transport/guest.h: a guest that is saved from, or loaded into, a stock QEMU
+// through its monitor, its RAM left out of the stream (migration capability x-ignore-shared).
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "qemu-glue/qemu_guest_settings.h"
+#include "qemu-glue/qmp/peer_process.h"
+#include "qemu-glue/qmp/qmp_client.h"
+#include "transport/guest.h"
+
+namespace presync {
+
+// How long one step took, for logs: what an operator needs to see where a launch spent its time.
+struct GuestStep {
+  std::string_view name;  // "begin-save", "stop", ...
+  absl::Duration took;
+};
+
+// The source. Keeps the monitor connection for its life.
+//
+// QEMU stops the guest by itself when nothing is left to save live: without video RAM or a running
+// block migration that is some 10 ms after BeginSave. So call BeginSave no earlier than Stop can
+// follow, and Stop waits for that moment.
+//
+// While a save is under way QEMU's migration settings are ours; Resume puts the operator's back.
+// Whatever was found, x-ignore-shared is left off: left on, it would strip the RAM from the
+// operator's own next migration.
+class QemuSourceGuest final : public SourceGuest {
+ public:
+  // Takes over the monitor connection. Errors as PeerProcess::Identify.
+  static absl::StatusOr<std::unique_ptr<QemuSourceGuest>> Create(std::unique_ptr<QmpClient> qmp,
+                                                                 absl::Time deadline);
+
+  // FAILED_PRECONDITION also: a migration is under way already. The stream's other end belongs to
+  // QEMU.
+  absl::StatusOr<UniqueFd> BeginSave(absl::Time deadline) override;
+  absl::Status Stop(absl::Time deadline) override;
+  absl::Status FinishSave(absl::Time deadline) override;
+
+  // A guest that did not run when BeginSave was called stays stopped. On an object that did not
+  // begin the save (presyncd was restarted) it ends a save that an earlier one left behind and runs
+  // the guest; there is no telling then whether it was paused before a save that completed.
+  absl::Status Resume(absl::Time deadline) override;
+
+  // Asks QEMU to quit and, after half the time, kills it.
+  absl::Status Quit(absl::Time deadline) override;
+  absl::StatusOr<RunState> State(absl::Time deadline) override;
+
+  // Whether the guest ran when BeginSave was called; a target should be left paused if it did not.
+  bool was_running() const { return was_running_; }
+  pid_t pid() const { return process_.pid(); }
+  QmpClient& qmp() { return *qmp_; }
+  // Steps since Create, oldest first.
+  const std::vector<GuestStep>& steps() const { return steps_; }
+
+ private:
+  QemuSourceGuest(std::unique_ptr<QmpClient> qmp, PeerProcess process)
+      : qmp_(std::move(qmp)), process_(std::move(process)) {}
+  absl::StatusOr<UniqueFd> StartMigration(absl::Time deadline);
+  absl::Status EndMigration(absl::Time deadline);
+  absl::Status RunAgain(absl::Time deadline);
+
+  std::unique_ptr<QmpClient> qmp_;
+  PeerProcess process_;
+  bool was_running_ = true;
+  std::optional<MigrationSettings> settings_;  // set from BeginSave until Resume
+  std::vector<GuestStep> steps_;
+};
+
+// The target: a QEMU started with `-incoming defer -S`. Keeps the monitor connection for its life.
+class QemuTargetGuest final : public TargetGuest {
+ public:
+  // Takes over the monitor connection. FAILED_PRECONDITION: QEMU waits for no migration, or it was
+  // started without -S; else as PeerProcess::Identify.
+  static absl::StatusOr<std::unique_ptr<QemuTargetGuest>> Create(std::unique_ptr<QmpClient> qmp,
+                                                                 absl::Time deadline);
+
+  absl::StatusOr<UniqueFd> BeginLoad(absl::Time deadline) override;
+
+  // INTERNAL: the guest runs although nobody ran it. UNAVAILABLE: QEMU ended, as it does when it
+  // can't load the state; its log says why.
+  absl::Status AwaitLoaded(absl::Time deadline) override;
+
+  // Also has the guest's network cards announce themselves, without waiting for it.
+  absl::Status Run(absl::Time deadline) override;
+
+  // Asks QEMU to quit and, after half the time, kills it.
+  absl::Status Discard(absl::Time deadline) override;
+  absl::StatusOr<RunState> State(absl::Time deadline) override;
+
+  pid_t pid() const { return process_.pid(); }
+  QmpClient& qmp() { return *qmp_; }
+  const std::vector<GuestStep>& steps() const { return steps_; }
+
+ private:
+  QemuTargetGuest(std::unique_ptr<QmpClient> qmp, PeerProcess process)
+      : qmp_(std::move(qmp)), process_(std::move(process)) {}
+
+  std::unique_ptr<QmpClient> qmp_;
+  PeerProcess process_;
+  std::optional<MigrationSettings> settings_;  // set from BeginLoad until Run
+  std::vector<GuestStep> steps_;
+};
+
+}  // namespace presync

@@ -1,0 +1,113 @@
+#include "qemu-glue/qemu_guest_calls.h"
+
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+
+namespace presync {
+namespace {
+
+// Events tell at once; this is how soon a lost one is made up for.
+constexpr absl::Duration kAskAgain = absl::Milliseconds(100);
+
+bool IsOneOf(std::string_view status, std::initializer_list<std::string_view> list) {
+  return std::find(list.begin(), list.end(), status) != list.end();
+}
+
+}  // namespace
+
+absl::StatusOr<MigrationState> QueryMigration(QmpClient& qmp, absl::Time deadline) {
+  absl::StatusOr<Json> answer = qmp.Execute("query-migrate", nullptr, deadline);
+  if (!answer.ok()) return answer.status();
+  MigrationState state{StringAt(*answer, "status"), StringAt(*answer, "error-desc")};
+  if (state.status.empty()) state.status = "none";
+  return state;
+}
+
+absl::StatusOr<std::string> QueryRunState(QmpClient& qmp, absl::Time deadline) {
+  absl::StatusOr<Json> answer = qmp.Execute("query-status", nullptr, deadline);
+  if (!answer.ok()) return answer.status();
+  std::string status = StringAt(*answer, "status");
+  if (status.empty()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("QMP: ", qmp.path(), ": query-status without a status: ", ToText(*answer)));
+  }
+  return status;
+}
+
+absl::StatusOr<RunState> QueryGuestState(QmpClient& qmp, const PeerProcess& process,
+                                         absl::Time deadline) {
+  if (process.HasEnded()) return RunState::kGone;
+  absl::StatusOr<std::string> status = QueryRunState(qmp, deadline);
+  if (!status.ok()) {
+    if (absl::IsUnavailable(status.status()) && process.AwaitEnd(deadline).ok()) {
+      return RunState::kGone;
+    }
+    return status.status();
+  }
+  if (*status == "running") return RunState::kRunning;
+  if (*status == "inmigrate") return RunState::kIncoming;
+  return RunState::kPaused;
+}
+
+absl::StatusOr<MigrationState> AwaitMigration(QmpClient& qmp, std::string_view step,
+                                              std::initializer_list<std::string_view> wanted,
+                                              absl::Time deadline) {
+  const std::string name(step);
+  while (true) {
+    absl::StatusOr<MigrationState> state = QueryMigration(qmp, deadline);
+    if (!state.ok()) return state.status();
+    if (IsOneOf(state->status, wanted)) return state;
+    if (IsOneOf(state->status, {"failed", "cancelled", "completed", "none"})) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          name, ": QEMU's migration has ended as '", state->status, "'",
+          state->error.empty() ? "; someone else may have ended it" : ": ", state->error));
+    }
+    absl::StatusOr<QmpEvent> event =
+        qmp.WaitEvent("MIGRATION", std::min(deadline, absl::Now() + kAskAgain));
+    if (event.ok()) {
+      MigrationState news{StringAt(event->data, "status"), ""};
+      if (IsOneOf(news.status, wanted)) return news;
+    } else if (!absl::IsDeadlineExceeded(event.status())) {
+      return event.status();
+    } else if (absl::Now() >= deadline) {
+      return absl::DeadlineExceededError(
+          absl::StrCat(name, ": QEMU's migration is still '", state->status, "'"));
+    }
+  }
+}
+
+absl::StatusOr<UniqueFd> PassStream(QmpClient& qmp, const std::string& name, absl::Time deadline) {
+  int ends[2];
+  if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("socketpair for the device state: ", std::strerror(errno)));  // NOLINT
+  }
+  UniqueFd ours(ends[0]);
+  UniqueFd theirs(ends[1]);
+  // QEMU replaces a descriptor that an earlier try left under this name.
+  absl::StatusOr<Json> done = qmp.Execute("getfd", {{"fdname", name}}, deadline, theirs.get());
+  if (!done.ok()) return done.status();
+  return ours;
+}
+
+absl::Status EndProcess(QmpClient& qmp, const PeerProcess& process, absl::Time deadline) {
+  if (process.HasEnded()) return absl::OkStatus();
+  const absl::Time now = absl::Now();
+  const absl::Time patience = deadline == absl::InfiniteFuture()
+                                  ? now + absl::Minutes(1)
+                                  : now + std::max(absl::ZeroDuration(), deadline - now) / 2;
+  // The answer may be lost with the connection; the process's end is what counts.
+  (void)qmp.Execute("quit", nullptr, patience);
+  if (process.AwaitEnd(patience).ok()) return absl::OkStatus();
+  if (absl::Status status = process.Kill(); !status.ok()) return status;
+  return process.AwaitEnd(deadline);
+}
+
+}  // namespace presync

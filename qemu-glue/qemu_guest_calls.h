@@ -1,0 +1,45 @@
+// The exchanges with QEMU that saving and loading have in common. Errors as QmpClient::Execute.
+#pragma once
+
+#include <initializer_list>
+#include <string>
+#include <string_view>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "qemu-glue/qmp/peer_process.h"
+#include "qemu-glue/qmp/qmp_client.h"
+#include "transport/guest.h"
+#include "transport/unique_fd.h"
+
+namespace presync {
+
+struct MigrationState {
+  std::string status;  // QEMU's word; "none" before the first migration
+  std::string error;   // why it failed, where it did
+};
+
+absl::StatusOr<MigrationState> QueryMigration(QmpClient& qmp, absl::Time deadline);
+
+// query-status: "running", "paused", "inmigrate", ...
+absl::StatusOr<std::string> QueryRunState(QmpClient& qmp, absl::Time deadline);
+
+// The same as the interface's word; a process that has ended is an answer too, not an error.
+absl::StatusOr<RunState> QueryGuestState(QmpClient& qmp, const PeerProcess& process,
+                                         absl::Time deadline);
+
+// Blocks until the migration's status is one of `wanted`. FAILED_PRECONDITION: it failed or was
+// cancelled, or completed, and that was not wanted; the text starts with `step` and has QEMU's
+// words.
+absl::StatusOr<MigrationState> AwaitMigration(QmpClient& qmp, std::string_view step,
+                                              std::initializer_list<std::string_view> wanted,
+                                              absl::Time deadline);
+
+// Makes a socket pair, gives QEMU one end under `name` (for "fd:NAME") and returns the other.
+absl::StatusOr<UniqueFd> PassStream(QmpClient& qmp, const std::string& name, absl::Time deadline);
+
+// Asks QEMU to quit, waits for its end, and kills it when half the time is over.
+absl::Status EndProcess(QmpClient& qmp, const PeerProcess& process, absl::Time deadline);
+
+}  // namespace presync

@@ -1,0 +1,91 @@
+#include "qemu-glue/qemu_guest_settings.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+
+namespace presync {
+namespace {
+
+struct CapabilityChange {
+  Json wanted = Json::array();
+  Json old = Json::array();
+};
+
+absl::StatusOr<CapabilityChange> PlanCapabilities(const Json& current,
+                                                  const std::vector<std::string>& on) {
+  CapabilityChange change;
+  size_t known = 0;
+  for (const Json& entry : current) {
+    const std::string name = StringAt(entry, "capability");
+    const bool is_on = BoolAt(entry, "state").value_or(false);
+    const bool want_on = std::find(on.begin(), on.end(), name) != on.end();
+    known += want_on ? 1 : 0;
+    if (is_on != want_on) change.wanted.push_back({{"capability", name}, {"state", want_on}});
+    // See QemuSourceGuest: x-ignore-shared is left off, whoever left it on.
+    if (name == "x-ignore-shared") {
+      change.old.push_back({{"capability", name}, {"state", false}});
+    } else if (is_on != want_on) {
+      change.old.push_back({{"capability", name}, {"state", is_on}});
+    }
+  }
+  if (known == on.size()) return change;
+  std::string names;
+  for (const std::string& name : on) absl::StrAppend(&names, " ", name);
+  return absl::FailedPreconditionError(absl::StrCat(
+      "this QEMU lacks one of the migration capabilities", names, "; use QEMU 4.0 or later"));
+}
+
+}  // namespace
+
+absl::StatusOr<MigrationSettings> MigrationSettings::Apply(QmpClient& qmp,
+                                                           const std::vector<std::string>& on,
+                                                           const Json& parameters,
+                                                           absl::Time deadline) {
+  absl::StatusOr<Json> capabilities = qmp.Execute("query-migrate-capabilities", nullptr, deadline);
+  if (!capabilities.ok()) return capabilities.status();
+  absl::StatusOr<CapabilityChange> change = PlanCapabilities(*capabilities, on);
+  if (!change.ok()) return change.status();
+  absl::StatusOr<Json> current = qmp.Execute("query-migrate-parameters", nullptr, deadline);
+  if (!current.ok()) return current.status();
+
+  MigrationSettings settings;
+  settings.old_capabilities_ = {{"capabilities", std::move(change->old)}};
+  Json wanted = Json::object();
+  settings.old_parameters_ = Json::object();
+  for (const auto& [name, value] : parameters.items()) {
+    const Json* old = FindMember(*current, name.c_str());
+    if (old == nullptr || *old == value) continue;
+    wanted[name] = value;
+    settings.old_parameters_[name] = *old;
+  }
+  if (const std::string tls = StringAt(*current, "tls-creds"); !tls.empty()) {
+    wanted["tls-creds"] = "";
+    settings.old_parameters_["tls-creds"] = tls;
+  }
+  absl::StatusOr<Json> done = qmp.Execute("migrate-set-parameters", wanted, deadline);
+  if (!done.ok()) return done.status();
+  done = qmp.Execute("migrate-set-capabilities", {{"capabilities", change->wanted}}, deadline);
+  if (!done.ok()) {
+    (void)qmp.Execute("migrate-set-parameters", settings.old_parameters_, deadline);
+    return done.status();
+  }
+  return settings;
+}
+
+absl::Status MigrationSettings::Restore(QmpClient& qmp, absl::Time deadline) const {
+  absl::Status capabilities =
+      qmp.Execute("migrate-set-capabilities", old_capabilities_, deadline).status();
+  absl::Status parameters =
+      qmp.Execute("migrate-set-parameters", old_parameters_, deadline).status();
+  return capabilities.ok() ? parameters : capabilities;
+}
+
+absl::Status MigrationSettings::PostRestore(QmpClient& qmp, absl::Time deadline) const {
+  absl::Status status = qmp.Post("migrate-set-capabilities", old_capabilities_, deadline);
+  if (status.ok()) status = qmp.Post("migrate-set-parameters", old_parameters_, deadline);
+  return status;
+}
+
+}  // namespace presync

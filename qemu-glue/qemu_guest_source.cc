@@ -1,0 +1,169 @@
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "qemu-glue/qemu_guest.h"
+#include "qemu-glue/qemu_guest_calls.h"
+
+namespace presync {
+namespace {
+
+// The stream is local; whoever reads it sets the pace. Far above any link.
+constexpr uint64_t kBandwidthBytesPerS = uint64_t{1} << 40;
+// QEMU's largest (MAX_MIGRATE_DOWNTIME): after one pass over what can be saved live it stops the
+// guest instead of trying to converge, because only presync knows what the launch may cost.
+constexpr uint64_t kDowntimeLimitMs = 2'000'000;
+// QEMU announces by event that it runs the guest again; this is how soon a lost event is made up
+// for.
+constexpr absl::Duration kAskAgain = absl::Milliseconds(20);
+
+constexpr char kStreamName[] = "presync-save";
+
+// A migration in one of these states is over, or never was.
+bool IsOver(std::string_view status) {
+  return status == "none" || status == "completed" || status == "failed" || status == "cancelled";
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<QemuSourceGuest>> QemuSourceGuest::Create(
+    std::unique_ptr<QmpClient> qmp, absl::Time deadline) {
+  absl::StatusOr<PeerProcess> process = PeerProcess::Identify(*qmp, deadline);
+  if (!process.ok()) return process.status();
+  return std::unique_ptr<QemuSourceGuest>(new QemuSourceGuest(std::move(qmp), *std::move(process)));
+}
+
+absl::StatusOr<UniqueFd> QemuSourceGuest::BeginSave(absl::Time deadline) {
+  const absl::Time start = absl::Now();
+  absl::StatusOr<MigrationState> before = QueryMigration(*qmp_, deadline);
+  if (!before.ok()) return before.status();
+  absl::StatusOr<std::string> run_state = QueryRunState(*qmp_, deadline);
+  if (!run_state.ok()) return run_state.status();
+  if (settings_.has_value() || !IsOver(before->status) || *run_state == "inmigrate" ||
+      *run_state == "finish-migrate" || *run_state == "postmigrate") {
+    return absl::FailedPreconditionError(
+        absl::StrCat("begin to save the guest: a save or another migration is under way (QEMU is '",
+                     *run_state, "', its migration '", before->status,
+                     "'); resume the guest first, or let the other one end"));
+  }
+  was_running_ = *run_state == "running";
+  const Json parameters = {{"max-bandwidth", kBandwidthBytesPerS},
+                           {"downtime-limit", kDowntimeLimitMs},
+                           {"mode", "normal"}};
+  absl::StatusOr<MigrationSettings> settings = MigrationSettings::Apply(
+      *qmp_, {"x-ignore-shared", "pause-before-switchover", "events"}, parameters, deadline);
+  if (!settings.ok()) return settings.status();
+  settings_ = *std::move(settings);
+  absl::StatusOr<UniqueFd> stream = StartMigration(deadline);
+  if (stream.ok()) {
+    steps_.push_back({"begin-save", absl::Now() - start});
+  } else if (absl::IsFailedPrecondition(stream.status())) {
+    // QEMU refused, so nothing began. After any other error only Resume can tell what did.
+    (void)settings_->Restore(*qmp_, deadline);
+    settings_.reset();
+  }
+  return stream;
+}
+
+absl::StatusOr<UniqueFd> QemuSourceGuest::StartMigration(absl::Time deadline) {
+  absl::StatusOr<UniqueFd> stream = PassStream(*qmp_, kStreamName, deadline);
+  if (!stream.ok()) return stream;
+  absl::StatusOr<Json> started =
+      qmp_->Execute("migrate", {{"uri", absl::StrCat("fd:", kStreamName)}}, deadline);
+  if (!started.ok()) return started.status();
+  return stream;
+}
+
+absl::Status QemuSourceGuest::Stop(absl::Time deadline) {
+  const absl::Time start = absl::Now();
+  absl::StatusOr<MigrationState> state =
+      AwaitMigration(*qmp_, "stop the guest", {"pre-switchover"}, deadline);
+  if (!state.ok()) return state.status();
+  absl::StatusOr<std::string> run_state = QueryRunState(*qmp_, deadline);
+  if (!run_state.ok()) return run_state.status();
+  if (*run_state == "running") {
+    return absl::InternalError(
+        "stop the guest: QEMU says that it runs although its migration waits for the "
+        "switchover: someone resumed it");
+  }
+  steps_.push_back({"stop", absl::Now() - start});
+  return absl::OkStatus();
+}
+
+absl::Status QemuSourceGuest::FinishSave(absl::Time deadline) {
+  const absl::Time start = absl::Now();
+  absl::StatusOr<Json> go =
+      qmp_->Execute("migrate-continue", {{"state", "pre-switchover"}}, deadline);
+  if (!go.ok()) return go.status();
+  absl::StatusOr<MigrationState> state =
+      AwaitMigration(*qmp_, "save the device state", {"completed"}, deadline);
+  if (!state.ok()) return state.status();
+  steps_.push_back({"finish-save", absl::Now() - start});
+  return absl::OkStatus();
+}
+
+absl::Status QemuSourceGuest::Resume(absl::Time deadline) {
+  const absl::Time start = absl::Now();
+  if (absl::Status status = EndMigration(deadline); !status.ok()) return status;
+  absl::StatusOr<std::string> run_state = QueryRunState(*qmp_, deadline);
+  if (!run_state.ok()) return run_state.status();
+  // Without a save of ours only a state that a save leaves behind is ours to undo: a guest that is
+  // paused for any other reason is the operator's.
+  const bool left_behind = *run_state == "finish-migrate" || *run_state == "postmigrate";
+  if (settings_.has_value() ? was_running_ : left_behind) {
+    if (absl::Status status = RunAgain(deadline); !status.ok()) return status;
+  }
+  steps_.push_back({"resume", absl::Now() - start});
+  if (!settings_.has_value()) return absl::OkStatus();
+  absl::Status restored = settings_->Restore(*qmp_, deadline);
+  if (restored.ok()) settings_.reset();
+  return restored;
+}
+
+// Cancels whatever migration is under way and waits until QEMU has let go of it.
+absl::Status QemuSourceGuest::EndMigration(absl::Time deadline) {
+  absl::StatusOr<MigrationState> state = QueryMigration(*qmp_, deadline);
+  if (!state.ok()) return state.status();
+  if (IsOver(state->status)) return absl::OkStatus();
+  absl::StatusOr<Json> cancelled = qmp_->Execute("migrate_cancel", nullptr, deadline);
+  if (!cancelled.ok()) return cancelled.status();
+  return AwaitMigration(*qmp_, "cancel the save", {"none", "completed", "failed", "cancelled"},
+                        deadline)
+      .status();
+}
+
+// After a cancelled migration QEMU runs the guest by itself, a moment after it said "cancelled",
+// and refuses `cont` until then; after a completed one it needs `cont`.
+absl::Status QemuSourceGuest::RunAgain(absl::Time deadline) {
+  while (true) {
+    absl::StatusOr<std::string> run_state = QueryRunState(*qmp_, deadline);
+    if (!run_state.ok()) return run_state.status();
+    if (*run_state == "running") return absl::OkStatus();
+    if (absl::Now() >= deadline) {
+      return absl::DeadlineExceededError(
+          absl::StrCat("resume the guest: QEMU is still '", *run_state, "'"));
+    }
+    if (*run_state != "finish-migrate") {
+      absl::StatusOr<Json> done = qmp_->Execute("cont", nullptr, deadline);
+      if (!done.ok()) return done.status();
+      continue;
+    }
+    absl::StatusOr<QmpEvent> event =
+        qmp_->WaitEvent("RESUME", std::min(deadline, absl::Now() + kAskAgain));
+    if (!event.ok() && !absl::IsDeadlineExceeded(event.status())) return event.status();
+  }
+}
+
+absl::Status QemuSourceGuest::Quit(absl::Time deadline) {
+  const absl::Time start = absl::Now();
+  absl::Status status = EndProcess(*qmp_, process_, deadline);
+  if (status.ok()) steps_.push_back({"quit", absl::Now() - start});
+  return status;
+}
+
+absl::StatusOr<RunState> QemuSourceGuest::State(absl::Time deadline) {
+  return QueryGuestState(*qmp_, process_, deadline);
+}
+
+}  // namespace presync

@@ -1,0 +1,118 @@
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "qemu-glue/discovery_devices.h"
+#include "qemu-glue/qemu_guest.h"
+#include "qemu-glue/qemu_guest_calls.h"
+
+namespace presync {
+namespace {
+
+constexpr char kStreamName[] = "presync-load";
+
+// QEMU's own defaults for the announcement after a migration (initial, max, step in ms).
+const Json& Announcement() {
+  static const Json* const arguments =
+      new Json{{"initial", 50}, {"max", 550}, {"rounds", 5}, {"step", 100}};
+  return *arguments;
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<QemuTargetGuest>> QemuTargetGuest::Create(
+    std::unique_ptr<QmpClient> qmp, absl::Time deadline) {
+  absl::StatusOr<PeerProcess> process = PeerProcess::Identify(*qmp, deadline);
+  if (!process.ok()) return process.status();
+  absl::StatusOr<std::string> run_state = QueryRunState(*qmp, deadline);
+  if (!run_state.ok()) return run_state.status();
+  if (*run_state != "inmigrate") {
+    return absl::FailedPreconditionError(
+        absl::StrCat("target guest: QEMU at ", qmp->path(), " is '", *run_state,
+                     "', not waiting for a guest; start it with -incoming defer -S"));
+  }
+  absl::StatusOr<std::vector<std::string>> arguments = process->CommandLine();
+  if (!arguments.ok()) return arguments.status();
+  if (!HasStoppedOption(*arguments)) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "target guest: QEMU at ", qmp->path(), " (process ", process->pid(),
+        ") was started without -S, so it would run the guest as soon as it is loaded, while the "
+        "source may still have it; start it with -incoming defer -S"));
+  }
+  return std::unique_ptr<QemuTargetGuest>(new QemuTargetGuest(std::move(qmp), *std::move(process)));
+}
+
+absl::StatusOr<UniqueFd> QemuTargetGuest::BeginLoad(absl::Time deadline) {
+  const absl::Time start = absl::Now();
+  if (settings_.has_value()) {
+    return absl::FailedPreconditionError(
+        "begin to load the guest: already begun; discard this QEMU");
+  }
+  // While it waits for a migration this only says "don't run at its end", like -S: a `cont` that
+  // someone sent meanwhile is taken back.
+  absl::StatusOr<Json> done = qmp_->Execute("stop", nullptr, deadline);
+  if (!done.ok()) return done.status();
+  // late-block-activate: QEMU takes the disks' locks at `cont`, not now, so that the source can
+  // resume.
+  absl::StatusOr<MigrationSettings> settings = MigrationSettings::Apply(
+      *qmp_, {"x-ignore-shared", "late-block-activate", "events"}, {{"mode", "normal"}}, deadline);
+  if (!settings.ok()) return settings.status();
+  settings_ = *std::move(settings);
+  absl::StatusOr<UniqueFd> stream = PassStream(*qmp_, kStreamName, deadline);
+  if (!stream.ok()) return stream;
+  done = qmp_->Execute("migrate-incoming", {{"uri", absl::StrCat("fd:", kStreamName)}}, deadline);
+  if (!done.ok()) return done.status();
+  steps_.push_back({"begin-load", absl::Now() - start});
+  return stream;
+}
+
+absl::Status QemuTargetGuest::AwaitLoaded(absl::Time deadline) {
+  const absl::Time start = absl::Now();
+  absl::StatusOr<MigrationState> state =
+      AwaitMigration(*qmp_, "load the device state", {"completed"}, deadline);
+  if (absl::IsUnavailable(state.status())) {
+    return absl::UnavailableError(absl::StrCat(
+        "load the device state: QEMU ended; its log says why (", state.status().message(), ")"));
+  }
+  if (!state.ok()) return state.status();
+  absl::StatusOr<std::string> run_state = QueryRunState(*qmp_, deadline);
+  if (!run_state.ok()) return run_state.status();
+  if (*run_state == "running") {
+    return absl::InternalError(
+        absl::StrCat("THE TARGET GUEST RUNS although nobody ran it (QEMU process ", process_.pid(),
+                     "): someone sent `cont`; stop it at once, the source may run too"));
+  }
+  if (*run_state != "paused") {
+    return absl::FailedPreconditionError(
+        absl::StrCat("load the device state: the guest arrived '", *run_state, "', not 'paused'"));
+  }
+  steps_.push_back({"load", absl::Now() - start});
+  return absl::OkStatus();
+}
+
+absl::Status QemuTargetGuest::Run(absl::Time deadline) {
+  const absl::Time start = absl::Now();
+  absl::StatusOr<Json> done = qmp_->Execute("cont", nullptr, deadline);
+  if (!done.ok()) return done.status();
+  absl::StatusOr<std::string> run_state = QueryRunState(*qmp_, deadline);
+  if (!run_state.ok()) return run_state.status();
+  if (*run_state != "running") {
+    return absl::FailedPreconditionError(
+        absl::StrCat("run the guest: QEMU took `cont` but is '", *run_state, "'"));
+  }
+  steps_.push_back({"run", absl::Now() - start});
+  // The guest runs: neither of these may turn that into an error or keep anyone waiting.
+  (void)qmp_->Post("announce-self", Announcement(), deadline);
+  if (settings_.has_value()) (void)settings_->PostRestore(*qmp_, deadline);
+  return absl::OkStatus();
+}
+
+absl::Status QemuTargetGuest::Discard(absl::Time deadline) {
+  return EndProcess(*qmp_, process_, deadline);
+}
+
+absl::StatusOr<RunState> QemuTargetGuest::State(absl::Time deadline) {
+  return QueryGuestState(*qmp_, process_, deadline);
+}
+
+}  // namespace presync

@@ -1,0 +1,101 @@
+// A client of QEMU's machine protocol (QMP: docs/interop/qmp-spec in QEMU's documentation).
+//
+// QEMU serves one client of a monitor at a time, so presync wants a monitor of its own beside the
+// operator's (or libvirt's): `-qmp unix:PATH,server=on,wait=off` may stand there twice. presync
+// keeps its connection for as long as it looks after the guest.
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <string>
+
+#include "absl/functional/function_ref.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "qemu-glue/qmp/json_read.h"
+#include "transport/unique_fd.h"
+
+namespace presync {
+
+struct QmpVersion {
+  uint64_t major = 0;
+  uint64_t minor = 0;
+  uint64_t micro = 0;
+};
+
+struct QmpEvent {
+  std::string name;  // "MIGRATION", "STOP", ...
+  Json data;         // an object; null if the event has none
+};
+
+// One connection. One thread at a time may use it; it has no threads of its own. Calls block until
+// their deadline.
+//
+// Once QEMU is gone, or has sent something that is no QMP, every later call returns that first
+// error again.
+class QmpClient {
+ public:
+  // Longest line taken from QEMU. The longest that presync asks for (`qom-list` of a large tree)
+  // has some tens of kilobytes.
+  static constexpr size_t kMaxLineBytes = size_t{8} << 20;
+  // Events kept until someone waits for them; beyond that the oldest is dropped.
+  static constexpr size_t kMaxEvents = 256;
+
+  // Connects, reads the greeting and negotiates capabilities. NOT_FOUND: no such socket.
+  // PERMISSION_DENIED. INVALID_ARGUMENT: the path is too long for a socket, or what answers there
+  // does not speak QMP. UNAVAILABLE: nobody listens there, or QEMU ended meanwhile.
+  // DEADLINE_EXCEEDED: nothing came, which is what a monitor does that another client is using.
+  static absl::StatusOr<std::unique_ptr<QmpClient>> Connect(const std::string& path,
+                                                            absl::Time deadline);
+
+  // Runs one command and returns its result (`return` of the reply). `arguments` is an object or
+  // null. `fd_to_pass`, if not negative, goes along by SCM_RIGHTS (for `getfd`); it stays the
+  // caller's. FAILED_PRECONDITION: QEMU refused; the text has its error class and words.
+  // DEADLINE_EXCEEDED: no answer yet; the command may still take effect. UNAVAILABLE: QEMU is gone.
+  // INVALID_ARGUMENT: QEMU broke the protocol.
+  absl::StatusOr<Json> Execute(const std::string& command, const Json& arguments,
+                               absl::Time deadline, int fd_to_pass = -1);
+
+  // Sends a command whose result nobody waits for; its reply is dropped when it comes.
+  absl::Status Post(const std::string& command, const Json& arguments, absl::Time deadline);
+
+  // The oldest event not yet taken for which `matches` holds; waits for one. Others stay queued.
+  absl::StatusOr<QmpEvent> WaitEvent(absl::FunctionRef<bool(const QmpEvent&)> matches,
+                                     absl::Time deadline);
+  absl::StatusOr<QmpEvent> WaitEvent(const std::string& name, absl::Time deadline);
+
+  const std::string& path() const { return path_; }
+  const QmpVersion& version() const { return version_; }
+  // Who listens at the socket (SO_PEERCRED). That is QEMU only if QEMU itself opened the socket:
+  // see PeerProcess.
+  pid_t peer_pid() const { return peer_pid_; }
+
+ private:
+  QmpClient(std::string path, UniqueFd socket)
+      : path_(std::move(path)), socket_(std::move(socket)) {}
+  absl::Status Negotiate(absl::Time deadline);
+  absl::Status ReadGreeting(absl::Time deadline);
+  absl::StatusOr<uint64_t> SendCommand(const std::string& command, const Json& arguments,
+                                       absl::Time deadline, int fd_to_pass);
+  absl::Status Send(const std::string& line, absl::Time deadline, int fd_to_pass);
+  absl::StatusOr<Json> ReadMessage(absl::Time deadline);
+  absl::StatusOr<std::string> ReadLine(absl::Time deadline);
+  void KeepEvent(const Json& message);
+  absl::Status Break(absl::Status why);
+
+  std::string path_;
+  UniqueFd socket_;
+  pid_t peer_pid_ = -1;
+  QmpVersion version_;
+  uint64_t next_id_ = 1;
+  std::string received_;
+  size_t searched_bytes_ = 0;  // of received_: no line end in there
+  std::deque<QmpEvent> events_;
+  absl::Status broken_;
+};
+
+}  // namespace presync
