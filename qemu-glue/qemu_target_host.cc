@@ -15,9 +15,9 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_replace.h"
+#include "absl/strings/str_split.h"
 #include "qemu-glue/discovery.h"
 #include "qemu-glue/qemu_guest.h"
-#include "qemu-glue/qemu_process.h"
 #include "qemu-glue/qmp/json_read.h"
 #include "qemu-glue/qmp/qmp_client.h"
 
@@ -62,18 +62,15 @@ absl::Status FirstProblems(const Findings& findings) {
 
 // Connects to a waiting QEMU and makes sure that it fits what the source described.
 absl::StatusOr<std::unique_ptr<QemuTargetGuest>> AttachTo(
-    const std::string& qmp_path, const std::vector<RegionRequest>& regions, GuestInfo* info,
+    std::unique_ptr<QmpClient> qmp, const std::vector<RegionRequest>& regions, GuestInfo* info,
     absl::Time deadline) {
-  absl::StatusOr<std::unique_ptr<QmpClient>> qmp = QmpClient::Connect(qmp_path, deadline);
-  if (!qmp.ok()) return qmp.status();
-  absl::StatusOr<GuestInfo> described = DescribeGuest(**qmp, deadline);
+  absl::StatusOr<GuestInfo> described = DescribeGuest(*qmp, deadline);
   if (!described.ok()) return described.status();
-  absl::StatusOr<Findings> findings =
-      CheckTarget(**qmp, *described, ToBackends(regions), deadline);
+  absl::StatusOr<Findings> findings = CheckTarget(*qmp, *described, ToBackends(regions), deadline);
   if (!findings.ok()) return findings.status();
   if (absl::Status s = FirstProblems(*findings); !s.ok()) return s;
   *info = *std::move(described);
-  return QemuTargetGuest::Create(*std::move(qmp), deadline);
+  return QemuTargetGuest::Create(std::move(qmp), deadline);
 }
 
 absl::Status RemoveFile(const std::string& path) {
@@ -132,9 +129,10 @@ class AttachedPlace final : public TargetPlace {
 // A place made here: memory files and process are ours until Keep.
 class StartedPlace final : public TargetPlace {
  public:
-  StartedPlace(std::string guest_name, std::vector<std::string> command, Paths paths,
-               std::vector<RegionRequest> regions, GuestMemory memory)
-      : guest_name_(std::move(guest_name)),
+  StartedPlace(QemuTargetHost* host, std::string guest_name, std::vector<std::string> command,
+               Paths paths, std::vector<RegionRequest> regions, GuestMemory memory)
+      : host_(host),
+        guest_name_(std::move(guest_name)),
         command_(std::move(command)),
         paths_(std::move(paths)),
         regions_(std::move(regions)),
@@ -155,14 +153,14 @@ class StartedPlace final : public TargetPlace {
   absl::StatusOr<TargetGuest*> Waiting(absl::Time deadline) override {
     if (guest_ != nullptr && Check().ok()) return guest_.get();
     if (absl::Status s = EndWaiting(); !s.ok()) return s;
-    absl::StatusOr<std::unique_ptr<QemuProcess>> process = QemuProcess::Start(
+    absl::StatusOr<QemuProcess> process = QemuProcess::Start(
         {.argv = command_, .qmp_path = paths_.qmp, .log_path = paths_.log}, deadline);
     if (!process.ok()) return process.status();
-    process_ = *std::move(process);
+    process_.emplace(*std::move(process));
     WriteNote();
     GuestInfo info;
     absl::StatusOr<std::unique_ptr<QemuTargetGuest>> guest =
-        AttachTo(paths_.qmp, regions_, &info, deadline);
+        AttachTo(process_->TakeMonitor(), regions_, &info, deadline);
     if (guest.ok()) {
       if (absl::Status s = CheckFiles(info); !s.ok()) guest = s;
     }
@@ -187,7 +185,7 @@ class StartedPlace final : public TargetPlace {
   absl::Status EndWaiting() override {
     if (guest_ != nullptr) guest_->Discard(absl::Now() + kQmpTimeout).IgnoreError();
     guest_.reset();
-    if (process_ == nullptr) return absl::OkStatus();
+    if (!process_) return absl::OkStatus();
     const absl::Status killed = process_->Kill(absl::Now() + kQmpTimeout);
     if (killed.ok()) process_.reset();
     return killed;
@@ -195,7 +193,8 @@ class StartedPlace final : public TargetPlace {
 
   void Keep() override {
     kept_ = true;
-    process_->Release();
+    host_->Adopt(*std::move(process_));
+    process_.reset();
   }
 
   std::string address() const override { return paths_.qmp; }
@@ -206,7 +205,7 @@ class StartedPlace final : public TargetPlace {
     Json files = Json::array({paths_.qmp, paths_.glue});
     for (const std::string& path : paths_.ram) files.push_back(path);
     const Json note = {{"pid", process_->pid()},
-                                 {"start_time", process_->start_time()},
+                                 {"start_ticks", process_->start_ticks()},
                                  {"qmp", paths_.qmp},
                                  {"files", std::move(files)}};
     std::ofstream(paths_.note) << note.dump() << "\n";
@@ -228,12 +227,13 @@ class StartedPlace final : public TargetPlace {
     return absl::OkStatus();
   }
 
+  QemuTargetHost* const host_;
   const std::string guest_name_;
   const std::vector<std::string> command_;
   const Paths paths_;
   const std::vector<RegionRequest> regions_;
   GuestMemory memory_;
-  std::unique_ptr<QemuProcess> process_;
+  std::optional<QemuProcess> process_;
   std::unique_ptr<QemuTargetGuest> guest_;
   bool kept_ = false;
 };
@@ -286,9 +286,12 @@ absl::StatusOr<GuestMemory> CreateMemory(const std::vector<RegionRequest>& regio
 
 absl::StatusOr<std::unique_ptr<TargetPlace>> MakeAttachedPlace(
     const std::string& qmp_path, const std::vector<RegionRequest>& regions) {
+  const absl::Time deadline = absl::Now() + kQmpTimeout;
+  absl::StatusOr<std::unique_ptr<QmpClient>> qmp = QmpClient::Connect(qmp_path, deadline);
+  if (!qmp.ok()) return qmp.status();
   GuestInfo info;
   absl::StatusOr<std::unique_ptr<QemuTargetGuest>> guest =
-      AttachTo(qmp_path, regions, &info, absl::Now() + kQmpTimeout);
+      AttachTo(*std::move(qmp), regions, &info, deadline);
   if (!guest.ok()) return guest.status();
   std::vector<Region> opened;
   for (const RegionRequest& wanted : regions) {
@@ -313,7 +316,7 @@ absl::StatusOr<std::unique_ptr<TargetPlace>> MakeAttachedPlace(
 struct Note {
   std::string path;
   pid_t pid = 0;
-  uint64_t start_time = 0;
+  uint64_t start_ticks = 0;
   std::string qmp;
   std::vector<std::string> files;
 };
@@ -329,7 +332,7 @@ std::vector<Note> ReadNotes(const std::string& folder) {
     if (!pid || *pid == 0 || *pid > INT32_MAX) continue;
     Note note = {.path = file.path(),
                  .pid = static_cast<pid_t>(*pid),
-                 .start_time = UintAt(json, "start_time").value_or(0),
+                 .start_ticks = UintAt(json, "start_ticks").value_or(0),
                  .qmp = StringAt(json, "qmp"),
                  .files = {}};
     if (const Json* files = FindMember(json, "files"); files != nullptr && files->is_array()) {
@@ -340,6 +343,21 @@ std::vector<Note> ReadNotes(const std::string& folder) {
     notes.push_back(std::move(note));
   }
   return notes;
+}
+
+// Whether the process of the note still lives: the same number and the same start, and no zombie.
+bool IsAlive(const Note& note) {
+  std::ifstream in(absl::StrCat("/proc/", note.pid, "/stat"));
+  const std::string stat((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
+  // Fields from the third on follow the command's name, which is in parentheses: proc(5).
+  const size_t name_end = stat.rfind(')');
+  if (name_end == std::string::npos) return false;
+  const std::vector<std::string> fields =
+      absl::StrSplit(stat.substr(name_end + 1), ' ', absl::SkipEmpty());
+  constexpr size_t kState = 0;
+  constexpr size_t kStartTime = 22 - 3;
+  return fields.size() > kStartTime && fields[kState] != "Z" &&
+         fields[kStartTime] == absl::StrCat(note.start_ticks);
 }
 
 absl::Status MakeFolder(const std::string& path) {
@@ -391,7 +409,7 @@ absl::StatusOr<std::unique_ptr<TargetPlace>> QemuTargetHost::MakePlace(
   if (!command.ok()) return command.status();
   absl::StatusOr<GuestMemory> memory = CreateMemory(regions, paths);
   if (!memory.ok()) return memory.status();
-  return std::make_unique<StartedPlace>(guest, *std::move(command), std::move(paths), regions,
+  return std::make_unique<StartedPlace>(this, guest, *std::move(command), std::move(paths), regions,
                                         *std::move(memory));
 }
 
@@ -424,7 +442,7 @@ absl::Status QemuTargetHost::RunOrphan(const std::string& address) {
 
 void QemuTargetHost::EndWaitingLeftovers() {
   for (const Note& note : ReadNotes(options_.run_folder)) {
-    if (!QemuProcess::IsAlive(note.pid, note.start_time)) continue;
+    if (!IsAlive(note)) continue;
     absl::StatusOr<std::unique_ptr<QmpClient>> qmp =
         QmpClient::Connect(note.qmp, absl::Now() + kQmpTimeout);
     if (!qmp.ok()) continue;
@@ -439,9 +457,18 @@ void QemuTargetHost::EndWaitingLeftovers() {
   RemoveLeftovers();
 }
 
+void QemuTargetHost::Adopt(QemuProcess process) {
+  absl::MutexLock lock(&mutex_);
+  running_.push_back(std::move(process));
+}
+
 void QemuTargetHost::RemoveLeftovers() {
+  {
+    absl::MutexLock lock(&mutex_);
+    std::erase_if(running_, [](QemuProcess& process) { return process.HasEnded(); });
+  }
   for (const Note& note : ReadNotes(options_.run_folder)) {
-    if (QemuProcess::IsAlive(note.pid, note.start_time)) continue;
+    if (IsAlive(note)) continue;
     for (const std::string& path : note.files) RemoveFile(path).IgnoreError();
     RemoveFile(note.path).IgnoreError();
   }

@@ -5,8 +5,12 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "absl/base/thread_annotations.h"
+#include "absl/synchronization/mutex.h"
+#include "qemu-glue/qemu_process.h"
 #include "transport/sync/target_host.h"
 
 namespace presync {
@@ -46,12 +50,17 @@ class QemuTargetHost final : public TargetHost {
   absl::Status RunOrphan(const std::string& address);
 
   // Removes memory files and sockets of guests that ran here and have ended. Call it now and then.
-  void RemoveLeftovers();
+  void RemoveLeftovers() ABSL_LOCKS_EXCLUDED(mutex_);
+
+  // Takes the process of a guest that runs here now, to notice (and reap) its end.
+  void Adopt(QemuProcess process) ABSL_LOCKS_EXCLUDED(mutex_);
 
  private:
   explicit QemuTargetHost(QemuTargetHostOptions options) : options_(std::move(options)) {}
 
   const QemuTargetHostOptions options_;
+  absl::Mutex mutex_;
+  std::vector<QemuProcess> running_ ABSL_GUARDED_BY(mutex_);
 };
 
 }  // namespace presync
