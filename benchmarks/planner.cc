@@ -34,10 +34,10 @@ std::vector<std::vector<PageRun>> RandomScans(PageCount pages, PageCount run_pag
   return scans;
 }
 
-void SetRates(benchmark::State& state, PageCount written) {
-  state.counters["written"] = written;
+void SetRates(benchmark::State& state, PageCount pages) {
+  state.counters["pages"] = pages;
   state.counters["a_page"] = benchmark::Counter(
-      written, benchmark::Counter::kIsIterationInvariantRate | benchmark::Counter::kInvert);
+      pages, benchmark::Counter::kIsIterationInvariantRate | benchmark::Counter::kInvert);
 }
 
 void BM_BaselineTouch(benchmark::State& state) {

@@ -127,17 +127,14 @@ void Pacer::OnInterval(absl::Time now, const PacerSignals& signals) {
 
   const uint64_t floor = Floor(signals);
   const uint64_t back_off = BackOffPermille(signals);
+  if (was_idle) rate_ = std::min(rate_, ssthresh_ / 2);
   if (back_off < 1000) {
     ++pressed_intervals_;
     ssthresh_ = std::max(rate_ / 2, floor);
     rate_ = rate_ * back_off / 1000;
   } else {
     pressed_intervals_ = 0;
-    if (was_idle) {
-      rate_ = std::min(rate_, ssthresh_ / 2);
-    } else if (signals.demand) {
-      Grow(floor);
-    }
+    if (signals.demand && !was_idle) Grow(floor);
   }
   rate_ = std::clamp(rate_, floor, Cap(signals));
 }

@@ -18,7 +18,8 @@
 namespace presync {
 
 // Virtual calls carry batches. Deterministic: the same calls give the same answers, bit for bit; no
-// clock, no randomness, no floating point whose result could differ. Not thread-safe.
+// clock, no randomness, no floating point whose result could differ. Not thread-safe. It knows no
+// regions: its runs may cross from one into the next, and the caller splits them.
 //
 // The caller's rhythm, once a scan interval:
 //   OnScan(pages seen written) -> AppendPagesToArm -> Choose (perhaps several times) -> OnSent.

@@ -165,6 +165,13 @@ TEST_F(PacerTest, RestartsAfterIdleAtHalfTheThreshold) {
   EXPECT_EQ(Step(Busy()), 170'000'000u);
 }
 
+TEST_F(PacerTest, PressureRightAfterIdleDoesNotSaveTheOldRate) {
+  StepTo(320'000'000);
+  Step(Marked());  // ssthresh and rate 160 MB/s
+  now_ += absl::Seconds(5);
+  EXPECT_EQ(Step(Marked()), 40'000'000u) << "restarted at 80 MB/s, then halved";
+}
+
 TEST_F(PacerTest, TheOperatorsCapHolds) {
   Pacer::Options options = Defaults();
   options.max_bytes_per_s = 3'000'000;

@@ -147,6 +147,40 @@ TEST(OldestPolicyTest, OldestFirstThenByAddress) {
   EXPECT_THAT(Choose(*policy, stale, 2), ElementsAre(PageRun{1, 1}, PageRun{7, 1}));
 }
 
+// The obvious implementation: sort by the scan of the last write, 0 = never, then by address.
+TEST(OldestPolicyTest, SameAsSorting) {
+  constexpr PageCount kPages = 500;
+  constexpr uint32_t kSeed = 3;
+  auto policy = MakePolicy("oldest", kPages, {.max_back_off_log2 = 0}).value();
+  std::mt19937 random(kSeed);
+  std::vector<int> last_write(kPages, 0);
+  for (int scan = 1; scan <= 300; ++scan) {
+    SCOPED_TRACE(testing::Message() << "seed " << kSeed << ", scan " << scan);
+    std::vector<PageRun> written;
+    std::vector<PageIndex> order;
+    PageBitmap stale(kPages);
+    for (PageIndex page = 0; page < kPages; ++page) {
+      if (random() % (5 + page) == 0) {
+        AppendRun({page, 1}, &written);
+        last_write[page] = scan;
+      }
+      if (random() % 2 == 0) {
+        stale.Set({page, 1});
+        order.push_back(page);
+      }
+    }
+    policy->OnScan(written);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](PageIndex a, PageIndex b) { return last_write[a] < last_write[b]; });
+    order.resize(std::min<size_t>(order.size(), random() % kPages));
+    PageBitmap expected(kPages);
+    for (PageIndex page : order) expected.Set({page, 1});
+    std::vector<PageRun> expected_runs;
+    expected.AppendRunsWithin({0, kPages}, &expected_runs);
+    ASSERT_EQ(Choose(*policy, stale, static_cast<PageCount>(order.size())), expected_runs);
+  }
+}
+
 TEST(OldestPolicyTest, AgesDoNotWrap) {
   // 2^14 + 5 scans after it was written, page 4's 14-bit stamp looks 5 scans old unless it was
   // swept.
