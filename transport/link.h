@@ -65,7 +65,8 @@ class SourceLink {
   // try again. Does not block. The caller keeps the bytes of a posted page in place until it
   // completes, and never posts a page that has not completed (invariant: one write in flight a page).
   // The bytes may change meanwhile: then the target holds a mixture, and the caller must know that
-  // the page is stale. INVALID_ARGUMENT: a run is empty, outside the memory or crosses a region.
+  // the page is stale. INVALID_ARGUMENT: the first run is empty, outside the memory or crosses a
+  // region (such a run further on ends the prefix before it).
   // UNAVAILABLE: the link is gone; nothing that was not confirmed may be trusted.
   virtual absl::StatusOr<size_t> Post(absl::Span<const PageWrite> writes) = 0;
 
@@ -74,7 +75,7 @@ class SourceLink {
   virtual absl::StatusOr<CommitId> PostCommit() = 0;
 
   // Appends what completed to `events->completed` and sets `events->committed`. Does not block.
-  // UNAVAILABLE as above.
+  // UNAVAILABLE as above; `events` is then unchanged.
   virtual absl::Status Poll(LinkEvents* events) = 0;
 
   // Returns when Poll may have news, the link failed, or at `deadline`. OK in each of these cases.
@@ -95,7 +96,7 @@ class TargetLink {
   virtual std::string_view name() const = 0;
 
   // Ok while the link works; else why it ended (UNAVAILABLE: the peer is gone; INVALID_ARGUMENT: the
-  // peer broke the protocol).
+  // peer broke the protocol; CANCELLED: Close was called).
   virtual absl::Status health() const = 0;
 
   // Ends the link. After it returns nothing writes to the guest's RAM through this link any more;

@@ -21,15 +21,17 @@ namespace presync {
 // Reading a hole of a tmpfs file through a mapping allocates a page in it: ask Holes first.
 class Region {
  public:
-  // Opens an existing file (never a symbolic link) that must be exactly `size_bytes` long, a multiple of 4096.
-  // NOT_FOUND, PERMISSION_DENIED; FAILED_PRECONDITION: not a regular file on tmpfs or hugetlbfs, or
-  // another length.
+  // Opens an existing file (never a symbolic link) that must be exactly `size_bytes` long, a multiple
+  // of 4096. NOT_FOUND, PERMISSION_DENIED; FAILED_PRECONDITION: not a regular file on tmpfs or
+  // hugetlbfs, or another length; INVALID_ARGUMENT: `size_bytes` is 0 or no multiple.
   static absl::StatusOr<Region> Open(std::string name, const std::string& path,
                                      uint64_t size_bytes);
 
-  // Creates the file (mode 0600, it must not exist) and reserves all its memory, zeroed, so that a sync
-  // can't run out of it. ALREADY_EXISTS: a file is in the way. RESOURCE_EXHAUSTED: too little memory
-  // on the host or room in the file system; nothing is left behind.
+  // Creates the file (mode 0600, it must not exist) and reserves all its memory, zeroed, so that a
+  // sync can't run out of it. Blocks: a second for some GiB. ALREADY_EXISTS: a file is in the way.
+  // RESOURCE_EXHAUSTED: too little memory on the host or room in the file system.
+  // FAILED_PRECONDITION: neither tmpfs nor hugetlbfs. INVALID_ARGUMENT: `size_bytes` is 0 or no
+  // multiple of 4096, on hugetlbfs of its page size. On failure nothing is left behind.
   static absl::StatusOr<Region> Create(std::string name, const std::string& path,
                                        uint64_t size_bytes);
 
@@ -45,11 +47,12 @@ class Region {
   PageCount pages() const { return static_cast<PageCount>(size_bytes_ / kPageBytes); }
 
   // The holes in pages [run.first, run.end()) of this region (indices within the region): pages that
-  // have no memory behind them and read as zero. Walks the file: about 50 ns a populated page.
+  // were never touched since the file was made or the hole punched, and read as zero; ascending,
+  // maximal. Walks the file: about 50 ns a populated page. On hugetlbfs no hole is ever found.
   absl::StatusOr<std::vector<PageRun>> Holes(PageRun run) const;
 
  private:
-  Region() = default;
+  Region(std::string name, std::string path, UniqueFd fd, std::byte* data, uint64_t size_bytes);
   std::string name_;
   std::string path_;
   UniqueFd fd_;
