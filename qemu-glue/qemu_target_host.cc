@@ -16,6 +16,7 @@
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_replace.h"
 #include "absl/strings/str_split.h"
+#include "predictor/bitmap.h"
 #include "qemu-glue/discovery.h"
 #include "qemu-glue/qemu_guest.h"
 #include "qemu-glue/qmp/json_read.h"

@@ -116,7 +116,8 @@ Json Daemon::Handle(const Json& request) {
   if (command == "stop") answer = Stop(request);
   if (command == "status") answer = Status(request);
   if (!answer.ok()) {
-    spdlog::warn("{} {}: {}", command, TextOr(request, "name", ""), answer.status().message());
+    spdlog::warn("{} {}: {}", command, TextOr(request, "name", ""),
+                 std::string(answer.status().message()));
     return StatusToJson(answer.status());
   }
   (*answer)["ok"] = true;

@@ -46,13 +46,13 @@ int Serve(Config config, const UniqueFd& signals) {
   const std::string socket = config.socket;
   absl::StatusOr<std::unique_ptr<Daemon>> daemon = Daemon::Create(std::move(config));
   if (!daemon.ok()) {
-    spdlog::error("{}", daemon.status().message());
+    spdlog::error("{}", std::string(daemon.status().message()));
     return 1;
   }
   absl::StatusOr<std::unique_ptr<LocalServer>> server = LocalServer::Start(
       socket, [&](const nlohmann::json& request) { return (*daemon)->Handle(request); });
   if (!server.ok()) {
-    spdlog::error("{}", server.status().message());
+    spdlog::error("{}", std::string(server.status().message()));
     return 1;
   }
   sd_notify(0, "READY=1");

@@ -101,6 +101,8 @@ class SourceSync {
   LaunchCost cost() const { return {options_.fixed_cost, link_rate_.bytes_per_s()}; }
   absl::Status Collect();
   absl::Status Send(PageCount pages);
+  absl::Status ArmChosen();
+  absl::Status ProbeRate(absl::Time now);
   absl::Status Prepare(PageRun run);
   void QueueNonHole(PageRun run);
   void QueueZero(PageRun run);
@@ -121,6 +123,7 @@ class SourceSync {
   std::deque<PageWrite> pending_;  // armed, in flight for the ledger, not yet taken by the link
   absl::Time next_scan_ = absl::InfinitePast();
   absl::Time next_hole_walk_ = absl::InfinitePast();
+  absl::Time next_probe_ = absl::InfinitePast();
   bool first_pass_done_ = false;
   bool starved_ = false;  // since the last interval the pacer held something back
 

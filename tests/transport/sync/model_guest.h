@@ -1,0 +1,104 @@
+// A guest for tests: memory, a dirty log that is exact, and vCPUs that are stopped and resumed. What is
+// checked from outside: how many of the two sides ran at any moment.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/synchronization/mutex.h"
+#include "predictor/bitmap.h"
+#include "tests/transport/scratch_memory.h"
+#include "transport/dirty_log.h"
+#include "transport/guest.h"
+
+namespace presync {
+
+// Memory with exact tracking. Thread-safe.
+class ModelMemory {
+ public:
+  explicit ModelMemory(const std::vector<PageCount>& region_pages);
+
+  // The guest writes a page: its bytes depend on `value` (0: the page becomes zero).
+  void Write(PageIndex page, uint64_t value) ABSL_LOCKS_EXCLUDED(mutex_);
+  uint64_t faults() const ABSL_LOCKS_EXCLUDED(mutex_);
+
+  ScratchMemory& scratch() { return *scratch_; }
+  const GuestMemory& memory() const { return scratch_->memory(); }
+
+  // A log over this memory, which must outlive it.
+  std::unique_ptr<DirtyLog> MakeLog();
+  // From now on the log fails: the guest's process is gone.
+  void Die() { dead_ = true; }
+
+ private:
+  friend class ModelLog;
+  std::unique_ptr<ScratchMemory> scratch_;
+  std::atomic<bool> dead_ = false;
+  mutable absl::Mutex mutex_;
+  PageBitmap armed_ ABSL_GUARDED_BY(mutex_);
+  PageBitmap written_ ABSL_GUARDED_BY(mutex_);
+  uint64_t faults_ ABSL_GUARDED_BY(mutex_) = 0;
+};
+
+// Who runs: shared by both sides of a test. Thread-safe.
+class World {
+ public:
+  void SetRunning(bool source, bool running);
+  bool source_running() const { return source_; }
+  bool target_running() const { return target_; }
+  bool ever_both() const { return ever_both_; }
+
+ private:
+  absl::Mutex mutex_;
+  std::atomic<bool> source_ = true;
+  std::atomic<bool> target_ = false;
+  std::atomic<bool> ever_both_ = false;
+};
+
+// Which call of a model guest fails, by name: "begin-save", "stop", "finish-save", "resume", "quit",
+// "begin-load", "await-loaded", "run". Empty: none.
+class ModelSourceGuest final : public SourceGuest {
+ public:
+  // `last_page_written`: written while the state is saved, as device code may. Negative: none.
+  ModelSourceGuest(World* world, ModelMemory* memory, std::string fails, int64_t device_writes_page);
+  ~ModelSourceGuest() override;
+
+  absl::StatusOr<UniqueFd> BeginSave(absl::Time deadline) override;
+  absl::Status Stop(absl::Time deadline) override;
+  absl::Status FinishSave(absl::Time deadline) override;
+  absl::Status Resume(absl::Time deadline) override;
+  absl::Status Quit(absl::Time deadline) override;
+  absl::StatusOr<RunState> State(absl::Time deadline) override;
+
+ private:
+  absl::Status Step(const char* name);
+  World* const world_;
+  ModelMemory* const memory_;
+  const std::string fails_;
+  const int64_t device_writes_page_;
+  UniqueFd stream_;
+};
+
+class ModelTargetGuest final : public TargetGuest {
+ public:
+  ModelTargetGuest(World* world, std::string fails) : world_(world), fails_(std::move(fails)) {}
+
+  absl::StatusOr<UniqueFd> BeginLoad(absl::Time deadline) override;
+  absl::Status AwaitLoaded(absl::Time deadline) override;
+  absl::Status Run(absl::Time deadline) override;
+  absl::Status Discard(absl::Time deadline) override;
+  absl::StatusOr<RunState> State(absl::Time deadline) override;
+
+ private:
+  World* const world_;
+  const std::string fails_;
+  UniqueFd stream_;
+  bool loaded_ = false;
+  bool gone_ = false;
+};
+
+}  // namespace presync

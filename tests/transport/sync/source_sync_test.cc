@@ -1,0 +1,228 @@
+#include "transport/sync/source_sync.h"
+
+#include <fcntl.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "tests/transport/sync/model_guest.h"
+#include "transport/fake/fake_link.h"
+
+namespace presync {
+namespace {
+
+using Content = SourceSync::TargetContent;
+
+// A sync over a fake link, in virtual time.
+class Rig {
+ public:
+  explicit Rig(std::vector<PageCount> regions = {512, 256}, const std::string& policy = "ewma")
+      : source_(regions), target_(regions), log_(source_.MakeLog()) {
+    SourceSyncOptions options;
+    options.policy = policy;
+    options.fixed_cost = absl::Milliseconds(50);
+    options.now = [this] { return now_; };
+    auto sync = SourceSync::Create(&source_.memory(), log_.get(), options);
+    EXPECT_TRUE(sync.ok());
+    sync_ = *std::move(sync);
+  }
+
+  void Connect(Content content, FakeLinkOptions options = {}) {
+    options.now = [this] { return now_; };
+    options.wait_until = [this](absl::Time until) { now_ = std::max(now_, until); };
+    auto link = FakeLink::Create(&source_.memory(), &target_.memory(), options);
+    ASSERT_TRUE(link.ok());
+    link_ = *std::move(link);
+    sync_->AttachLink(link_.source.get(), content);
+  }
+
+  void Disconnect() {
+    sync_->DetachLink();
+    link_ = {};
+  }
+
+  // Runs the background sync for `duration`, `write` being called once a millisecond.
+  template <typename Write>
+  absl::Status Run(absl::Duration duration, Write write) {
+    const absl::Time end = now_ + duration;
+    while (now_ < end) {
+      write();
+      if (absl::Status s = sync_->Tick(); !s.ok()) return s;
+      now_ += absl::Milliseconds(1);
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status Level() {
+    if (absl::Status s = sync_->Scan(); !s.ok()) return s;
+    if (absl::Status s = sync_->FindDiscarded(); !s.ok()) return s;
+    return sync_->Flush(now_ + absl::Seconds(60));
+  }
+
+  std::vector<PageIndex> Differences() { return source_.scratch().Differences(target_.scratch()); }
+
+  absl::Time now_ = absl::UnixEpoch() + absl::Hours(1);
+  ModelMemory source_;
+  ModelMemory target_;
+  std::unique_ptr<DirtyLog> log_;
+  FakeLink link_;
+  std::unique_ptr<SourceSync> sync_;
+};
+
+TEST(SourceSync, CopiesAnIdleGuestOnceAndThenIsSilent) {
+  Rig rig;
+  for (PageIndex page = 0; page < 768; page += 3) rig.source_.Write(page, page + 1);
+  rig.Connect(Content::kZero);
+  ASSERT_TRUE(rig.Run(absl::Seconds(10), [] {}).ok());
+  EXPECT_TRUE(rig.sync_->progress().first_pass_done);
+  const uint64_t sent = rig.sync_->progress().pages_sent;
+  EXPECT_LE(sent, 256u);
+  ASSERT_TRUE(rig.Run(absl::Seconds(10), [] {}).ok());
+  EXPECT_EQ(rig.sync_->progress().pages_sent, sent);
+  ASSERT_TRUE(rig.Level().ok());
+  EXPECT_THAT(rig.Differences(), ::testing::IsEmpty());
+}
+
+TEST(SourceSync, ZeroPagesOfAFreshTargetCostNothing) {
+  Rig rig;
+  rig.Connect(Content::kZero);
+  ASSERT_TRUE(rig.Run(absl::Seconds(5), [] {}).ok());
+  ASSERT_TRUE(rig.Level().ok());
+  EXPECT_EQ(rig.sync_->progress().pages_sent, 0u);
+  EXPECT_EQ(rig.sync_->progress().pages_zero, 0u);
+}
+
+TEST(SourceSync, ATargetOfUnknownContentIsZeroedWhereTheGuestIsZero) {
+  Rig rig;
+  for (PageIndex page = 0; page < 768; ++page) rig.target_.Write(page, page + 7);
+  rig.Connect(Content::kUnknown);
+  ASSERT_TRUE(rig.Level().ok());
+  EXPECT_THAT(rig.Differences(), ::testing::IsEmpty());
+  EXPECT_EQ(rig.sync_->progress().pages_zero, 768u);
+}
+
+TEST(SourceSync, HotPagesAreNotSentAgainAndAgain) {
+  Rig rig;
+  for (PageIndex page = 0; page < 768; ++page) rig.source_.Write(page, page + 1);
+  FakeLinkOptions options;
+  options.bytes_per_s = 100'000'000;  // the set-point is 50 ms of that: 1,220 pages, more than there are
+  rig.Connect(Content::kZero, options);
+  rig.sync_->set_max_launch_time(absl::Milliseconds(54));  // now 97 pages
+  uint64_t n = 0;
+  const auto write_hot = [&] {
+    for (PageIndex page = 100; page < 132; ++page) rig.source_.Write(page, ++n);
+  };
+  ASSERT_TRUE(rig.Run(absl::Seconds(5), write_hot).ok());
+  ASSERT_TRUE(rig.sync_->progress().first_pass_done);
+  const uint64_t sent = rig.sync_->progress().pages_sent;
+  ASSERT_TRUE(rig.Run(absl::Seconds(20), write_hot).ok());
+  EXPECT_EQ(rig.sync_->progress().pages_sent, sent) << "32 hot pages fit the set-point of 97";
+  ASSERT_TRUE(rig.Level().ok());
+  EXPECT_THAT(rig.Differences(), ::testing::IsEmpty());
+}
+
+TEST(SourceSync, ADiscardedPageBecomesZeroOnTheTarget) {
+  Rig rig({64});
+  for (PageIndex page = 0; page < 64; ++page) rig.source_.Write(page, page + 1);
+  rig.Connect(Content::kZero);
+  ASSERT_TRUE(rig.Level().ok());
+  // As a balloon does: the page leaves the file, and nothing is reported.
+  ASSERT_EQ(::fallocate(rig.source_.memory().regions()[0].fd(),
+                        FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 8 * kPageBytes,
+                        4 * kPageBytes),
+            0);
+  ASSERT_TRUE(rig.Level().ok());
+  for (PageIndex page = 8; page < 12; ++page) {
+    EXPECT_TRUE(rig.target_.scratch().IsZeroPage(page)) << page;
+  }
+  auto holes = rig.source_.memory().Holes({0, 64});
+  ASSERT_TRUE(holes.ok());
+  EXPECT_THAT(*holes, ::testing::ElementsAre(PageRun{8, 4})) << "looking must not allocate";
+}
+
+TEST(SourceSync, KeepsWhatWasConfirmedOverALostLink) {
+  Rig rig;
+  for (PageIndex page = 0; page < 768; ++page) rig.source_.Write(page, page + 1);
+  rig.Connect(Content::kZero);
+  ASSERT_TRUE(rig.Level().ok());
+  const uint64_t sent = rig.sync_->progress().pages_sent;
+  rig.Disconnect();
+  for (PageIndex page = 5; page < 15; ++page) rig.source_.Write(page, 1000 + page);
+  rig.Connect(Content::kKept);
+  ASSERT_TRUE(rig.Level().ok());
+  EXPECT_EQ(rig.sync_->progress().pages_sent, sent + 10);
+  EXPECT_THAT(rig.Differences(), ::testing::IsEmpty());
+}
+
+TEST(SourceSync, AnUnknownPolicyIsRefused) {
+  ModelMemory memory({4});
+  auto log = memory.MakeLog();
+  SourceSyncOptions options;
+  options.policy = "magic";
+  EXPECT_EQ(SourceSync::Create(&memory.memory(), log.get(), options).status().code(),
+            absl::StatusCode::kInvalidArgument);
+}
+
+TEST(SourceSync, ADeadGuestIsSaidToBeGone) {
+  Rig rig;
+  rig.Connect(Content::kZero);
+  rig.source_.Die();
+  EXPECT_EQ(rig.Run(absl::Seconds(1), [] {}).code(), absl::StatusCode::kUnavailable);
+}
+
+// The test that matters most: whatever the guest writes and wherever the link breaks, source equals target
+// in the end, byte for byte.
+class RandomFaults : public ::testing::TestWithParam<uint64_t> {};
+
+TEST_P(RandomFaults, SourceEqualsTargetInTheEnd) {
+  const uint64_t seed = GetParam();
+  SCOPED_TRACE(testing::Message() << "seed " << seed);
+  std::mt19937_64 random(seed);
+  Rig rig({300, 17, 195}, seed % 3 == 0 ? "oldest" : "ewma");
+  const auto write = [&] {
+    for (int i = 0; i < 6; ++i) {
+      const bool hot = random() % 4 != 0;
+      const PageIndex page = static_cast<PageIndex>(hot ? random() % 40 : random() % 512);
+      rig.source_.Write(page, random() % 8 == 0 ? 0 : random() | 1);
+    }
+    if (random() % 64 == 0) {
+      ::fallocate(rig.source_.memory().regions()[0].fd(),
+                  FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                  static_cast<off_t>((random() % 290) * kPageBytes), 3 * kPageBytes);
+    }
+  };
+  Content content = Content::kZero;
+  for (int life = 0; life < 6; ++life) {
+    FakeLinkOptions options;
+    options.seed = random();
+    options.bytes_per_s = 20'000'000;
+    options.jitter = absl::Microseconds(random() % 5000);
+    options.short_post_probability = 0.2;
+    if (random() % 2 == 0) options.faults.drop_after_writes = 1 + random() % 300;
+    if (random() % 4 == 0) options.faults.fail_commit = 1 + random() % 5;
+    if (random() % 4 == 0) options.faults.fail_poll = 1 + random() % 2000;
+    rig.Connect(content, options);
+    const absl::Status status = rig.Run(absl::Milliseconds(200 + random() % 1500), write);
+    content = Content::kKept;
+    if (!status.ok()) {
+      ASSERT_EQ(status.code(), absl::StatusCode::kUnavailable) << status;
+    }
+    rig.Disconnect();
+    for (int i = 0; i < 20; ++i) write();
+  }
+  FakeLinkOptions whole;
+  whole.seed = random();
+  rig.Connect(content, whole);
+  ASSERT_TRUE(rig.Run(absl::Milliseconds(500), write).ok());
+  ASSERT_TRUE(rig.Level().ok());
+  EXPECT_THAT(rig.Differences(), ::testing::IsEmpty());
+}
+
+INSTANTIATE_TEST_SUITE_P(Seeds, RandomFaults, ::testing::Range<uint64_t>(1, 60));
+
+}  // namespace
+}  // namespace presync
