@@ -1,5 +1,5 @@
-// The units everything is counted in. Pages and bytes never share an integer type: a page index or a
-// page count has 32 bits (16 TiB of guest RAM), a byte count has 64.
+// The units everything is counted in. Pages and bytes never share an integer type: a page index or
+// a page count has 32 bits (16 TiB of guest RAM), a byte count has 64.
 #pragma once
 
 #include <cstdint>

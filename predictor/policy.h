@@ -1,10 +1,11 @@
 // The policy: which stale page to send next, and which pages are worth watching.
 //
-// The stale set is a write-back cache whose size is the set-point: while it is not full nothing needs to be
-// sent, and a page written again in it costs nothing. When it overflows, the page to send is the one
-// whose next write is farthest away (Belady's rule); a policy is a guess at that.
+// The stale set is a write-back cache whose size is the set-point: while it is not full nothing
+// needs to be sent, and a page written again in it costs nothing. When it overflows, the page to
+// send is the one whose next write is farthest away (Belady's rule); a policy is a guess at that.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <string_view>
 #include <vector>
@@ -27,16 +28,19 @@ class SendPolicy {
 
   virtual std::string_view name() const = 0;
 
-  // A scan ended. `written`: the pages that were armed and have been written since (ascending runs).
-  // Advances the policy's time by one scan even if `written` is empty.
+  // A scan ended. `written`: the pages that were armed and have been written since (ascending
+  // runs). Advances the policy's time by one scan even if `written` is empty.
   virtual void OnScan(absl::Span<const PageRun> written) = 0;
 
-  // Appends the pages to arm again after this scan (ascending runs): those in `written` that are worth
-  // watching, and those whose arming back-off ended. A page that isn't armed counts as written in each scan.
+  // Appends the pages to arm again after this scan (ascending maximal runs): those in `written`
+  // that are worth watching, and those whose arming back-off ended. All of them are stale. A page
+  // that was written and isn't armed counts as written in each scan; one that was never seen
+  // written is the best to send.
   virtual void AppendPagesToArm(std::vector<PageRun>* out) = 0;
 
   // Picks `pages` pages (fewer if there are fewer) out of `candidates`, best first by the policy's
-  // guess; hands them back as ascending maximal runs, replacing `*chosen`.
+  // guess; hands them back as ascending maximal runs, replacing `*chosen`. `candidates` has one bit
+  // for each page of the guest.
   virtual void Choose(const PageBitmap& candidates, PageCount pages,
                       std::vector<PageRun>* chosen) = 0;
 
@@ -44,9 +48,19 @@ class SendPolicy {
   virtual void OnSent(absl::Span<const PageRun> runs) = 0;
 };
 
-// Makes the policy called `name` ("ewma", "oldest", "every-scan") for a guest of `pages` pages.
-// INVALID_ARGUMENT: no such policy; the text lists those there are.
-absl::StatusOr<std::unique_ptr<SendPolicy>> MakePolicy(std::string_view name, PageCount pages);
+struct PolicyOptions {
+  // A page that is seen written scan after scan stays unarmed for up to 2^this scans; 0 turns the
+  // arming back-off off, 5 is the most.
+  uint32_t max_back_off_log2 = 5;
+};
+
+// Makes the policy called `name` for a guest of `pages` pages:
+//   "ewma"        longest predicted gap first: the larger of the EWMA of its gaps and its age
+//   "oldest"      oldest last write first
+//   "every-scan"  in address order; the baseline that is meant to send all
+// INVALID_ARGUMENT: no such policy, the text lists those there are; or an option out of range.
+absl::StatusOr<std::unique_ptr<SendPolicy>> MakePolicy(std::string_view name, PageCount pages,
+                                                       const PolicyOptions& options = {});
 
 // The names that MakePolicy knows, the default first.
 std::vector<std::string_view> PolicyNames();

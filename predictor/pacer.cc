@@ -1,0 +1,145 @@
+#include "predictor/pacer.h"
+
+#include <algorithm>
+
+#include "absl/numeric/int128.h"
+#include "predictor/check.h"
+#include "predictor/page.h"
+
+namespace presync {
+namespace {
+
+constexpr uint64_t kNanosPerSecond = 1'000'000'000;
+
+// Above any link there is; keeps doubling without a cap from overflowing.
+constexpr uint64_t kMaxRate = uint64_t{1} << 42;
+constexpr uint64_t kLinkShare = 100;  // start, floor and slow growth: 1 % of the link
+
+// These follow the papers named in the header; the two durations are this project's design, to be
+// revised by measurement on real links.
+constexpr double kFullQueue = 0.5;
+constexpr absl::Duration kLatencySlack = absl::Microseconds(25);
+constexpr uint64_t kSmallestBackOffPermille = 500;
+constexpr uint64_t kDelayGainPermille = 800;  // Swift's beta
+constexpr absl::Duration kLatencyWindow = absl::Seconds(10);
+constexpr absl::Duration kIdle = absl::Seconds(2);
+
+uint64_t BytesIn(uint64_t bytes_per_s, absl::Duration time) {
+  const uint64_t nanos = static_cast<uint64_t>(absl::ToInt64Nanoseconds(time));
+  const absl::uint128 bytes = absl::uint128(bytes_per_s) * nanos / kNanosPerSecond;
+  return static_cast<uint64_t>(std::min<absl::uint128>(bytes, kMaxRate));
+}
+
+}  // namespace
+
+Pacer::Pacer(const Options& options, absl::Time now)
+    : options_(options),
+      rate_(0),
+      last_refill_(now),
+      last_interval_(now),
+      last_demand_(now),
+      min_latency_since_(now) {
+  PRESYNC_CHECK(options.interval >= absl::Nanoseconds(1));
+  PRESYNC_CHECK(options.initial_bytes_per_s > 0);
+  rate_ = Floor(PacerSignals());
+}
+
+uint64_t Pacer::Cap(const PacerSignals& signals) const {
+  uint64_t cap = kMaxRate;
+  if (signals.link_bytes_per_s > 0) {
+    const uint64_t twice_link = 2 * std::min(signals.link_bytes_per_s, kMaxRate / 2);
+    cap = std::min(std::max(twice_link, options_.initial_bytes_per_s), kMaxRate);
+  }
+  return options_.max_bytes_per_s > 0 ? std::min(cap, options_.max_bytes_per_s) : cap;
+}
+
+uint64_t Pacer::Floor(const PacerSignals& signals) const {
+  const uint64_t share = signals.link_bytes_per_s / kLinkShare;
+  return std::min(std::max(share, options_.initial_bytes_per_s), Cap(signals));
+}
+
+uint64_t Pacer::AvailableBytes(absl::Time now) {
+  Refill(now);
+  return tokens_ > 0 ? static_cast<uint64_t>(tokens_) : 0;
+}
+
+void Pacer::Spend(uint64_t bytes) { tokens_ -= static_cast<int64_t>(std::min(bytes, kMaxRate)); }
+
+void Pacer::Refill(absl::Time now) {
+  if (now <= last_refill_) return;
+  const absl::uint128 nanos = static_cast<uint64_t>(absl::ToInt64Nanoseconds(now - last_refill_));
+  const absl::uint128 billionths = nanos * rate_ + token_billionths_;
+  const absl::uint128 bytes = billionths / kNanosPerSecond;
+  token_billionths_ = static_cast<uint64_t>(billionths % kNanosPerSecond);
+  last_refill_ = now;
+
+  const int64_t depth =
+      static_cast<int64_t>(std::max(BytesIn(rate_, options_.interval), kPageBytes));
+  // Compared as a difference: a long silence may be worth more bytes than 64 bits hold.
+  if (tokens_ >= depth || bytes >= absl::uint128(static_cast<uint64_t>(depth - tokens_))) {
+    tokens_ = depth;
+    token_billionths_ = 0;
+  } else {
+    tokens_ += static_cast<int64_t>(bytes);
+  }
+}
+
+void Pacer::ObserveLatency(absl::Time now, absl::Duration latency) {
+  if (now - min_latency_since_ >= kLatencyWindow) {
+    previous_min_latency_ = min_latency_;
+    min_latency_ = absl::InfiniteDuration();
+    min_latency_since_ = now;
+  }
+  if (latency > absl::ZeroDuration()) min_latency_ = std::min(min_latency_, latency);
+}
+
+uint64_t Pacer::ExcessDelayPermille(absl::Duration latency) const {
+  const absl::Duration minimum = std::min(min_latency_, previous_min_latency_);
+  if (latency <= absl::ZeroDuration() || minimum == absl::InfiniteDuration()) return 0;
+  const absl::Duration target = minimum + std::max(kLatencySlack, minimum / 2);
+  if (latency <= target) return 0;
+  const absl::int128 excess = absl::ToInt64Nanoseconds(latency - target);
+  return static_cast<uint64_t>(excess * 1000 / absl::ToInt64Nanoseconds(latency));
+}
+
+uint64_t Pacer::BackOffPermille(const PacerSignals& signals) const {
+  if (signals.congestion_marks || signals.guest_pressure || signals.queue_fill > kFullQueue) {
+    return kSmallestBackOffPermille;
+  }
+  const uint64_t cut = kDelayGainPermille * ExcessDelayPermille(signals.completion_latency) / 1000;
+  return std::max(1000 - cut, kSmallestBackOffPermille);
+}
+
+void Pacer::Grow(uint64_t step) {
+  rate_ = in_slow_start() ? std::min(2 * rate_, ssthresh_) : rate_ + step;
+}
+
+void Pacer::OnInterval(absl::Time now, const PacerSignals& signals) {
+  Refill(now);  // what was earned until now was earned at the old rate
+  ObserveLatency(now, signals.completion_latency);
+  const bool was_idle = now - last_demand_ >= kIdle;
+  if (now - last_interval_ < options_.interval) {
+    if (signals.demand && !was_idle) last_demand_ = now;
+    return;
+  }
+  last_interval_ = now;
+  if (signals.demand) last_demand_ = now;
+
+  const uint64_t floor = Floor(signals);
+  const uint64_t back_off = BackOffPermille(signals);
+  if (back_off < 1000) {
+    ++pressed_intervals_;
+    ssthresh_ = std::max(rate_ / 2, floor);
+    rate_ = rate_ * back_off / 1000;
+  } else {
+    pressed_intervals_ = 0;
+    if (was_idle) {
+      rate_ = std::min(rate_, ssthresh_ / 2);
+    } else if (signals.demand) {
+      Grow(floor);
+    }
+  }
+  rate_ = std::clamp(rate_, floor, Cap(signals));
+}
+
+}  // namespace presync

@@ -1,0 +1,96 @@
+#include "predictor/page_histories.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "predictor/bitmap.h"
+#include "predictor/check.h"
+
+namespace presync {
+namespace {
+
+// The sweep comes by each page this often, so that no age passes 2^13 + 2^12 < 2^14 scans
+// unnoticed.
+constexpr uint32_t kSweepScans = 4096;
+static_assert(PageHistory::kMaxAge + kSweepScans < 1u << PageHistory::kStampBits);
+static_assert(1u << PageHistory::kMaxStreak <= ArmingRing::kScans);
+
+// How many runs ahead the word of an isolated page is asked for (docs/prediction.md, "Cost").
+constexpr size_t kPrefetchRuns = 16;
+
+}  // namespace
+
+PageHistories::PageHistories(PageCount pages, uint32_t max_streak)
+    : max_streak_(max_streak), histories_(pages), ring_(std::max(pages / 16, PageCount{4096})) {}
+
+void PageHistories::OnScan(absl::Span<const PageRun> written) {
+  ++now_;
+  to_arm_.clear();
+  NoteWritten(written);
+  ArmDuePages();
+  SaturateOldStamps();
+}
+
+void PageHistories::NoteWritten(absl::Span<const PageRun> written) {
+  for (size_t i = 0; i < written.size(); ++i) {
+    const PageRun run = written[i];
+    CheckRun(run);
+    if (i + kPrefetchRuns < written.size()) {
+      __builtin_prefetch(histories_.data() + written[i + kPrefetchRuns].first, 1);
+    }
+    for (PageIndex page = run.first; page < run.end(); ++page) {
+      PageHistory& history = histories_[page];
+      history.OnWritten(now_);
+      const uint32_t wait = history.WaitScans(max_streak_);
+      // With the ring full the page is armed: it costs a fault, never correctness.
+      if (wait > 0 && ring_.Add(page, now_ + wait)) {
+        history.Wait();
+      } else {
+        AppendRun({page, 1}, &to_arm_);
+      }
+    }
+  }
+}
+
+void PageHistories::ArmDuePages() {
+  std::vector<PageRun> due;
+  for (const PageRun& run : ring_.TakeDue(now_)) {
+    for (PageIndex page = run.first; page < run.end(); ++page) {
+      // Sent, or filed anew, since: not this entry's business any more.
+      if (!histories_[page].WaitEnds(now_, max_streak_)) continue;
+      histories_[page].EndWait(now_);
+      AppendRun({page, 1}, &due);
+    }
+  }
+  if (due.empty()) return;
+  std::vector<PageRun> merged;
+  merged.reserve(due.size() + to_arm_.size());
+  auto a = due.begin();
+  auto b = to_arm_.begin();
+  while (a != due.end() || b != to_arm_.end()) {
+    const bool take_due = b == to_arm_.end() || (a != due.end() && a->first < b->first);
+    AppendRun(take_due ? *a++ : *b++, &merged);
+  }
+  to_arm_ = std::move(merged);
+}
+
+void PageHistories::OnSent(absl::Span<const PageRun> runs) {
+  for (const PageRun& run : runs) {
+    CheckRun(run);
+    for (PageIndex page = run.first; page < run.end(); ++page) histories_[page].OnSent(now_);
+  }
+}
+
+void PageHistories::SaturateOldStamps() {
+  const PageCount chunk = pages() / kSweepScans + 1;
+  for (PageCount left = std::min(chunk, pages()); left > 0; --left) {
+    histories_[sweep_next_].Saturate(now_);
+    if (++sweep_next_ == pages()) sweep_next_ = 0;
+  }
+}
+
+void PageHistories::CheckRun(const PageRun& run) const {
+  PRESYNC_CHECK(run.first <= pages() && run.count <= pages() - run.first);
+}
+
+}  // namespace presync
