@@ -1,0 +1,128 @@
+#include "qemu-glue/dirty_log/guest_maps.h"
+
+#include <sys/sysmacros.h>
+
+#include <algorithm>
+#include <cinttypes>
+#include <cstdio>
+#include <optional>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
+
+namespace presync {
+namespace {
+
+// A line of /proc/PID/maps: proc(5).
+struct Mapping {
+  uint64_t start = 0;
+  uint64_t end = 0;
+  bool writable = false;
+  bool shared = false;
+  uint64_t offset_bytes = 0;
+  dev_t device = 0;
+  ino_t inode = 0;
+
+  uint64_t bytes() const { return end - start; }
+};
+
+std::optional<Mapping> ParseLine(const std::string& line) {
+  Mapping m;
+  char permissions[5] = {};
+  unsigned device_major = 0;
+  unsigned device_minor = 0;
+  uint64_t inode = 0;
+  if (std::sscanf(line.c_str(), "%" SCNx64 "-%" SCNx64 " %4s %" SCNx64 " %x:%x %" SCNu64, &m.start,
+                  &m.end, permissions, &m.offset_bytes, &device_major, &device_minor,
+                  &inode) != 7 ||
+      m.end <= m.start) {
+    return std::nullopt;
+  }
+  m.writable = permissions[1] == 'w';
+  m.shared = permissions[3] == 's';
+  m.device = makedev(device_major, device_minor);
+  m.inode = inode;
+  return m;
+}
+
+std::string Name(const RegionFile& region) { return absl::StrCat("guest RAM '", region.name, "'"); }
+
+// The writable shared mappings of one region's file, by offset.
+absl::StatusOr<std::vector<Mapping>> MappingsOf(const RegionFile& region,
+                                                const std::vector<Mapping>& all) {
+  std::vector<Mapping> found;
+  bool privately = false;
+  for (const Mapping& m : all) {
+    if (m.device != region.device || m.inode != region.inode || !m.writable) continue;
+    if (m.shared) {
+      found.push_back(m);
+    } else {
+      privately = true;
+    }
+  }
+  if (privately) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        Name(region), " is mapped privately by QEMU: its memory backend needs share=on"));
+  }
+  std::sort(found.begin(), found.end(),
+            [](const Mapping& a, const Mapping& b) { return a.offset_bytes < b.offset_bytes; });
+  return found;
+}
+
+absl::Status AppendSegments(const RegionFile& region, const std::vector<Mapping>& mappings,
+                            std::vector<Segment>* segments) {
+  const uint64_t size = PagesToBytes(region.run.count);
+  uint64_t reached = 0;  // bytes of the file that are covered
+  for (const Mapping& m : mappings) {
+    if (m.offset_bytes < reached) {
+      return absl::FailedPreconditionError(
+          absl::StrCat(Name(region), " is mapped twice by QEMU at offset ", m.offset_bytes,
+                       ": writes through one mapping can't be seen through the other. Is it the "
+                       "memory of two devices?"));
+    }
+    if (m.offset_bytes > reached) break;
+    if (m.bytes() > size - reached) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          Name(region), " is mapped by QEMU beyond the ", size, " bytes that presync knows of"));
+    }
+    const auto pages = static_cast<PageCount>(m.bytes() / kPageBytes);
+    const auto first = static_cast<PageIndex>(region.run.first + reached / kPageBytes);
+    if (reached > 0 && segments->back().address + segments->back().bytes() == m.start) {
+      segments->back().run.count += pages;
+    } else {
+      segments->push_back({m.start, {first, pages}, region.run.first});
+    }
+    reached += m.bytes();
+  }
+  if (reached == size) return absl::OkStatus();
+  return absl::NotFoundError(absl::StrCat(Name(region), " is not mapped by QEMU at offset ",
+                                          reached, " of ", size, ": is it another guest's file?"));
+}
+
+}  // namespace
+
+absl::StatusOr<std::vector<Segment>> FindSegments(std::string_view maps,
+                                                  absl::Span<const RegionFile> regions) {
+  std::vector<Mapping> all;
+  for (const auto line : absl::StrSplit(absl::string_view(maps.data(), maps.size()), '\n')) {
+    if (line.empty()) continue;
+    const std::optional<Mapping> mapping = ParseLine(std::string(line));
+    if (!mapping.has_value()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("QEMU's memory map has a line of another form: ", line));
+    }
+    all.push_back(*mapping);
+  }
+  std::vector<Segment> segments;
+  for (const RegionFile& region : regions) {
+    const absl::StatusOr<std::vector<Mapping>> mappings = MappingsOf(region, all);
+    if (!mappings.ok()) return mappings.status();
+    const absl::Status appended = AppendSegments(region, *mappings, &segments);
+    if (!appended.ok()) return appended;
+  }
+  std::sort(segments.begin(), segments.end(),
+            [](const Segment& a, const Segment& b) { return a.run.first < b.run.first; });
+  return segments;
+}
+
+}  // namespace presync

@@ -1,0 +1,45 @@
+// Where guest RAM lies in QEMU's address space, by /proc/PID/maps.
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "predictor/page.h"
+
+namespace presync {
+
+// One region of guest RAM, known by the file behind it, and its place in the flat page space.
+struct RegionFile {
+  std::string name;  // for error texts
+  dev_t device = 0;  // st_dev and st_ino of the file
+  ino_t inode = 0;
+  uint64_t block_bytes = kPageBytes;  // the file's own page size; larger on hugetlbfs
+  PageRun run;                        // all its pages, as flat indices
+};
+
+// A piece of a region that is contiguous in QEMU's address space.
+struct Segment {
+  uint64_t address = 0;  // in QEMU
+  PageRun run;           // flat; within one region
+  PageIndex region_first = 0;
+
+  uint64_t bytes() const { return PagesToBytes(run.count); }
+  uint64_t AddressOf(PageIndex page) const { return address + PagesToBytes(page - run.first); }
+  friend bool operator==(const Segment&, const Segment&) = default;
+};
+
+// Finds the shared, writable mappings of each region in `maps` (the text of /proc/PID/maps);
+// adjacent ones are joined. Returns segments in ascending page order that cover every region
+// exactly once. NOT_FOUND: a region, or a part of one, is not mapped (yet). FAILED_PRECONDITION: it
+// is mapped twice (writes through one mapping would not be seen through the other) or privately.
+// INVALID_ARGUMENT: a line of `maps` can't be read.
+absl::StatusOr<std::vector<Segment>> FindSegments(std::string_view maps,
+                                                  absl::Span<const RegionFile> regions);
+
+}  // namespace presync
