@@ -1,6 +1,5 @@
 #include "tools/presyncd/config.h"
 
-#define TOML_EXCEPTIONS 0
 #include <toml++/toml.h>
 
 #include <fstream>
@@ -131,11 +130,12 @@ absl::Status SetListen(const toml::node& node, Config* config) {
 }  // namespace
 
 absl::StatusOr<Config> ParseConfig(absl::string_view text, const std::string& path) {
-  const toml::parse_result parsed = toml::parse(std::string_view(text.data(), text.size()), path);
-  if (!parsed) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(path, ":", parsed.error().source().begin.line, ": ",
-                     std::string(parsed.error().description())));
+  toml::table parsed;
+  try {  // the library's only way in Debian's build of it
+    parsed = toml::parse(std::string_view(text.data(), text.size()), path);
+  } catch (const toml::parse_error& error) {
+    return absl::InvalidArgumentError(absl::StrCat(path, ":", error.source().begin.line, ": ",
+                                                   std::string(error.description())));
   }
   Config config;
   TableReader reader(path);
@@ -159,7 +159,7 @@ absl::StatusOr<Config> ParseConfig(absl::string_view text, const std::string& pa
     }
     return guests.Read(*table);
   });
-  if (absl::Status s = reader.Read(parsed.table()); !s.ok()) return s;
+  if (absl::Status s = reader.Read(parsed); !s.ok()) return s;
   return config;
 }
 

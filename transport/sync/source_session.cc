@@ -154,6 +154,7 @@ void SourceSession::Run() {
   }
   sync_->DetachLink();
   connection_ = {};
+  connected_ = false;
   Publish();
 }
 
