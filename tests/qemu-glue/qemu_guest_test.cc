@@ -1,147 +1,18 @@
-// Two stock QEMUs that share no file: RAM is copied by the test, device state goes through the
-// guests.
+// A stock QEMU as the source: saved, undone from every step, ended. One move from end to end, of
+// two QEMUs that share no file: RAM is copied by the test, device state goes through the guests.
 #include "qemu-glue/qemu_guest.h"
 
-#include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <signal.h>
-#include <sys/socket.h>
-#include <unistd.h>
 
-#include <array>
-#include <cstdio>
 #include <functional>
-#include <future>
 
-#include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
-#include "tests/qemu-glue/test_qemu.h"
+#include "tests/qemu-glue/qemu_guest_fixture.h"
 
 namespace presync {
 namespace {
-
-using ::testing::HasSubstr;
-
-// Only a hang reaches this.
-absl::Time Soon() { return absl::Now() + absl::Seconds(60); }
-// For what must not happen: how long a test waits to see that it doesn't.
-constexpr absl::Duration kWhile = absl::Milliseconds(100);
-constexpr absl::Duration kPatience = absl::Seconds(60);
-
-// Reads the stream to its end, in a thread, as the relay of presyncd does.
-std::future<std::string> ReadAll(UniqueFd stream) {
-  return std::async(std::launch::async, [stream = std::move(stream)] {
-    std::string bytes;
-    std::array<char, 65536> chunk;
-    for (ssize_t n = 0; (n = ::read(stream.get(), chunk.data(), chunk.size())) > 0;) {
-      bytes.append(chunk.data(), static_cast<size_t>(n));
-    }
-    return bytes;
-  });
-}
-
-void CopyFile(const std::string& from, const std::string& to) {
-  UniqueFd source(::open(from.c_str(), O_RDONLY | O_CLOEXEC));
-  UniqueFd target(::open(to.c_str(), O_WRONLY | O_CLOEXEC));
-  std::vector<char> chunk(1 << 20);
-  for (uint64_t done = 0; done < kTestRamBytes; done += chunk.size()) {
-    const auto offset = static_cast<off_t>(done);
-    ASSERT_EQ(::pread(source.get(), chunk.data(), chunk.size(), offset), ssize_t(chunk.size()));
-    ASSERT_EQ(::pwrite(target.get(), chunk.data(), chunk.size(), offset), ssize_t(chunk.size()));
-  }
-}
-
-bool WriteAll(const UniqueFd& stream, std::string_view bytes) {
-  while (!bytes.empty()) {
-    const ssize_t n = ::send(stream.get(), bytes.data(), bytes.size(), MSG_NOSIGNAL);
-    if (n <= 0) return false;
-    bytes.remove_prefix(static_cast<size_t>(n));
-  }
-  return true;
-}
-
-class QemuGuestTest : public ::testing::TestWithParam<QemuVersionUnderTest> {
- protected:
-  void SetUp() override {
-    if (GetParam().binary.empty()) GTEST_SKIP() << GetParam().skip_reason;
-  }
-
-  std::unique_ptr<TestQemu> StartSource(std::vector<std::string> more = {}) {
-    TestQemuOptions options;
-    options.more = std::move(more);
-    auto qemu = std::make_unique<TestQemu>(folder_, GetParam(), absl::StrCat("source", ++started_),
-                                           options);
-    EXPECT_TRUE(qemu->CounterMoves(kPatience));
-    return qemu;
-  }
-
-  std::unique_ptr<TestQemu> StartTarget(bool stopped = true, std::vector<std::string> more = {}) {
-    TestQemuOptions options;
-    options.target = true;
-    options.stopped = stopped;
-    options.more = std::move(more);
-    return std::make_unique<TestQemu>(folder_, GetParam(), absl::StrCat("target", ++started_),
-                                      options);
-  }
-
-  static std::unique_ptr<QemuSourceGuest> Source(TestQemu& qemu) {
-    absl::StatusOr<std::unique_ptr<QemuSourceGuest>> guest =
-        QemuSourceGuest::Create(qemu.TakeMonitor(), Soon());
-    EXPECT_TRUE(guest.ok()) << guest.status();
-    return *std::move(guest);
-  }
-
-  static std::unique_ptr<QemuTargetGuest> Target(TestQemu& qemu) {
-    absl::StatusOr<std::unique_ptr<QemuTargetGuest>> guest =
-        QemuTargetGuest::Create(qemu.TakeMonitor(), Soon());
-    EXPECT_TRUE(guest.ok()) << guest.status();
-    return *std::move(guest);
-  }
-
-  // Saves `source` to the end and returns its device state.
-  static std::string Save(QemuSourceGuest& source) {
-    absl::StatusOr<UniqueFd> stream = source.BeginSave(Soon());
-    EXPECT_TRUE(stream.ok()) << stream.status();
-    if (!stream.ok()) return "";
-    std::future<std::string> state = ReadAll(*std::move(stream));
-    absl::Status stopped = source.Stop(Soon());
-    EXPECT_TRUE(stopped.ok()) << stopped;
-    absl::Status finished = source.FinishSave(Soon());
-    EXPECT_TRUE(finished.ok()) << finished;
-    if (!finished.ok()) ::kill(source.pid(), SIGKILL);  // or the stream would never end
-    return state.get();
-  }
-
-  static absl::Status Load(QemuTargetGuest& target, std::string_view state) {
-    absl::StatusOr<UniqueFd> stream = target.BeginLoad(Soon());
-    if (!stream.ok()) return stream.status();
-    if (!WriteAll(*stream, state)) return absl::UnavailableError("the target took no more");
-    stream->reset();
-    return target.AwaitLoaded(Soon());
-  }
-
-  static void Report(const char* side, const std::vector<GuestStep>& steps) {
-    for (const GuestStep& step : steps) {
-      std::printf("[ MEASURED ] %s %s %s: %.1f ms\n", GetParam().label.c_str(), side,
-                  std::string(step.name).c_str(), absl::ToDoubleMilliseconds(step.took));
-    }
-  }
-
-  static std::string OnCapabilities(QmpClient& qmp) {
-    absl::StatusOr<Json> all = qmp.Execute("query-migrate-capabilities", nullptr, Soon());
-    EXPECT_TRUE(all.ok()) << all.status();
-    std::string on;
-    for (const Json& one : *all) {
-      if (BoolAt(one, "state").value_or(true))
-        absl::StrAppend(&on, StringAt(one, "capability"), " ");
-    }
-    return on;
-  }
-
-  TestFolder folder_;
-  int started_ = 0;
-};
 
 std::string Label(const ::testing::TestParamInfo<QemuVersionUnderTest>& info) {
   return info.param.label;
@@ -388,76 +259,6 @@ TEST_P(QemuGuestTest, KillsAQemuThatDoesNotQuit) {
   absl::Status quit = guest->Quit(absl::Now() + absl::Seconds(2));
   EXPECT_TRUE(quit.ok()) << quit;
   EXPECT_EQ(guest->State(Soon()).value(), RunState::kGone);
-}
-
-TEST_P(QemuGuestTest, RefusesATargetThatWouldRunByItself) {
-  auto qemu = StartTarget(/*stopped=*/false);
-  absl::Status status = QemuTargetGuest::Create(qemu->TakeMonitor(), Soon()).status();
-  EXPECT_TRUE(absl::IsFailedPrecondition(status)) << status;
-  EXPECT_THAT(std::string(status.message()), HasSubstr("-incoming defer -S"));
-}
-
-TEST_P(QemuGuestTest, RefusesATargetThatWaitsForNothing) {
-  auto qemu = StartSource();
-  absl::Status status = QemuTargetGuest::Create(qemu->TakeMonitor(), Soon()).status();
-  EXPECT_TRUE(absl::IsFailedPrecondition(status)) << status;
-}
-
-// A stray `cont` while the target waits cancels -S; BeginLoad takes it back, and one that comes
-// later is found.
-TEST_P(QemuGuestTest, NeverMissesAStrayCont) {
-  auto source_qemu = StartSource();
-  auto source = Source(*source_qemu);
-  const std::string state = Save(*source);
-  for (bool before : {true, false}) {
-    auto qemu = StartTarget();
-    auto target = Target(*qemu);
-    if (before) {
-      ASSERT_TRUE(target->qmp().Execute("cont", nullptr, Soon()).ok());
-    }
-    absl::StatusOr<UniqueFd> stream = target->BeginLoad(Soon());
-    ASSERT_TRUE(stream.ok()) << stream.status();
-    if (!before) {
-      ASSERT_TRUE(target->qmp().Execute("cont", nullptr, Soon()).ok());
-    }
-    ASSERT_TRUE(WriteAll(*stream, state));
-    stream->reset();
-    absl::Status loaded = target->AwaitLoaded(Soon());
-    if (before) {
-      EXPECT_TRUE(loaded.ok()) << loaded;
-    } else {
-      EXPECT_TRUE(absl::IsInternal(loaded)) << loaded;
-    }
-    EXPECT_EQ(target->State(Soon()).value(), before ? RunState::kPaused : RunState::kRunning);
-  }
-}
-
-TEST_P(QemuGuestTest, DiscardsATargetThatNeverRan) {
-  auto qemu = StartTarget();
-  auto target = Target(*qemu);
-  absl::StatusOr<UniqueFd> stream = target->BeginLoad(Soon());
-  ASSERT_TRUE(stream.ok()) << stream.status();
-  EXPECT_TRUE(absl::IsFailedPrecondition(target->BeginLoad(Soon()).status()));
-  EXPECT_EQ(target->State(Soon()).value(), RunState::kIncoming);
-  absl::Status discarded = target->Discard(Soon());
-  EXPECT_TRUE(discarded.ok()) << discarded;
-  EXPECT_EQ(target->State(Soon()).value(), RunState::kGone);
-}
-
-TEST_P(QemuGuestTest, ReportsAStateThatDoesNotLoad) {
-  auto source_qemu = StartSource();
-  auto source = Source(*source_qemu);
-  const std::string state = Save(*source);
-  const std::vector<std::string> broken = {std::string("no migration stream"),
-                                           state.substr(0, state.size() / 2)};
-  for (const std::string& bytes : broken) {
-    auto qemu = StartTarget();
-    auto target = Target(*qemu);
-    absl::Status loaded = Load(*target, bytes);
-    EXPECT_TRUE(absl::IsUnavailable(loaded) || absl::IsFailedPrecondition(loaded)) << loaded;
-    EXPECT_NE(target->State(Soon()).value_or(RunState::kGone), RunState::kRunning);
-    EXPECT_TRUE(target->Discard(Soon()).ok());
-  }
 }
 
 }  // namespace
