@@ -43,22 +43,23 @@ constexpr Rule kRules[] = {
     {"tdx-guest", "the guest's memory is encrypted", "use a guest without memory encryption"},
 };
 
-void Judge(const std::string& text, const std::string& where, Findings& findings) {
+// Adds what is to be said about something of this kind, and whether anything was.
+bool Judge(const std::string& text, const std::string& where, Findings& findings) {
   for (const Rule& rule : kRules) {
     if (!absl::StrContains(text, rule.part)) continue;
     findings.problems.push_back({absl::StrCat(where, ": ", rule.why), rule.remedy});
-    return;
+    return true;
   }
-  if (absl::StrContains(text, "virtio-balloon")) {
-    findings.notes.push_back(absl::StrCat(
-        where,
-        ": pages that the balloon or free-page reporting takes become holes; presync sends "
-        "them as zeros"));
-  }
+  if (!absl::StrContains(text, "virtio-balloon")) return false;
+  findings.notes.push_back(absl::StrCat(
+      where,
+      ": pages that the balloon or free-page reporting takes become holes; presync sends "
+      "them as zeros"));
+  return true;
 }
 
-// Visits every object below `root`, parents first, by QOM's child<> properties. A device that is
-// itself refused is not entered: its parts say nothing new.
+// Visits every object below `root`, parents first, by QOM's child<> properties. A device that
+// itself is worth a word is not entered: its parts say nothing new.
 absl::Status Walk(QmpClient& qmp, const std::string& root, int max_depth, absl::Time deadline,
                   Findings& findings) {
   std::vector<std::pair<std::string, int>> pending = {{root, 0}};
@@ -78,9 +79,8 @@ absl::Status Walk(QmpClient& qmp, const std::string& root, int max_depth, absl::
             absl::StrCat("QMP: ", qmp.path(), ": more than ", kMaxNodes, " objects below ", root));
       }
       const std::string child = absl::StrCat(path, "/", StringAt(property, "name"));
-      const size_t problems = findings.problems.size();
-      Judge(type, absl::StrCat(type, " (", child, ")"), findings);
-      if (problems == findings.problems.size() && depth + 1 < max_depth) {
+      const bool judged = Judge(type, absl::StrCat(type, " (", child, ")"), findings);
+      if (!judged && depth + 1 < max_depth) {
         pending.emplace_back(child, depth + 1);
       }
     }
@@ -108,8 +108,8 @@ absl::Status CheckNetwork(QmpClient& qmp, absl::Time deadline, Findings& finding
     // Names are the operator's own; only the back end's type counts.
     const size_t type = line.find("type=");
     if (type != std::string::npos) {
-      Judge(line.substr(type, line.find(',', type) - type), absl::StrCat("network: ", line),
-            findings);
+      (void)Judge(line.substr(type, line.find(',', type) - type), absl::StrCat("network: ", line),
+                  findings);
     }
   }
   return absl::OkStatus();

@@ -45,9 +45,11 @@ class QemuSourceGuest final : public SourceGuest {
   absl::Status Stop(absl::Time deadline) override;
   absl::Status FinishSave(absl::Time deadline) override;
 
-  // A guest that did not run when BeginSave was called stays stopped. On an object that did not
-  // begin the save (presyncd was restarted) it ends a save that an earlier one left behind and runs
-  // the guest; there is no telling then whether it was paused before a save that completed.
+  // A guest that did not run when BeginSave was called stays stopped; QEMU (7.2 always, later ones
+  // after a completed save) can then save it again only after a `cont`. On an object that did not
+  // begin the save (presyncd was restarted) it ends a save that an earlier one left behind, runs
+  // the guest (there is no telling whether it was paused before) and puts back what can be known of
+  // the settings.
   absl::Status Resume(absl::Time deadline) override;
 
   // Asks QEMU to quit and, after half the time, kills it.
@@ -64,9 +66,11 @@ class QemuSourceGuest final : public SourceGuest {
  private:
   QemuSourceGuest(std::unique_ptr<QmpClient> qmp, PeerProcess process)
       : qmp_(std::move(qmp)), process_(std::move(process)) {}
+  absl::StatusOr<std::string> CheckIdle(absl::Time deadline);
   absl::StatusOr<UniqueFd> StartMigration(absl::Time deadline);
   absl::Status EndMigration(absl::Time deadline);
   absl::Status RunAgain(absl::Time deadline);
+  absl::Status RestoreSettings(absl::Time deadline);
 
   std::unique_ptr<QmpClient> qmp_;
   PeerProcess process_;

@@ -71,12 +71,9 @@ absl::StatusOr<MigrationState> AwaitMigration(QmpClient& qmp, std::string_view s
     }
     absl::StatusOr<QmpEvent> event =
         qmp.WaitEvent("MIGRATION", std::min(deadline, absl::Now() + kAskAgain));
-    if (event.ok()) {
-      MigrationState news{StringAt(event->data, "status"), ""};
-      if (IsOneOf(news.status, wanted)) return news;
-    } else if (!absl::IsDeadlineExceeded(event.status())) {
-      return event.status();
-    } else if (absl::Now() >= deadline) {
+    // An event only says "look again": it may be an old one, of an earlier migration.
+    if (!event.ok() && !absl::IsDeadlineExceeded(event.status())) return event.status();
+    if (!event.ok() && absl::Now() >= deadline) {
       return absl::DeadlineExceededError(
           absl::StrCat(name, ": QEMU's migration is still '", state->status, "'"));
     }

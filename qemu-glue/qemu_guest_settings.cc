@@ -8,6 +8,13 @@
 namespace presync {
 namespace {
 
+// QEMU's defaults (migration/options.c; 7.2 to 10.0 agree).
+const Json& QemuDefaults() {
+  static const Json* const defaults =
+      new Json{{"max-bandwidth", uint64_t{128} << 20}, {"downtime-limit", uint64_t{300}}};
+  return *defaults;
+}
+
 struct CapabilityChange {
   Json wanted = Json::array();
   Json old = Json::array();
@@ -70,6 +77,31 @@ absl::StatusOr<MigrationSettings> MigrationSettings::Apply(QmpClient& qmp,
   if (!done.ok()) {
     (void)qmp.Execute("migrate-set-parameters", settings.old_parameters_, deadline);
     return done.status();
+  }
+  return settings;
+}
+
+absl::StatusOr<std::optional<MigrationSettings>> MigrationSettings::FindAbandoned(
+    QmpClient& qmp, const Json& parameters, absl::Time deadline) {
+  absl::StatusOr<Json> capabilities = qmp.Execute("query-migrate-capabilities", nullptr, deadline);
+  if (!capabilities.ok()) return capabilities.status();
+  const bool left_on =
+      std::any_of(capabilities->begin(), capabilities->end(), [](const Json& entry) {
+        return StringAt(entry, "capability") == "x-ignore-shared" &&
+               BoolAt(entry, "state").value_or(false);
+      });
+  if (!left_on) return std::nullopt;
+  absl::StatusOr<Json> current = qmp.Execute("query-migrate-parameters", nullptr, deadline);
+  if (!current.ok()) return current.status();
+  MigrationSettings settings;
+  settings.old_capabilities_ = {{"capabilities",
+                                 {{{"capability", "x-ignore-shared"}, {"state", false}},
+                                  {{"capability", "pause-before-switchover"}, {"state", false}}}}};
+  settings.old_parameters_ = Json::object();
+  for (const auto& [name, value] : QemuDefaults().items()) {
+    const Json* ours = FindMember(parameters, name.c_str());
+    const Json* now = FindMember(*current, name.c_str());
+    if (ours != nullptr && now != nullptr && *ours == *now) settings.old_parameters_[name] = value;
   }
   return settings;
 }

@@ -1,6 +1,7 @@
 // QEMU's migration settings, borrowed for one save or load and given back.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -21,6 +22,13 @@ class MigrationSettings {
   // else as QmpClient::Execute.
   static absl::StatusOr<MigrationSettings> Apply(QmpClient& qmp, const std::vector<std::string>& on,
                                                  const Json& parameters, absl::Time deadline);
+
+  // What Restore needs where the one who applied `parameters` is gone and with it what QEMU had:
+  // QEMU's defaults for those that still stand, and x-ignore-shared and pause-before-switchover
+  // off. nullopt: nothing of it is left (x-ignore-shared is off). Changes nothing.
+  static absl::StatusOr<std::optional<MigrationSettings>> FindAbandoned(QmpClient& qmp,
+                                                                        const Json& parameters,
+                                                                        absl::Time deadline);
 
   // Puts everything back, x-ignore-shared always off. Only while no migration is under way.
   absl::Status Restore(QmpClient& qmp, absl::Time deadline) const;

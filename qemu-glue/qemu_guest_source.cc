@@ -20,6 +20,13 @@ constexpr absl::Duration kAskAgain = absl::Milliseconds(20);
 
 constexpr char kStreamName[] = "presync-save";
 
+const Json& SaveParameters() {
+  static const Json* const parameters = new Json{{"max-bandwidth", kBandwidthBytesPerS},
+                                                 {"downtime-limit", kDowntimeLimitMs},
+                                                 {"mode", "normal"}};
+  return *parameters;
+}
+
 // A migration in one of these states is over, or never was.
 bool IsOver(std::string_view status) {
   return status == "none" || status == "completed" || status == "failed" || status == "cancelled";
@@ -36,23 +43,11 @@ absl::StatusOr<std::unique_ptr<QemuSourceGuest>> QemuSourceGuest::Create(
 
 absl::StatusOr<UniqueFd> QemuSourceGuest::BeginSave(absl::Time deadline) {
   const absl::Time start = absl::Now();
-  absl::StatusOr<MigrationState> before = QueryMigration(*qmp_, deadline);
-  if (!before.ok()) return before.status();
-  absl::StatusOr<std::string> run_state = QueryRunState(*qmp_, deadline);
+  absl::StatusOr<std::string> run_state = CheckIdle(deadline);
   if (!run_state.ok()) return run_state.status();
-  if (settings_.has_value() || !IsOver(before->status) || *run_state == "inmigrate" ||
-      *run_state == "finish-migrate" || *run_state == "postmigrate") {
-    return absl::FailedPreconditionError(
-        absl::StrCat("begin to save the guest: a save or another migration is under way (QEMU is '",
-                     *run_state, "', its migration '", before->status,
-                     "'); resume the guest first, or let the other one end"));
-  }
   was_running_ = *run_state == "running";
-  const Json parameters = {{"max-bandwidth", kBandwidthBytesPerS},
-                           {"downtime-limit", kDowntimeLimitMs},
-                           {"mode", "normal"}};
   absl::StatusOr<MigrationSettings> settings = MigrationSettings::Apply(
-      *qmp_, {"x-ignore-shared", "pause-before-switchover", "events"}, parameters, deadline);
+      *qmp_, {"x-ignore-shared", "pause-before-switchover", "events"}, SaveParameters(), deadline);
   if (!settings.ok()) return settings.status();
   settings_ = *std::move(settings);
   absl::StatusOr<UniqueFd> stream = StartMigration(deadline);
@@ -64,6 +59,28 @@ absl::StatusOr<UniqueFd> QemuSourceGuest::BeginSave(absl::Time deadline) {
     settings_.reset();
   }
   return stream;
+}
+
+// The run state, if a migration can begin now.
+absl::StatusOr<std::string> QemuSourceGuest::CheckIdle(absl::Time deadline) {
+  absl::StatusOr<MigrationState> migration = QueryMigration(*qmp_, deadline);
+  if (!migration.ok()) return migration.status();
+  absl::StatusOr<std::string> run_state = QueryRunState(*qmp_, deadline);
+  if (!run_state.ok()) return run_state;
+  if (settings_.has_value() || !IsOver(migration->status) || *run_state == "inmigrate" ||
+      *run_state == "finish-migrate") {
+    return absl::FailedPreconditionError(
+        absl::StrCat("begin to save the guest: a save or another migration is under way (QEMU is '",
+                     *run_state, "', its migration '", migration->status,
+                     "'); resume the guest first, or let the other one end"));
+  }
+  if (*run_state == "postmigrate") {
+    return absl::FailedPreconditionError(
+        "begin to save the guest: QEMU stands where an earlier migration stopped it and starts no "
+        "other "
+        "from there; run the guest first (`cont`)");
+  }
+  return run_state;
 }
 
 absl::StatusOr<UniqueFd> QemuSourceGuest::StartMigration(absl::Time deadline) {
@@ -111,11 +128,20 @@ absl::Status QemuSourceGuest::Resume(absl::Time deadline) {
   // Without a save of ours only a state that a save leaves behind is ours to undo: a guest that is
   // paused for any other reason is the operator's.
   const bool left_behind = *run_state == "finish-migrate" || *run_state == "postmigrate";
-  if (settings_.has_value() ? was_running_ : left_behind) {
+  if (was_running_ && (settings_.has_value() || left_behind)) {
     if (absl::Status status = RunAgain(deadline); !status.ok()) return status;
   }
   steps_.push_back({"resume", absl::Now() - start});
-  if (!settings_.has_value()) return absl::OkStatus();
+  return RestoreSettings(deadline);
+}
+
+absl::Status QemuSourceGuest::RestoreSettings(absl::Time deadline) {
+  if (!settings_.has_value()) {
+    absl::StatusOr<std::optional<MigrationSettings>> abandoned =
+        MigrationSettings::FindAbandoned(*qmp_, SaveParameters(), deadline);
+    if (!abandoned.ok()) return abandoned.status();
+    return abandoned->has_value() ? (*abandoned)->Restore(*qmp_, deadline) : absl::OkStatus();
+  }
   absl::Status restored = settings_->Restore(*qmp_, deadline);
   if (restored.ok()) settings_.reset();
   return restored;

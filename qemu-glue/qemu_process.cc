@@ -116,6 +116,12 @@ absl::StatusOr<QemuProcess> QemuProcess::Start(const Options& options, absl::Tim
   if (!pid.ok()) return pid.status();
   // Our own child keeps its number until we reap it, so this is it.
   UniqueFd pidfd(static_cast<int>(::syscall(SYS_pidfd_open, *pid, 0)));
+  if (!pidfd.valid()) {
+    absl::Status status = absl::ErrnoToStatus(errno, "start QEMU: pidfd_open");
+    ::kill(*pid, SIGKILL);
+    ::waitpid(*pid, nullptr, 0);
+    return status;
+  }
   QemuProcess process(*pid, std::move(pidfd), options.log_path);
   absl::Status status = process.ConnectMonitor(options.qmp_path, deadline);
   if (status.ok()) return process;

@@ -1,0 +1,96 @@
+#include "qemu-glue/qemu_process.h"
+
+#include <fcntl.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <filesystem>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "tests/qemu-glue/fake_qmp_server.h"
+#include "tests/qemu-glue/test_qemu.h"
+
+namespace presync {
+namespace {
+
+using ::testing::HasSubstr;
+
+absl::Time Soon() { return absl::Now() + absl::Seconds(60); }
+
+QemuProcess::Options Program(const TestFolder& folder, std::vector<std::string> argv) {
+  return {std::move(argv), folder.Path("qmp"), folder.Path("log")};
+}
+
+TEST(QemuProcess, QuotesAProgramThatEndsAtOnce) {
+  TestFolder folder;
+  absl::Status status =
+      QemuProcess::Start(
+          Program(folder, {"sh", "-c", "echo first; echo no such machine >&2; exit 1"}), Soon())
+          .status();
+  EXPECT_TRUE(absl::IsFailedPrecondition(status)) << status;
+  EXPECT_THAT(std::string(status.message()), HasSubstr("first\nno such machine"));
+}
+
+TEST(QemuProcess, KillsAProgramThatNeverAnswers) {
+  TestFolder folder;
+  absl::Status status =
+      QemuProcess::Start(Program(folder, {"sh", "-c", "echo my pid is $$; exec sleep 1000"}),
+                         absl::Now() + absl::Seconds(2))
+          .status();
+  EXPECT_TRUE(absl::IsDeadlineExceeded(status)) << status;
+  const std::string text(status.message());
+  const size_t said = text.find("my pid is ");
+  ASSERT_NE(said, std::string::npos) << text;
+  EXPECT_EQ(::kill(std::stoi(text.substr(said + 10)), 0), -1);
+}
+
+TEST(QemuProcess, SaysWhatIsMissing) {
+  TestFolder folder;
+  EXPECT_TRUE(absl::IsInvalidArgument(QemuProcess::Start(Program(folder, {}), Soon()).status()));
+  absl::Status status = QemuProcess::Start(Program(folder, {"/no/such/qemu"}), Soon()).status();
+  EXPECT_TRUE(absl::IsNotFound(status)) << status;
+  QemuProcess::Options no_log = Program(folder, {"true"});
+  no_log.log_path = "/no/such/folder/log";
+  EXPECT_TRUE(absl::IsNotFound(QemuProcess::Start(no_log, Soon()).status()));
+}
+
+TEST(QemuProcess, RejectsASocketThatIsSomeoneElses) {
+  TestFolder folder;
+  FakeQmpServer other([](FakeQmpConnection& qemu) {
+    qemu.Greet();
+    qemu.AwaitHangUp();
+  });
+  QemuProcess::Options options = Program(folder, {"sleep", "1000"});
+  options.qmp_path = other.path();
+  absl::Status status = QemuProcess::Start(options, Soon()).status();
+  EXPECT_TRUE(absl::IsFailedPrecondition(status)) << status;
+  EXPECT_THAT(std::string(status.message()), HasSubstr("a socket of its own"));
+}
+
+TEST(QemuProcess, StartsARealOneApartFromUs) {
+  const QemuVersionUnderTest system = QemuVersionsUnderTest()[0];
+  if (system.binary.empty()) GTEST_SKIP() << system.skip_reason;
+  TestFolder folder;
+  UniqueFd leak(::open("/dev/null", O_RDONLY));  // not close-on-exec: must not reach QEMU
+  ASSERT_GE(::fcntl(leak.get(), F_DUPFD, 500), 500);
+  TestQemu qemu(folder, system, "own", {});
+  const pid_t pid = qemu.process().pid();
+  EXPECT_EQ(::getsid(pid), pid);
+  EXPECT_GT(qemu.process().start_ticks(), 0u);
+  EXPECT_EQ(std::filesystem::read_symlink(absl::StrCat("/proc/", pid, "/cwd")), "/");
+  EXPECT_FALSE(std::filesystem::exists(
+      std::filesystem::symlink_status(absl::StrCat("/proc/", pid, "/fd/500"))));
+  EXPECT_FALSE(qemu.process().HasEnded());
+  EXPECT_NE(qemu.TakeMonitor(), nullptr);
+  absl::Status killed = qemu.process().Kill(Soon());
+  EXPECT_TRUE(killed.ok()) << killed;
+  EXPECT_TRUE(qemu.process().HasEnded());
+  EXPECT_EQ(::kill(pid, 0), -1);  // reaped
+  ::close(500);
+}
+
+}  // namespace
+}  // namespace presync
