@@ -30,7 +30,7 @@ struct GuestStep {
 // block migration that is some 10 ms after BeginSave. So call BeginSave no earlier than Stop can
 // follow, and Stop waits for that moment.
 //
-// While a save is under way QEMU's migration settings are ours; Resume puts the operator's back.
+// From PrepareSave on QEMU's migration settings are ours; Resume puts the operator's back.
 // Whatever was found, x-ignore-shared is left off: left on, it would strip the RAM from the
 // operator's own next migration.
 class QemuSourceGuest final : public SourceGuest {
@@ -39,7 +39,10 @@ class QemuSourceGuest final : public SourceGuest {
   static absl::StatusOr<std::unique_ptr<QemuSourceGuest>> Create(std::unique_ptr<QmpClient> qmp,
                                                                  absl::Time deadline);
 
-  // FAILED_PRECONDITION also: a migration is under way already. The stream's other end belongs to
+  // FAILED_PRECONDITION: a migration is under way already.
+  absl::Status PrepareSave(absl::Time deadline) override;
+
+  // Prepares, if that was not done. FAILED_PRECONDITION as above. The stream's other end belongs to
   // QEMU.
   absl::StatusOr<UniqueFd> BeginSave(absl::Time deadline) override;
   absl::Status Stop(absl::Time deadline) override;
@@ -75,7 +78,8 @@ class QemuSourceGuest final : public SourceGuest {
   std::unique_ptr<QmpClient> qmp_;
   PeerProcess process_;
   bool was_running_ = true;
-  std::optional<MigrationSettings> settings_;  // set from BeginSave until Resume
+  std::optional<MigrationSettings> settings_;  // set from PrepareSave until Resume
+  bool prepared_ = false;                       // and BeginSave did not follow yet
   std::vector<GuestStep> steps_;
 };
 

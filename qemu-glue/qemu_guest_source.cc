@@ -41,7 +41,7 @@ absl::StatusOr<std::unique_ptr<QemuSourceGuest>> QemuSourceGuest::Create(
   return std::unique_ptr<QemuSourceGuest>(new QemuSourceGuest(std::move(qmp), *std::move(process)));
 }
 
-absl::StatusOr<UniqueFd> QemuSourceGuest::BeginSave(absl::Time deadline) {
+absl::Status QemuSourceGuest::PrepareSave(absl::Time deadline) {
   const absl::Time start = absl::Now();
   absl::StatusOr<std::string> run_state = CheckIdle(deadline);
   if (!run_state.ok()) return run_state.status();
@@ -50,6 +50,17 @@ absl::StatusOr<UniqueFd> QemuSourceGuest::BeginSave(absl::Time deadline) {
       *qmp_, {"x-ignore-shared", "pause-before-switchover", "events"}, SaveParameters(), deadline);
   if (!settings.ok()) return settings.status();
   settings_ = *std::move(settings);
+  prepared_ = true;
+  steps_.push_back({"prepare-save", absl::Now() - start});
+  return absl::OkStatus();
+}
+
+absl::StatusOr<UniqueFd> QemuSourceGuest::BeginSave(absl::Time deadline) {
+  if (!prepared_) {
+    if (absl::Status status = PrepareSave(deadline); !status.ok()) return status;
+  }
+  const absl::Time start = absl::Now();
+  prepared_ = false;
   absl::StatusOr<UniqueFd> stream = StartMigration(deadline);
   if (stream.ok()) {
     steps_.push_back({"begin-save", absl::Now() - start});
@@ -142,6 +153,7 @@ absl::Status QemuSourceGuest::RestoreSettings(absl::Time deadline) {
     if (!abandoned.ok()) return abandoned.status();
     return abandoned->has_value() ? (*abandoned)->Restore(*qmp_, deadline) : absl::OkStatus();
   }
+  prepared_ = false;
   absl::Status restored = settings_->Restore(*qmp_, deadline);
   if (restored.ok()) settings_.reset();
   return restored;

@@ -97,7 +97,7 @@ absl::Status QemuTargetGuest::Run(absl::Time deadline) {
   absl::StatusOr<std::string> run_state = QueryRunState(*qmp_, deadline);
   if (!run_state.ok()) return run_state.status();
   if (*run_state != "running") {
-    return absl::FailedPreconditionError(
+    return absl::InternalError(
         absl::StrCat("run the guest: QEMU took `cont` but is '", *run_state, "'"));
   }
   steps_.push_back({"run", absl::Now() - start});

@@ -22,15 +22,18 @@ enum class RunState {
 // deadline and fails with DEADLINE_EXCEEDED; UNAVAILABLE means that the guest's process is gone;
 // FAILED_PRECONDITION that the guest refused, with its own words.
 //
-// Order of a handover: BeginSave, Stop, FinishSave, then Quit on success; Resume undoes whatever was
-// done so far, at any point.
+// Order of a handover: PrepareSave, BeginSave, Stop, FinishSave, then Quit on success; Resume undoes
+// whatever was done so far, at any point.
 class SourceGuest {
  public:
   virtual ~SourceGuest() = default;
 
-  // Starts streaming the device state and returns the end to read it from. The guest still runs: only
-  // what can be saved live comes through before Stop. A guest that can't save live defers everything
-  // to FinishSave. The stream ends (EOF) after FinishSave has succeeded.
+  // Does whatever can be done ahead of BeginSave, so that it takes less time then. The guest runs on.
+  virtual absl::Status PrepareSave(absl::Time deadline) = 0;
+
+  // Starts streaming the device state and returns the end to read it from. Only what can be saved live
+  // comes through before Stop; when that is through the guest may stop by itself, so Stop should follow
+  // closely. The stream ends (EOF) after FinishSave has succeeded.
   virtual absl::StatusOr<UniqueFd> BeginSave(absl::Time deadline) = 0;
 
   // The guest is stopped when it returns: none of its vCPUs writes memory. Device code may still, until
@@ -64,7 +67,8 @@ class TargetGuest {
   // Returns when the whole state is loaded and the guest is paused, ready to run.
   virtual absl::Status AwaitLoaded(absl::Time deadline) = 0;
 
-  // Runs the guest. Ok means that it runs.
+  // Runs the guest. Ok means that it runs. FAILED_PRECONDITION: it refused, and not one instruction
+  // was run; after any other error it may have run.
   virtual absl::Status Run(absl::Time deadline) = 0;
 
   // Ends the waiting process; it never ran.

@@ -7,9 +7,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <optional>
 #include <thread>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
 #include "transport/sync/conversation.h"
 #include "transport/sync/page_hash.h"
 
@@ -22,6 +25,9 @@ using Body = wire::ControlMessage;
 constexpr PageCount kPagesPerHash = 64;
 // One request's hashes fit a control frame with room to spare.
 constexpr PageCount kPagesPerHashRequest = kPagesPerHash * 32768;
+
+// How long a round waits for the link before it looks again.
+constexpr absl::Duration kRoundStep = absl::Milliseconds(1);
 
 // Reads the device state from the guest's stream and sends it on, in a thread of its own, for the guest
 // waits for its reader while it saves.
@@ -79,6 +85,85 @@ class StateRelay {
   std::thread thread_;  // last: it uses all of the above
 };
 
+// The guest's side of the switchover, in a thread of its own, while the session's thread keeps sending
+// memory: prepare, wait for Go, stop the guest, save its device state.
+class GuestSwitchover {
+ public:
+  GuestSwitchover(SourceGuest* guest, ControlChannel* channel, absl::Time rounds_deadline,
+                  absl::Duration timeout)
+      : guest_(guest), channel_(channel), timeout_(timeout), thread_([this, rounds_deadline] {
+          absl::Status status = Run(rounds_deadline);
+          absl::MutexLock lock(&mutex_);
+          status_ = std::move(status);
+          stopped_ = true;  // or failed: either way there is nothing to wait for
+        }) {}
+
+  ~GuestSwitchover() {
+    {
+      absl::MutexLock lock(&mutex_);
+      go_ = cancelled_ = true;
+    }
+    if (thread_.joinable()) thread_.join();
+  }
+
+  // Stop the guest now. Idempotent.
+  void Go() {
+    absl::MutexLock lock(&mutex_);
+    go_ = true;
+  }
+
+  // Whether the guest stands still, or the switchover has failed.
+  bool stopped() const {
+    absl::MutexLock lock(&mutex_);
+    return stopped_;
+  }
+  absl::Time stopped_at() const {
+    absl::MutexLock lock(&mutex_);
+    return stopped_at_;
+  }
+
+  // Waits until the device state is saved and sent; its length.
+  absl::StatusOr<uint64_t> Finish() {
+    thread_.join();
+    if (!status_.ok()) return status_;
+    return relay_->Finish();
+  }
+
+ private:
+  absl::Status Run(absl::Time rounds_deadline) {
+    if (absl::Status s = guest_->PrepareSave(rounds_deadline); !s.ok()) return s;
+    {
+      absl::MutexLock lock(&mutex_);
+      mutex_.Await(absl::Condition(&go_));
+      if (cancelled_) return absl::CancelledError("the switchover was called off");
+    }
+    const absl::Time deadline = absl::Now() + timeout_;
+    absl::StatusOr<UniqueFd> stream = guest_->BeginSave(deadline);
+    if (!stream.ok()) return stream.status();
+    relay_.emplace(*std::move(stream), channel_, deadline);
+    if (absl::Status s = guest_->Stop(deadline); !s.ok()) return s;
+    relay_->StageFromNowOn();
+    {
+      absl::MutexLock lock(&mutex_);
+      stopped_at_ = absl::Now();
+      stopped_ = true;
+    }
+    return guest_->FinishSave(deadline);
+  }
+
+  SourceGuest* const guest_;
+  ControlChannel* const channel_;
+  const absl::Duration timeout_;
+  mutable absl::Mutex mutex_;
+  bool go_ ABSL_GUARDED_BY(mutex_) = false;
+  bool cancelled_ ABSL_GUARDED_BY(mutex_) = false;
+  bool stopped_ ABSL_GUARDED_BY(mutex_) = false;
+  absl::Time stopped_at_ ABSL_GUARDED_BY(mutex_);
+  std::optional<StateRelay> relay_;  // the thread's, then Finish's
+  absl::Status status_;              // likewise
+  std::thread thread_;               // last: it uses all of the above
+};
+
 class Handover {
  public:
   Handover(ControlChannel* channel, SourceSync* sync, SourceGuest* guest,
@@ -95,9 +180,8 @@ class Handover {
 
  private:
   absl::Status BeforeGivingUp();
-  absl::Status Rounds();
-  absl::Status StopAndDrain();
-  absl::Status FinishSave();
+  absl::Status Rounds(GuestSwitchover* guest);
+  absl::Status Drain();
   absl::Status Verify();
   absl::Status CountDiffering(const std::vector<PageRun>& ranges);
   absl::StatusOr<std::string> AskHashes(PageRun run, PageCount pages_per_hash);
@@ -145,75 +229,72 @@ absl::Status Handover::BeforeGivingUp() {
   Body begin;
   begin.mutable_begin_handover();
   if (absl::Status s = SendBody(begin); !s.ok()) return s;
-  if (absl::Status s = Rounds(); !s.ok()) return s;
-  if (auto ready = Expect(channel_, Body::kHandoverReady, deadline_); !ready.ok()) {
-    return ready.status();
+  {
+    GuestSwitchover guest(guest_, channel_, deadline_, options_.switchover_timeout);
+    if (absl::Status s = Rounds(&guest); !s.ok()) return s;
+    stopped_at_ = guest.stopped_at();
+    deadline_ = absl::Now() + options_.switchover_timeout;
+    Mark("stopped");
+    // The residual travels while the device state is saved.
+    const absl::Status drained = Drain();
+    absl::StatusOr<uint64_t> state_bytes = guest.Finish();
+    if (!state_bytes.ok()) return state_bytes.status();
+    if (!drained.ok()) return drained;
+    report_.state_bytes = *state_bytes;
+    Mark("state saved");
   }
-  Mark("target ready");
-  if (absl::Status s = StopAndDrain(); !s.ok()) return s;
+  // Device code may have written guest RAM while its state was saved.
+  if (absl::Status s = sync_->Scan(); !s.ok()) return s;
+  if (absl::Status s = sync_->Flush(deadline_); !s.ok()) return s;
+  Mark("last scan");
   if (options_.verify) {
     if (absl::Status s = Verify(); !s.ok()) return s;
   }
   return LoadOnTarget();
 }
 
-// Sends what is stale, again and again, while the guest runs, until little enough is left or another round
-// would not make it less.
-absl::Status Handover::Rounds() {
+// Sends what is stale, again and again, while the guest runs. The guest is told to stop when little enough is
+// left or another round would not make it less; sending goes on until it stands still.
+absl::Status Handover::Rounds(GuestSwitchover* guest) {
   if (absl::Status s = sync_->Scan(); !s.ok()) return s;
   report_.residual_at_launch = sync_->residual();
+  const uint64_t free_bytes = static_cast<uint64_t>(
+      static_cast<double>(sync_->link_bytes_per_s()) *
+      absl::ToDoubleSeconds(options_.overlapped_transfer));
+  const auto little = [&] { return PagesToBytes(sync_->unsent()) <= free_bytes; };
   PageCount before = UINT32_MAX;
-  while (true) {
-    const uint64_t free_bytes = static_cast<uint64_t>(
-        static_cast<double>(sync_->link_bytes_per_s()) *
-        absl::ToDoubleSeconds(options_.stopped_transfer));
-    const PageCount residual = sync_->residual();
-    if (PagesToBytes(residual) <= free_bytes || residual >= before - before / 4) break;
-    before = residual;
-    ++report_.rounds;
-    if (absl::Status s = sync_->Flush(deadline_); !s.ok()) return s;
-    if (absl::Status s = sync_->Scan(); !s.ok()) return s;
+  bool ready = false;
+  while (!guest->stopped()) {
+    if (absl::Now() >= deadline_) {
+      return absl::DeadlineExceededError("the memory could not be sent in time");
+    }
+    if (absl::Status s = sync_->PushAll(); !s.ok()) return s;
+    if (little()) {  // what was known is nearly out: look again
+      if (absl::Status s = sync_->Scan(); !s.ok()) return s;
+      if (absl::Status s = sync_->PushAll(); !s.ok()) return s;
+      ++report_.rounds;
+      if (!ready) {
+        if (auto r = Expect(channel_, Body::kHandoverReady, deadline_); !r.ok()) return r.status();
+        ready = true;
+        Mark("target ready");
+      }
+      const PageCount unsent = sync_->unsent();
+      if (little() || unsent >= before - before / 4) guest->Go();
+      before = unsent;
+    }
+    if (absl::Status s = sync_->AwaitLink(absl::Now() + kRoundStep); !s.ok()) return s;
   }
-  Mark("rounds");
   return absl::OkStatus();
 }
 
-absl::Status Handover::StopAndDrain() {
-  absl::StatusOr<UniqueFd> stream = guest_->BeginSave(deadline_);
-  if (!stream.ok()) return stream.status();
-  deadline_ = absl::Now() + options_.switchover_timeout;
-  StateRelay relay(*std::move(stream), channel_, deadline_);
-  if (absl::Status s = guest_->Stop(deadline_); !s.ok()) return s;
-  stopped_at_ = absl::Now();
-  Mark("stopped");
-  relay.StageFromNowOn();
-
-  // The device state is saved while the residual travels.
-  absl::Status saved;
-  std::thread saver([&] { saved = guest_->FinishSave(deadline_); });
-  const auto drain = [&] {
-    if (absl::Status s = sync_->Scan(); !s.ok()) return s;
-    report_.residual_at_stop = sync_->residual();
-    if (absl::Status s = sync_->PushAll(); !s.ok()) return s;
-    if (absl::Status s = sync_->FindDiscarded(); !s.ok()) return s;
-    return sync_->Flush(deadline_);
-  };
-  const absl::Status drained = drain();
-  Mark("residual confirmed");
-  saver.join();
-  if (!saved.ok()) return saved;
-  if (!drained.ok()) return drained;
-  Mark("state saved");
-
-  absl::StatusOr<uint64_t> state_bytes = relay.Finish();
-  if (!state_bytes.ok()) return state_bytes.status();
-  report_.state_bytes = *state_bytes;
-  Mark("state relayed");
-
-  // Device code may have written guest RAM while its state was saved.
+// The guest stands still: whatever is left goes over, and is confirmed.
+absl::Status Handover::Drain() {
   if (absl::Status s = sync_->Scan(); !s.ok()) return s;
+  report_.residual_at_stop = sync_->residual();
+  if (absl::Status s = sync_->PushAll(); !s.ok()) return s;
+  if (absl::Status s = sync_->FindDiscarded(); !s.ok()) return s;
   if (absl::Status s = sync_->Flush(deadline_); !s.ok()) return s;
-  Mark("last scan");
+  Mark("residual confirmed");
   return absl::OkStatus();
 }
 

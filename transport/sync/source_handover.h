@@ -22,9 +22,9 @@ struct HandoverOptions {
   absl::Duration switchover_timeout = absl::Seconds(10);
   // Longest that the rounds before it may take.
   absl::Duration rounds_timeout = absl::Seconds(60);
-  // The residual's transfer that is accepted while the guest stands still: about what saving the
-  // device state takes anyway, so it costs nothing.
-  absl::Duration stopped_transfer = absl::Milliseconds(12);
+  // The guest is told to stop when what is left to send takes this long: about what stopping it and saving
+  // its device state take anyway (12 ms each under TCG), so it costs nothing.
+  absl::Duration overlapped_transfer = absl::Milliseconds(20);
 };
 
 // What happened, in the source's clock. Times count from the order to launch.

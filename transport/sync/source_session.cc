@@ -230,6 +230,14 @@ void SourceSession::Serve(LaunchOrder* order) {
                       absl::StrCat("the link to ", dialer_->peer(), " is down: ", problem_)));
     return;
   }
+  const absl::StatusOr<RunState> run_state = guest_->State(absl::Now() + absl::Seconds(10));
+  if (!run_state.ok() || *run_state != RunState::kRunning) {
+    Answer(order, run_state.ok() ? absl::FailedPreconditionError(
+                                       "the guest is paused here; a launch would run it on the target: "
+                                       "resume it first")
+                                 : run_state.status());
+    return;
+  }
   state_ = SessionState::kLaunching;
   Publish();
   absl::StatusOr<HandoverRecord> record =

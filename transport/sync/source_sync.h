@@ -80,12 +80,16 @@ class SourceSync {
   // Finds pages that left the guest's memory (holes) and are not zero on the target: they become stale.
   absl::Status FindDiscarded();
   // Sends every stale page, past set-point and pacer, and waits until the target confirmed all
-  // of it. `progress` (may be null) is called between steps. DEADLINE_EXCEEDED: not all confirmed in time.
+  // of it. DEADLINE_EXCEEDED: not all confirmed in time.
   absl::Status Flush(absl::Time deadline);
   // Sends every stale page without waiting for completions.
   absl::Status PushAll();
 
   PageCount residual() const { return ledger_.residual(); }
+  // Of the residual, what the link has not finished with: without what only lacks its confirmation.
+  PageCount unsent() const { return ledger_.stale().count() + ledger_.in_flight(); }
+  // Returns when the link may have news, or at `deadline`.
+  absl::Status AwaitLink(absl::Time deadline) { return link_->Wait(deadline); }
   bool all_synced() const { return ledger_.all_synced(); }
   uint64_t link_bytes_per_s() const { return link_rate_.bytes_per_s(); }
   SyncProgress progress() const;

@@ -355,8 +355,9 @@ absl::Status Conversation::RunGuest() {
     slot_->place->Keep();
     record_->Append(HandoverPhase::kRunning).IgnoreError();
     service_->Log(false, absl::StrCat(slot_->guest, ": runs here now"));
-  } else if (guest_->Discard(deadline).ok() && record_->Append(HandoverPhase::kNeverRan).ok()) {
-    // Only a process that is certainly gone never ran.
+  } else if (absl::IsFailedPrecondition(run) && guest_->Discard(deadline).ok() &&
+             record_->Append(HandoverPhase::kNeverRan).ok()) {
+    // It refused, and now it can't change its mind.
     answer.mutable_outcome()->set_value(wire::Outcome::NEVER_RAN);
     answer.mutable_outcome()->set_text(std::string(run.message()));
     Send(answer).IgnoreError();

@@ -113,6 +113,8 @@ absl::Status ModelSourceGuest::Step(const char* name) {
                         : absl::OkStatus();
 }
 
+absl::Status ModelSourceGuest::PrepareSave(absl::Time) { return Step("prepare-save"); }
+
 absl::StatusOr<UniqueFd> ModelSourceGuest::BeginSave(absl::Time) {
   if (absl::Status s = Step("begin-save"); !s.ok()) return s;
   int pair[2];

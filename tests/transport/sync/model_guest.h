@@ -59,7 +59,7 @@ class World {
   std::atomic<bool> ever_both_ = false;
 };
 
-// Which call of a model guest fails, by name: "begin-save", "stop", "finish-save", "resume", "quit",
+// Which call of a model guest fails, by name: "prepare-save", "begin-save", "stop", "finish-save", "resume", "quit",
 // "begin-load", "await-loaded", "run". Empty: none.
 class ModelSourceGuest final : public SourceGuest {
  public:
@@ -67,6 +67,7 @@ class ModelSourceGuest final : public SourceGuest {
   ModelSourceGuest(World* world, ModelMemory* memory, std::string fails, int64_t device_writes_page);
   ~ModelSourceGuest() override;
 
+  absl::Status PrepareSave(absl::Time deadline) override;
   absl::StatusOr<UniqueFd> BeginSave(absl::Time deadline) override;
   absl::Status Stop(absl::Time deadline) override;
   absl::Status FinishSave(absl::Time deadline) override;
