@@ -249,19 +249,20 @@ absl::StatusOr<size_t> FakeWire::Post(absl::Span<const PageWrite> writes) {
   Advance();
   if (!status_.ok()) return status_;
   if (Reached(options_.faults.fail_post, ++posts_)) return Die("a scripted failure of Post");
+  if (writes.empty()) return 0;
+  if (!source_->IsWithinOneRegion(writes[0].run)) {
+    return absl::InvalidArgumentError(absl::StrCat("fake link: run of ", writes[0].run.count,
+                                                   " pages from ", writes[0].run.first,
+                                                   " is not within one region"));
+  }
   size_t limit = writes.size();
-  if (limit > 0 && Uniform() < options_.short_post_probability) {
+  if (Uniform() < options_.short_post_probability) {
     limit = std::uniform_int_distribution<size_t>(0, limit - 1)(random_);
     has_news_ = true;  // so that Wait returns: a second try may do better
   }
   for (size_t i = 0; i < limit; ++i) {
     const PageWrite& write = writes[i];
-    if (!source_->IsWithinOneRegion(write.run)) {
-      if (i > 0) return i;
-      return absl::InvalidArgumentError(absl::StrCat("fake link: run of ", write.run.count,
-                                                     " pages from ", write.run.first,
-                                                     " is not within one region"));
-    }
+    if (!source_->IsWithinOneRegion(write.run)) return i;
     if (!flights_.empty() &&
         stats_.queued_bytes + WireBytes(write) > options_.max_in_flight_bytes) {
       return i;

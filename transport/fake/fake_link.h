@@ -45,8 +45,8 @@ struct FakeLinkOptions {
 
   absl::Duration latency = absl::Microseconds(50);  // from leaving the source to completion; a
                                                     // commit takes as long again
-  absl::Duration jitter = absl::Microseconds(50);  // each delay grows by 0 to this much
-  uint64_t bytes_per_s = 0;                        // of the wire; 0 = no limit
+  absl::Duration jitter = absl::Microseconds(50);   // each delay grows by 0 to this much
+  uint64_t bytes_per_s = 0;                         // of the wire; 0 = no limit
 
   uint64_t max_in_flight_bytes = uint64_t{4}
                                  << 20;  // then Post starts nothing; one write always fits

@@ -1,0 +1,116 @@
+#!/usr/bin/python3
+"""Tries the lab itself: boots a guest, checks it, moves it as stock QEMU does, checks it again.
+
+    tools/lab/selftest.py [-v]          needs root (network namespaces) and some 60 s under TCG
+    PRESYNC_LAB_QEMU10=1 ...            the same with QEMU 10
+"""
+
+import functools
+import os
+import pathlib
+import sys
+import tempfile
+import time
+import unittest
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from lab import guest, hosts, qmp  # noqa: E402  (after the path is set)
+from lab.agent import Beat, judge  # noqa: E402
+
+
+class JudgeTest(unittest.TestCase):
+    """The arithmetic on beats."""
+
+    def beats(self, *numbers_and_ms):
+        return [Beat(n, n * 10**7, ms / 1000, "source" if n < 3 else "target")
+                for n, ms in numbers_and_ms]
+
+    def test_clean_move(self):
+        move = judge(self.beats((1, 10), (2, 20), (3, 70), (4, 80)))
+        self.assertTrue(move.clean())
+        self.assertAlmostEqual(move.gap_ms, 50)
+        self.assertEqual((move.gap_from, move.gap_to), ("source", "target"))
+
+    def test_lost_and_doubled(self):
+        move = judge(self.beats((1, 10), (2, 20), (2, 30), (5, 40)))
+        self.assertEqual((move.lost, move.doubled, move.backwards), (2, 1, 0))
+        self.assertEqual(judge(self.beats((2, 10), (1, 20))).backwards, 1)
+
+
+class HostsTest(unittest.TestCase):
+    """Two hosts: they reach each other, not through a pulled cable, and leave nothing behind."""
+
+    def test_link(self):
+        with hosts.TwoHosts() as two:
+            ping = ["busybox", "ping", "-c", "1", "-W", "1", two.address["target"]]
+            before = two.bytes_sent("source")
+            two.run("source", ping)
+            self.assertGreater(two.bytes_sent("source"), before)
+            two.link_down()
+            with self.assertRaises(hosts.LabError):
+                two.run("source", ping)
+            two.link_up()
+            two.set_rate(100)
+            sleeper = two.popen("target", ["sleep", "1000"])
+        self.assertIsNotNone(sleeper.poll())
+        for name in two.namespace.values():
+            self.assertFalse(os.path.exists(f"/run/netns/{name}"))
+
+
+class MoveTest(unittest.TestCase):
+    """One guest, one stock migration over the shaped link."""
+
+    def check(self, reader):
+        answer = reader.command("check")
+        for name in ("pages_bad", "file_bad", "file_errors", "counter_bad", "beats_dropped"):
+            self.assertEqual(answer[name], 0, f"{name} in {answer}")
+        return answer
+
+    def test_stock_precopy(self):
+        folder = guest.image("text")
+        options = {}
+        if os.environ.get("PRESYNC_LAB_QEMU10"):
+            options["qemu"], options["data_dirs"] = guest.qemu10()
+        with tempfile.TemporaryDirectory(prefix="presync-lab-") as run, hosts.TwoHosts() as two:
+            spec = guest.GuestSpec(image=folder, data_disk=guest.copy_data_disk(folder, run),
+                                   **options)
+            start = functools.partial(guest.Guest, spec, folder=run)
+            begin = time.monotonic()
+            with start("source", popen=functools.partial(two.popen, "source")) as source, \
+                    source.reader() as reader:
+                beat = source.wait_boot(reader)
+                print(f"boot to the first beat: {beat.host - begin:.1f} s")
+                with start("target", popen=functools.partial(two.popen, "target"),
+                           paused=False) as target:
+                    self.move(two, source, target, reader)
+
+    def move(self, two, source, target, reader):
+        reader.attach("target", target.sockets.agent)
+        # The editor is under way when its account of keys grows.
+        before = self.check(reader)
+        while before["workload_steps"] < 10:
+            reader.wait_beat()
+            before = self.check(reader)
+        sent = two.bytes_sent("source")
+        reader.mark()
+        with source.qmp() as one, target.qmp() as other:
+            stock = qmp.stock_migrate(one, other, f"tcp:{two.address['target']}:4444")
+        reader.wait_beat("target")
+        move = reader.result()
+        wire = two.bytes_sent("source") - sent
+        print(f"stock pre-copy: {stock.wall_ms:.0f} ms (QEMU says {stock.total_ms}), downtime "
+              f"{stock.downtime_ms} ms by QEMU, longest gap between beats {move.gap_ms:.0f} ms, "
+              f"{stock.ram_bytes / 1e6:.0f} MB of RAM in {stock.rounds} rounds, "
+              f"{wire / 1e6:.0f} MB on the wire")
+        self.assertTrue(move.clean(), move)
+        self.assertEqual(reader.problems(), [])
+        after = self.check(reader)
+        self.assertGreater(after["counter"], before["counter"])
+        self.assertGreater(after["file_records"], before["file_records"])
+        while after["workload_steps"] <= before["workload_steps"]:
+            reader.wait_beat()
+            after = self.check(reader)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,54 @@
+// A connected pair of byte pipes, all that the TCP link knows of its network: a plain socket here,
+// and whatever wraps one (TLS) elsewhere.
+#pragma once
+
+#include <sys/uio.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "absl/types/span.h"
+#include "transport/unique_fd.h"
+
+namespace presync {
+
+// One thread may send while another receives; Shutdown and SetPacing may be called from any thread.
+class ByteStream {
+ public:
+  virtual ~ByteStream() = default;
+
+  // Blocks until all bytes of `parts` were taken over by the network's own buffers: they may be
+  // changed then. Uses `parts` up. UNAVAILABLE: the connection is gone.
+  virtual absl::Status Send(absl::Span<iovec> parts) = 0;
+
+  // Blocks until at least one byte was received, fills `parts` in order and returns how many bytes.
+  // UNAVAILABLE: the peer closed, or the connection is gone. Precondition: `parts` has room.
+  virtual absl::StatusOr<size_t> Receive(absl::Span<const iovec> parts) = 0;
+
+  // Ends the connection: calls that block return soon, later ones fail. Idempotent.
+  virtual void Shutdown() = 0;
+
+  // Caps what this stream sends, bytes per second; 0 = no cap. May be ignored.
+  virtual void SetPacing(uint64_t bytes_per_s) = 0;
+};
+
+struct SocketOptions {
+  // A peer that acknowledges nothing for so long is gone.
+  absl::Duration peer_timeout = absl::Seconds(10);
+  // Bytes that may wait in the kernel before they are on the wire: short queues without limiting
+  // the window. 0 = the kernel's default.
+  int max_unsent_bytes = 512 << 10;
+  // SO_SNDBUF: unsent and unacknowledged bytes together; 0 = the kernel tunes it.
+  int send_buffer_bytes = 0;
+};
+
+// Over a connected stream socket. TCP's own options are skipped on other sockets (socketpair).
+// INVALID_ARGUMENT: not a connected stream socket, or an option was refused.
+absl::StatusOr<std::unique_ptr<ByteStream>> MakeSocketStream(UniqueFd socket,
+                                                             const SocketOptions& options);
+
+}  // namespace presync
