@@ -151,6 +151,12 @@ absl::StatusOr<Region> Region::Open(std::string name, const std::string& path,
     return absl::FailedPreconditionError(absl::StrCat("open ", path, ": not a regular file"));
   }
   if (!fd.valid()) return FileError("open", path, errno);
+  return Adopt(std::move(name), path, std::move(fd), size_bytes);
+}
+
+absl::StatusOr<Region> Region::Adopt(std::string name, const std::string& path, UniqueFd fd,
+                                     uint64_t size_bytes) {
+  if (auto status = CheckSize(path, size_bytes, kPageBytes); !status.ok()) return status;
   struct stat file;
   if (fstat(fd.get(), &file) != 0) return FileError("stat", path, errno);
   if (!S_ISREG(file.st_mode)) {

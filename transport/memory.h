@@ -27,6 +27,10 @@ class Region {
   static absl::StatusOr<Region> Open(std::string name, const std::string& path,
                                      uint64_t size_bytes);
 
+  // The same with a file that is open already, for reading and writing; `path` is for texts only.
+  static absl::StatusOr<Region> Adopt(std::string name, const std::string& path, UniqueFd fd,
+                                      uint64_t size_bytes);
+
   // Creates the file (mode 0600, it must not exist) and reserves all its memory, zeroed, so that a
   // sync can't run out of it. Blocks: a second for some GiB. ALREADY_EXISTS: a file is in the way.
   // RESOURCE_EXHAUSTED: too little memory on the host or room in the file system.

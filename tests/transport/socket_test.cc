@@ -50,7 +50,7 @@ TEST(SocketErrors, ARefusalSaysWhoAndWhatToDo) {
   listener->reset();
   const auto status = Connect("127.0.0.1", port, Soon()).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable);
-  EXPECT_EQ(std::string(status.message()), "connect to " + HostPort("127.0.0.1", port) +
+  EXPECT_EQ(std::string(status.message()), "connect to " + FormatHostPort("127.0.0.1", port) +
                                                ": connection refused; is presyncd running there?");
 }
 
@@ -92,8 +92,8 @@ TEST(SocketErrors, AnUnknownNameIsNotFound) {
 }
 
 TEST(HostPortTest, BracketsIPv6) {
-  EXPECT_EQ(HostPort("10.0.0.2", 7350), "10.0.0.2:7350");
-  EXPECT_EQ(HostPort("fd00::2", 7350), "[fd00::2]:7350");
+  EXPECT_EQ(FormatHostPort("10.0.0.2", 7350), "10.0.0.2:7350");
+  EXPECT_EQ(FormatHostPort("fd00::2", 7350), "[fd00::2]:7350");
 }
 
 }  // namespace

@@ -71,8 +71,8 @@ absl::StatusOr<uint64_t> ParseSize(absl::string_view text) {
   return absl::InvalidArgumentError(absl::StrCat("'", text, "' is no size; write 512M or 64G"));
 }
 
-absl::StatusOr<HostPort> ParseHostPort(absl::string_view text, uint16_t default_port) {
-  HostPort result = {.host = {}, .port = default_port};
+absl::StatusOr<HostAndPort> ParseHostPort(absl::string_view text, uint16_t default_port) {
+  HostAndPort result = {.host = {}, .port = default_port};
   absl::string_view port;
   if (absl::ConsumePrefix(&text, "[")) {
     const size_t end = text.find(']');

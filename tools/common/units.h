@@ -21,11 +21,11 @@ absl::StatusOr<uint64_t> ParseRate(absl::string_view text);
 absl::StatusOr<uint64_t> ParseSize(absl::string_view text);
 
 // HOST, HOST:PORT or [IPV6]:PORT.
-struct HostPort {
+struct HostAndPort {
   std::string host;
   uint16_t port = 0;
 };
-absl::StatusOr<HostPort> ParseHostPort(absl::string_view text, uint16_t default_port);
+absl::StatusOr<HostAndPort> ParseHostPort(absl::string_view text, uint16_t default_port);
 
 std::string FormatBytes(uint64_t bytes);          // "3.2 MB"
 std::string FormatRate(uint64_t bytes_per_s);     // "112.0 MB/s"

@@ -120,7 +120,7 @@ absl::Status ReadDefaults(const toml::node& node, const std::string& path, Confi
 absl::Status SetListen(const toml::node& node, Config* config) {
   const auto text = node.value_exact<std::string>();
   if (!text) return absl::InvalidArgumentError("must be a string in quotes");
-  absl::StatusOr<HostPort> address = ParseHostPort(*text, kDefaultPort);
+  absl::StatusOr<HostAndPort> address = ParseHostPort(*text, kDefaultPort);
   if (!address.ok()) return address.status();
   config->listen_host = address->host;
   config->listen_port = address->port;

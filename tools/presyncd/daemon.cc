@@ -32,11 +32,11 @@ absl::Status MakeFolder(const std::string& path) {
   return absl::UnavailableError(absl::StrCat("make the folder ", path, ": ", error.message()));
 }
 
-absl::StatusOr<TcpCompression> ToCompression(const std::string& name) {
-  if (name == "none") return TcpCompression::kNone;
-  if (name == "lz4") return TcpCompression::kLz4;
-  if (name == "zstd") return TcpCompression::kZstd;
-  if (name == "auto") return TcpCompression::kAuto;
+absl::StatusOr<Compression> ToCompression(const std::string& name) {
+  if (name == "none") return Compression::kNone;
+  if (name == "lz4") return Compression::kLz4;
+  if (name == "zstd") return Compression::kZstd;
+  if (name == "auto") return Compression::kAuto;
   return absl::InvalidArgumentError(
       absl::StrCat("'", name, "' is no compression; there are none, lz4, zstd and auto"));
 }
@@ -69,7 +69,7 @@ absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Create(Config config) {
   for (const std::string& folder : {config.state_folder, config.run_folder}) {
     if (absl::Status s = MakeFolder(folder); !s.ok()) return s;
   }
-  if (absl::StatusOr<TcpCompression> c = ToCompression(config.compression); !c.ok()) {
+  if (absl::StatusOr<Compression> c = ToCompression(config.compression); !c.ok()) {
     return c.status();
   }
   std::unique_ptr<Daemon> daemon(new Daemon(std::move(config)));
@@ -87,7 +87,7 @@ absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Create(Config config) {
   }
   daemon->host_->EndWaitingLeftovers();
 
-  absl::StatusOr<UniqueFd> listener = ListenSocket(c.listen_host, c.listen_port);
+  absl::StatusOr<UniqueFd> listener = Listen(c.listen_host, c.listen_port);
   if (!listener.ok()) return listener.status();
   TargetServiceOptions options;
   options.record_folder = c.state_folder;
@@ -181,7 +181,7 @@ absl::StatusOr<SourceSessionOptions> Daemon::SessionOptions(const Json& request,
     if (!rate.ok()) return rate.status();
     options.sync.max_bytes_per_s = *rate;
   }
-  absl::StatusOr<TcpCompression> compression =
+  absl::StatusOr<Compression> compression =
       ToCompression(TextOr(request, "compression", config_.compression));
   if (!compression.ok()) return compression.status();
   options.tcp.compression = *compression;
@@ -200,7 +200,7 @@ absl::StatusOr<SourceSessionOptions> Daemon::SessionOptions(const Json& request,
 
 absl::StatusOr<Json> Daemon::Start(const Json& request) {
   const std::string name = TextOr(request, "name", "");
-  absl::StatusOr<HostPort> to = ParseHostPort(TextOr(request, "to", ""), kDefaultPort);
+  absl::StatusOr<HostAndPort> to = ParseHostPort(TextOr(request, "to", ""), kDefaultPort);
   if (!to.ok()) return to.status();
   auto dialer = std::make_unique<TcpDialer>(to->host, to->port);
   absl::StatusOr<SourceSessionOptions> options = SessionOptions(request, dialer->peer());

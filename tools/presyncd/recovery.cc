@@ -52,7 +52,7 @@ absl::Status QuitHere(const HandoverEntry& entry) {
 }
 
 absl::Status SettleGivenUp(const HandoverEntry& entry) {
-  absl::StatusOr<HostPort> peer = ParseHostPort(entry.peer, kDefaultPort);
+  absl::StatusOr<HostAndPort> peer = ParseHostPort(entry.peer, kDefaultPort);
   if (!peer.ok()) return peer.status();
   TcpDialer dialer(peer->host, peer->port);
   absl::StatusOr<wire::Outcome> outcome =

@@ -12,10 +12,10 @@
 namespace presync {
 
 TcpDialer::TcpDialer(std::string host, uint16_t port)
-    : host_(std::move(host)), port_(port), peer_(absl::StrCat(host_, ":", port_)) {}
+    : host_(std::move(host)), port_(port), peer_(FormatHostPort(host_, port_)) {}
 
 absl::StatusOr<UniqueFd> TcpDialer::Dial(const Preamble& preamble, absl::Time deadline) {
-  absl::StatusOr<UniqueFd> socket = ConnectSocket(host_, port_, deadline);
+  absl::StatusOr<UniqueFd> socket = Connect(host_, port_, deadline);
   if (!socket.ok()) return socket.status();
   // A fresh connection's buffer holds a preamble: this does not block.
   const auto bytes = EncodePreamble(preamble);

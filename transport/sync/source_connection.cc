@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "transport/sync/conversation.h"
+#include "transport/tcp/tcp_source_link.h"
 
 namespace presync {
 namespace {
@@ -48,7 +50,7 @@ absl::StatusOr<std::unique_ptr<SourceLink>> DialTcpLink(Dialer* dialer, const Gu
     sockets.push_back(*std::move(socket));
   }
   absl::StatusOr<std::unique_ptr<TcpSourceLink>> link =
-      TcpSourceLink::Create(memory, std::move(sockets), request.tcp);
+      TcpSourceLink::Create(memory, std::move(sockets), request.tcp, request.socket);
   if (!link.ok()) return link.status();
   return *std::move(link);
 }

@@ -12,7 +12,8 @@
 #include "transport/sync/dialer.h"
 #include "transport/sync/session_id.h"
 #include "transport/sync/source_sync.h"
-#include "transport/tcp/tcp_link.h"
+#include "transport/tcp/byte_stream.h"
+#include "transport/tcp/tcp_options.h"
 #include "transport/wire/control_channel.h"
 
 namespace presync {
@@ -22,7 +23,8 @@ struct SessionRequest {
   SessionId session = {};
   std::string guest;
   uint32_t tcp_streams = 4;
-  TcpLinkOptions tcp;
+  TcpSourceOptions tcp;
+  SocketOptions socket;
 };
 
 struct SourceConnection {

@@ -197,7 +197,8 @@ absl::Status SourceSession::Connect() {
   const SessionRequest request = {.session = id_,
                                   .guest = options_.guest,
                                   .tcp_streams = options_.tcp_streams,
-                                  .tcp = options_.tcp};
+                                  .tcp = options_.tcp,
+                                  .socket = options_.socket};
   absl::StatusOr<SourceConnection> connection =
       ConnectSource(dialer_.get(), &memory_, request, absl::Now() + options_.connect_timeout);
   if (!connection.ok()) return connection.status();

@@ -27,7 +27,8 @@ struct SourceSessionOptions {
   std::string record_folder;
   SourceSyncOptions sync;
   uint32_t tcp_streams = 4;
-  TcpLinkOptions tcp;
+  TcpSourceOptions tcp;
+  SocketOptions socket;
   absl::Duration connect_timeout = absl::Seconds(20);
   absl::Duration reconnect_every = absl::Seconds(1);
 };

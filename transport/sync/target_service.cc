@@ -48,7 +48,7 @@ std::unique_ptr<TargetService> TargetService::Start(UniqueFd listener, TargetHos
                                                     TargetServiceOptions options) {
   std::unique_ptr<TargetService> service(
       new TargetService(std::move(listener), host, std::move(options)));
-  service->acceptor_ = std::thread([raw = service.get()] { raw->Accept(); });
+  service->acceptor_ = std::thread([raw = service.get()] { raw->AcceptLoop(); });
   return service;
 }
 
@@ -58,27 +58,34 @@ TargetService::TargetService(UniqueFd listener, TargetHost* host, TargetServiceO
 TargetService::~TargetService() {
   ending_ = true;
   acceptor_.join();
+  CloseConnections();
   std::list<Connection> connections;
   {
     absl::MutexLock lock(&mutex_);
-    for (TargetSlot& slot : slots_) {
-      if (slot.channel != nullptr) slot.channel->Shutdown();
-    }
     connections.swap(connections_);
   }
   for (Connection& connection : connections) connection.thread.join();
 }
 
-void TargetService::Accept() {
+void TargetService::CloseConnections() {
+  absl::MutexLock lock(&mutex_);
+  for (TargetSlot& slot : slots_) {
+    if (slot.channel != nullptr) slot.channel->Shutdown();
+  }
+}
+
+void TargetService::AcceptLoop() {
   absl::Time next_sweep = absl::Now();
   while (!ending_) {
     if (absl::Now() >= next_sweep) {
       Sweep();
       next_sweep = absl::Now() + kSweepEvery;
     }
-    absl::StatusOr<AcceptedSocket> accepted =
-        AcceptSocket(listener_.get(), absl::Now() + kSweepEvery);
-    if (accepted.ok()) Adopt(std::move(accepted->socket), std::move(accepted->peer));
+    absl::StatusOr<UniqueFd> accepted = Accept(listener_.get(), absl::Now() + kSweepEvery);
+    if (accepted.ok()) {
+      std::string peer = PeerName(accepted->get());
+      Adopt(*std::move(accepted), std::move(peer));
+    }
   }
 }
 

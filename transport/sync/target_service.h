@@ -17,7 +17,7 @@
 #include "absl/time/time.h"
 #include "transport/sync/session_id.h"
 #include "transport/sync/target_host.h"
-#include "transport/tcp/tcp_link.h"
+#include "transport/tcp/byte_stream.h"
 #include "transport/unique_fd.h"
 #include "transport/wire/control_channel.h"
 #include "transport/wire/preamble.h"
@@ -26,7 +26,7 @@ namespace presync {
 
 struct TargetServiceOptions {
   std::string record_folder;
-  TcpLinkOptions tcp;
+  SocketOptions socket;
   uint32_t max_tcp_streams = 16;
   uint32_t max_connections = 256;  // at once, of all kinds; more are closed at once
   absl::Duration preamble_timeout = absl::Seconds(5);
@@ -77,6 +77,9 @@ class TargetService {
 
   std::vector<TargetStatus> status() const ABSL_LOCKS_EXCLUDED(mutex_);
 
+  // Ends all conversations; their sessions are kept for their sources to come back. For tests.
+  void CloseConnections() ABSL_LOCKS_EXCLUDED(mutex_);
+
   // For the conversations ("target_session.cc"). ------------------------------------------------------
   const TargetServiceOptions& options() const { return options_; }
   TargetHost* host() { return host_; }
@@ -108,7 +111,7 @@ class TargetService {
   };
 
   TargetService(UniqueFd listener, TargetHost* host, TargetServiceOptions options);
-  void Accept();
+  void AcceptLoop();
   void Serve(UniqueFd socket, const std::string& peer);
   void DeliverStream(const Preamble& preamble, UniqueFd socket) ABSL_LOCKS_EXCLUDED(mutex_);
   void Sweep() ABSL_LOCKS_EXCLUDED(mutex_);

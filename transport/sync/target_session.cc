@@ -16,6 +16,7 @@
 #include "transport/sync/conversation.h"
 #include "transport/sync/handover_record.h"
 #include "transport/sync/page_hash.h"
+#include "transport/tcp/tcp_target_link.h"
 
 namespace presync {
 namespace {
@@ -174,7 +175,7 @@ absl::Status Conversation::Open(const wire::OpenSession& open) {
   if (!sent.ok()) return sent;
   if (!sockets.ok()) return sockets.status();
   absl::StatusOr<std::unique_ptr<TcpTargetLink>> link =
-      TcpTargetLink::Create(&slot_->place->memory(), *std::move(sockets), service_->options().tcp);
+      TcpTargetLink::Create(&slot_->place->memory(), *std::move(sockets), service_->options().socket);
   if (!link.ok()) return link.status();
   link_ = *std::move(link);
   slot_->content_kept = true;

@@ -94,7 +94,7 @@ absl::StatusOr<UniqueFd> ConnectTo(const addrinfo& address, const std::string& p
 
 }  // namespace
 
-std::string HostPort(const std::string& host, uint16_t port) {
+std::string FormatHostPort(const std::string& host, uint16_t port) {
   const bool is_ipv6 = host.find(':') != std::string::npos;
   return is_ipv6 ? absl::StrCat("[", host, "]:", port) : absl::StrCat(host, ":", port);
 }
@@ -102,7 +102,7 @@ std::string HostPort(const std::string& host, uint16_t port) {
 absl::StatusOr<UniqueFd> Listen(const std::string& address, uint16_t port) {
   auto addresses = Resolve(address, port, AI_PASSIVE);
   if (!addresses.ok()) return addresses.status();
-  const std::string what = absl::StrCat("listen on ", HostPort(address, port));
+  const std::string what = absl::StrCat("listen on ", FormatHostPort(address, port));
   absl::Status last = absl::NotFoundError(absl::StrCat(what, ": no address"));
   // IPv6 first where every address is asked for: such a socket takes IPv4 as well.
   for (const int family : {AF_INET6, AF_INET}) {
@@ -138,6 +138,20 @@ absl::StatusOr<uint16_t> BoundPort(int socket) {
   return ntohs(reinterpret_cast<const sockaddr_in6*>(&address)->sin6_port);
 }
 
+std::string PeerName(int socket) {
+  sockaddr_storage address = {};
+  socklen_t size = sizeof(address);
+  char host[NI_MAXHOST] = {};
+  char port[NI_MAXSERV] = {};
+  if (getpeername(socket, reinterpret_cast<sockaddr*>(&address), &size) != 0 ||
+      getnameinfo(reinterpret_cast<sockaddr*>(&address), size, host, sizeof(host), port,
+                  sizeof(port), NI_NUMERICHOST | NI_NUMERICSERV) != 0) {
+    return "unknown";
+  }
+  const bool v6 = address.ss_family == AF_INET6;
+  return v6 ? absl::StrCat("[", host, "]:", port) : absl::StrCat(host, ":", port);
+}
+
 absl::StatusOr<UniqueFd> Accept(int listener, absl::Time deadline) {
   while (true) {
     if (auto status = Await(listener, POLLIN, deadline); absl::IsDeadlineExceeded(status)) {
@@ -156,7 +170,7 @@ absl::StatusOr<UniqueFd> Accept(int listener, absl::Time deadline) {
 absl::StatusOr<UniqueFd> Connect(const std::string& host, uint16_t port, absl::Time deadline) {
   auto addresses = Resolve(host, port, 0);
   if (!addresses.ok()) return addresses.status();
-  const std::string peer = HostPort(host, port);
+  const std::string peer = FormatHostPort(host, port);
   absl::Status last = absl::NotFoundError(absl::StrCat("connect to ", peer, ": no address"));
   for (const addrinfo* a = addresses->get(); a != nullptr; a = a->ai_next) {
     auto fd = ConnectTo(*a, peer, deadline);

@@ -12,7 +12,7 @@
 namespace presync {
 
 // "10.0.0.2:7350", "[fd00::2]:7350".
-std::string HostPort(const std::string& host, uint16_t port);
+std::string FormatHostPort(const std::string& host, uint16_t port);
 
 // Listens on an address or name; "" is every address, port 0 any free one (see BoundPort).
 // NOT_FOUND: no such name. Else the system's answer: ALREADY_EXISTS (in use), PERMISSION_DENIED,
@@ -24,6 +24,9 @@ absl::StatusOr<uint16_t> BoundPort(int socket);
 
 // Blocks for the next connection. DEADLINE_EXCEEDED: none came in time. What it returns blocks.
 absl::StatusOr<UniqueFd> Accept(int listener, absl::Time deadline);
+
+// Who is at the other end of a connected socket: "10.0.0.2:43210", or "unknown".
+std::string PeerName(int socket);
 
 // Tries every address of `host` in turn until `deadline`. Looking up a name is the resolver's, and
 // may take longer. NOT_FOUND: no such name. UNAVAILABLE: refused or unreachable. DEADLINE_EXCEEDED:

@@ -1,6 +1,8 @@
 #include "transport/wire/control_channel.h"
 
 #include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <sys/socket.h>
 
@@ -34,7 +36,11 @@ uint32_t LoadLength(const char* p) {
 }  // namespace
 
 ControlChannel::ControlChannel(UniqueFd socket, std::string peer)
-    : socket_(std::move(socket)), peer_(std::move(peer)) {}
+    : socket_(std::move(socket)), peer_(std::move(peer)) {
+  // A handover is a chain of short messages: none may wait for an acknowledgement of the one before.
+  const int on = 1;
+  ::setsockopt(socket_.get(), IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+}
 
 ControlChannel::~ControlChannel() = default;
 
