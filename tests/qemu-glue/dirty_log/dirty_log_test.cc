@@ -58,7 +58,6 @@ class DirtyLogTest : public ::testing::TestWithParam<DirtyLogMode> {
     return ProbeDirtyLog(options);
   }
 
-  // Probes until the library has noticed that the client before is gone.
   void MakeLog() {
     auto probed = Probe();
     ASSERT_TRUE(probed.ok()) << probed.status();
@@ -292,6 +291,18 @@ TEST_P(DirtyLogTest, GuestRunsOnWithoutUsAndANewClientResumes) {
   ArmAll();
   ASSERT_EQ(guest_->Do(GUEST_STORE, 1, 40, 2), 0);
   EXPECT_THAT(Peek(), ElementsAre(PageRun{104, 2}));
+}
+
+TEST_P(DirtyLogTest, StopTrackingMakesRoomForOthers) {
+  START_OR_SKIP({{64}, {64, true}});
+  ArmAll();
+  log_.reset();
+  EXPECT_EQ(guest_->Do(GUEST_REGISTER_OTHER), EBUSY);
+  const absl::Time deadline = absl::Now() + absl::Seconds(20);
+  const absl::Status stopped = StopTracking(guest_->socket(), guest_->regions(), deadline);
+  ASSERT_TRUE(stopped.ok()) << stopped;
+  EXPECT_TRUE(StopTracking(guest_->socket(), guest_->regions(), deadline).ok()) << "twice is fine";
+  EXPECT_EQ(guest_->Do(GUEST_REGISTER_OTHER), 0);
 }
 
 TEST_P(DirtyLogTest, AnotherClientIsToldSo) {
