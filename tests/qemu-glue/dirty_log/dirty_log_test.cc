@@ -252,7 +252,7 @@ TEST_P(DirtyLogTest, NoConcurrentWriteIsLost) {
   ArmAll();
   for (const RegionFile& region : guest_->regions()) copy_run(region.run);
   const absl::Time deadline = absl::Now() + absl::Seconds(120);
-  for (int round = 0; round < 40; ++round) {
+  for (int round = 0; round < 20; ++round) {
     ASSERT_EQ(guest_->Do(GUEST_START_WRITERS, 0, 0, 0, seed + round), 0);
     for (uint64_t seen = 0; seen < 1000;) {
       ASSERT_LT(absl::Now(), deadline) << "the writers make no progress";
