@@ -246,4 +246,19 @@ absl::StatusOr<ProbedLog> ProbeDirtyLog(const ProbeOptions& options) {
   return NoLogWorks(probed.refused);
 }
 
+absl::Status StopTracking(const std::string& glue_socket, absl::Span<const RegionFile> regions,
+                          absl::Time deadline) {
+  absl::StatusOr<GlueClient> client = GlueClient::Connect(glue_socket, deadline);
+  if (!client.ok()) return client.status();
+  const absl::StatusOr<GuestProcess> process = GuestProcess::Open(&*client, deadline);
+  if (!process.ok()) return process.status();
+  const absl::StatusOr<std::vector<Segment>> segments = FindSegments(process->maps(), regions);
+  if (!segments.ok()) return segments.status();
+  for (const Segment& segment : *segments) {
+    const absl::Status status = client->Untrack(segment.address, segment.bytes(), deadline);
+    if (!status.ok() && !absl::IsFailedPrecondition(status)) return status;
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace presync

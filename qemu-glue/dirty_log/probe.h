@@ -51,4 +51,11 @@ absl::StatusOr<std::vector<RegionFile>> DescribeRegions(const GuestMemory& memor
 // remedy.
 absl::StatusOr<ProbedLog> ProbeDirtyLog(const ProbeOptions& options);
 
+// Takes all tracking of `regions` off again, so that QEMU can use userfaultfd itself (background
+// snapshots, post-copy). A log that ends leaves it on, for the next presyncd to resume.
+// Precondition: no log of this guest is alive here. Fails as GlueClient::Connect,
+// GuestProcess::Open and FindSegments do; ok if nothing was tracked.
+absl::Status StopTracking(const std::string& glue_socket, absl::Span<const RegionFile> regions,
+                          absl::Time deadline);
+
 }  // namespace presync

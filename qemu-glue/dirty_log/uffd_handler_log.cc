@@ -113,14 +113,20 @@ absl::StatusOr<std::unique_ptr<UffdHandlerLog>> UffdHandlerLog::Create(TrackedSp
 UffdHandlerLog::UffdHandlerLog(TrackedSpace space, std::vector<SharedBitmap> bitmaps)
     : space_(std::move(space)), bitmaps_(std::move(bitmaps)) {}
 
+absl::Status UffdHandlerLog::AwaitBatches() const {
+  const absl::Time deadline = absl::Now() + kStandstill;
+  for (const SharedBitmap& bitmap : bitmaps_) {
+    const absl::Status status = bitmap.AwaitBatch(deadline);
+    if (absl::IsDeadlineExceeded(status)) return absl::UnavailableError(status.message());
+    if (!status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
 absl::Status UffdHandlerLog::Peek(std::vector<PageRun>* written) {
   const size_t begin = written->size();
-  const absl::Time deadline = absl::Now() + kStandstill;
-  absl::Status status;
+  absl::Status status = AwaitBatches();
   for (size_t i = 0; i < bitmaps_.size() && status.ok(); ++i) {
-    status = bitmaps_[i].AwaitBatch(deadline);
-    if (absl::IsDeadlineExceeded(status)) status = absl::UnavailableError(status.message());
-    if (!status.ok()) break;
     TakeBits(i, begin, written);
     status = bitmaps_[i].health();
   }
@@ -149,8 +155,9 @@ void UffdHandlerLog::TakeBits(size_t index, size_t begin, std::vector<PageRun>* 
 // Clear, then protect: a write after the protection sets the bit again, and one that a fault in
 // flight lets through unseen is marked by the second setting (struct presync_glue_bitmap).
 absl::Status UffdHandlerLog::Arm(absl::Span<const PageRun> runs) {
-  const absl::Status valid = space_.Validate(runs);
-  if (!valid.ok()) return valid;
+  absl::Status status = space_.Validate(runs);
+  if (status.ok()) status = AwaitBatches();
+  if (!status.ok()) return status;
   for (const PageRun& run : runs) {
     const absl::Status cleared = space_.ForEachPart(run, [this](size_t index, PageRun part) {
       const PageIndex base = space_.segments()[index].segment.run.first;

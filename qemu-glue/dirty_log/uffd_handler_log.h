@@ -58,6 +58,7 @@ class UffdHandlerLog final : public DirtyLog {
 
  private:
   UffdHandlerLog(TrackedSpace space, std::vector<SharedBitmap> bitmaps);
+  absl::Status AwaitBatches() const;
   void TakeBits(size_t index, size_t begin, std::vector<PageRun>* written);
 
   TrackedSpace space_;

@@ -31,8 +31,9 @@
 #define PRESYNC_GLUE_MAGIC UINT32_C(0x4c475350) /* "PSGL" */
 #define PRESYNC_GLUE_VERSION 1
 #define PRESYNC_GLUE_PAGE_BYTES 4096
-#define PRESYNC_GLUE_MAX_RANGES 32 /* QEMU has a handful of RAM blocks; 32 bounds threads and fds \
-                                    */
+#define PRESYNC_GLUE_MAX_RANGES                                     \
+  32 /* QEMU has a handful of RAM blocks; 32 bounds threads and fds \
+      */
 #define PRESYNC_GLUE_SCRATCH_PAGES 8
 
 enum presync_glue_type {

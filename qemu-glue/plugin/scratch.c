@@ -7,8 +7,9 @@
 #include "glue.h"
 
 #define PRESYNC_SCRATCH_BYTES (PRESYNC_GLUE_SCRATCH_PAGES * PRESYNC_GLUE_PAGE_BYTES)
-#define PRESYNC_SCRATCH_PATIENCE_S 2 /* a fault takes microseconds; this is for a host that swaps \
-                                      */
+#define PRESYNC_SCRATCH_PATIENCE_S                               \
+  2 /* a fault takes microseconds; this is for a host that swaps \
+     */
 
 /* Memory of the kind that guest RAM is: shared, and of a file. */
 static void* map_memory(void) {

@@ -58,7 +58,6 @@ class DirtyLogTest : public ::testing::TestWithParam<DirtyLogMode> {
     return ProbeDirtyLog(options);
   }
 
-  // Probes until the library has noticed that the client before is gone.
   void MakeLog() {
     auto probed = Probe();
     ASSERT_TRUE(probed.ok()) << probed.status();
@@ -253,7 +252,7 @@ TEST_P(DirtyLogTest, NoConcurrentWriteIsLost) {
   ArmAll();
   for (const RegionFile& region : guest_->regions()) copy_run(region.run);
   const absl::Time deadline = absl::Now() + absl::Seconds(120);
-  for (int round = 0; round < 40; ++round) {
+  for (int round = 0; round < 20; ++round) {
     ASSERT_EQ(guest_->Do(GUEST_START_WRITERS, 0, 0, 0, seed + round), 0);
     for (uint64_t seen = 0; seen < 1000;) {
       ASSERT_LT(absl::Now(), deadline) << "the writers make no progress";
@@ -292,6 +291,18 @@ TEST_P(DirtyLogTest, GuestRunsOnWithoutUsAndANewClientResumes) {
   ArmAll();
   ASSERT_EQ(guest_->Do(GUEST_STORE, 1, 40, 2), 0);
   EXPECT_THAT(Peek(), ElementsAre(PageRun{104, 2}));
+}
+
+TEST_P(DirtyLogTest, StopTrackingMakesRoomForOthers) {
+  START_OR_SKIP({{64}, {64, true}});
+  ArmAll();
+  log_.reset();
+  EXPECT_EQ(guest_->Do(GUEST_REGISTER_OTHER), EBUSY);
+  const absl::Time deadline = absl::Now() + absl::Seconds(20);
+  const absl::Status stopped = StopTracking(guest_->socket(), guest_->regions(), deadline);
+  ASSERT_TRUE(stopped.ok()) << stopped;
+  EXPECT_TRUE(StopTracking(guest_->socket(), guest_->regions(), deadline).ok()) << "twice is fine";
+  EXPECT_EQ(guest_->Do(GUEST_REGISTER_OTHER), 0);
 }
 
 TEST_P(DirtyLogTest, AnotherClientIsToldSo) {

@@ -36,6 +36,8 @@ struct GuestRegionSpec {
 class SyntheticGuest {
  public:
   explicit SyntheticGuest(const std::vector<GuestRegionSpec>& specs);
+  SyntheticGuest(const SyntheticGuest&) = delete;
+  SyntheticGuest& operator=(const SyntheticGuest&) = delete;
   ~SyntheticGuest();
 
   // Sends a command and waits for its answer: 0 or an errno.

@@ -75,6 +75,7 @@ static int vm_write(char* page) {
 }
 
 static int register_other(uint32_t region) {
+  if (other_uffd >= 0) close(other_uffd);
   other_uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
   if (other_uffd < 0) return errno;
   struct uffdio_api api = {.api = UFFD_API};
