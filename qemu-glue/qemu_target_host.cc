@@ -188,8 +188,10 @@ class StartedPlace final : public TargetPlace {
     guest_.reset();
     if (!process_) return absl::OkStatus();
     const absl::Status killed = process_->Kill(absl::Now() + kQmpTimeout);
-    if (killed.ok()) process_.reset();
-    return killed;
+    if (!killed.ok()) return killed;
+    process_.reset();
+    // The note speaks of a process that is gone, and would have the memory files taken for leftovers.
+    return RemoveFile(paths_.note);
   }
 
   void Keep() override {
@@ -212,17 +214,19 @@ class StartedPlace final : public TargetPlace {
     std::ofstream(paths_.note) << note.dump() << "\n";
   }
 
-  // The QEMU must have mapped the very files that are mirrored into.
+  // The QEMU must have mapped the very files that are mirrored into: not just the same path, for a file
+  // that is missing there QEMU makes anew.
   absl::Status CheckFiles(const GuestInfo& info) const {
-    for (size_t i = 0; i < regions_.size(); ++i) {
+    for (const Region& region : memory_.regions()) {
       const auto it = std::find_if(info.backends.begin(), info.backends.end(),
-                                   [&](const RamBackend& b) { return b.id == regions_[i].name; });
-      std::error_code error;
-      if (it == info.backends.end() ||
-          !std::filesystem::equivalent(it->path, paths_.ram[i], error)) {
+                                   [&](const RamBackend& b) { return b.id == region.name(); });
+      struct stat ours = {}, theirs = {};
+      if (it == info.backends.end() || ::fstat(region.fd(), &ours) != 0 ||
+          ::stat(it->path.c_str(), &theirs) != 0 || ours.st_dev != theirs.st_dev ||
+          ours.st_ino != theirs.st_ino) {
         return absl::FailedPreconditionError(absl::StrCat(
-            "its memory backend ", regions_[i].name, " must have mem-path={ram.", regions_[i].name,
-            "} in the command"));
+            "its memory backend ", region.name(), " is not the file that is mirrored into; it must "
+            "have mem-path={ram.", region.name(), "} in the command"));
       }
     }
     return absl::OkStatus();
@@ -361,13 +365,29 @@ bool IsAlive(const Note& note) {
          fields[kStartTime] == absl::StrCat(note.start_ticks);
 }
 
+// The QEMU that an earlier presyncd started and that answers at `qmp_path`: the very process of the note,
+// never another one that was given its socket since. NOT_FOUND: it has ended.
+absl::StatusOr<std::unique_ptr<QemuSourceGuest>> OpenOrphan(const std::string& folder,
+                                                            const std::string& qmp_path,
+                                                            absl::Time deadline) {
+  for (const Note& note : ReadNotes(folder)) {
+    if (note.qmp != qmp_path || !IsAlive(note)) continue;
+    absl::StatusOr<std::unique_ptr<QmpClient>> qmp = QmpClient::Connect(qmp_path, deadline);
+    if (!qmp.ok()) return qmp.status();
+    if ((*qmp)->peer_pid() != note.pid) break;
+    return QemuSourceGuest::Create(*std::move(qmp), deadline);
+  }
+  return absl::NotFoundError(absl::StrCat("the QEMU that was started at ", qmp_path, " has ended"));
+}
+
+// A folder that is there already keeps its rights: it may be everybody's /dev/shm.
 absl::Status MakeFolder(const std::string& path) {
   std::error_code error;
-  std::filesystem::create_directories(path, error);
+  const bool made = std::filesystem::create_directories(path, error);
   if (!std::filesystem::is_directory(path)) {
     return absl::UnavailableError(absl::StrCat("make the folder ", path, ": ", error.message()));
   }
-  ::chmod(path.c_str(), 0700);
+  if (made) ::chmod(path.c_str(), 0700);
   return absl::OkStatus();
 }
 
@@ -416,12 +436,9 @@ absl::StatusOr<std::unique_ptr<TargetPlace>> QemuTargetHost::MakePlace(
 
 absl::Status QemuTargetHost::EndOrphan(const std::string& address) {
   const absl::Time deadline = absl::Now() + kQmpTimeout;
-  absl::StatusOr<std::unique_ptr<QmpClient>> qmp = QmpClient::Connect(address, deadline);
-  // Nobody listens there: that QEMU is gone.
-  if (absl::IsNotFound(qmp.status()) || absl::IsUnavailable(qmp.status())) return absl::OkStatus();
-  if (!qmp.ok()) return qmp.status();
   absl::StatusOr<std::unique_ptr<QemuSourceGuest>> guest =
-      QemuSourceGuest::Create(*std::move(qmp), deadline);
+      OpenOrphan(options_.run_folder, address, deadline);
+  if (absl::IsNotFound(guest.status())) return absl::OkStatus();
   if (!guest.ok()) return guest.status();
   const absl::StatusOr<RunState> state = (*guest)->State(deadline);
   if (!state.ok()) return absl::IsUnavailable(state.status()) ? absl::OkStatus() : state.status();
@@ -434,21 +451,23 @@ absl::Status QemuTargetHost::EndOrphan(const std::string& address) {
 
 absl::Status QemuTargetHost::RunOrphan(const std::string& address) {
   const absl::Time deadline = absl::Now() + kQmpTimeout;
-  absl::StatusOr<std::unique_ptr<QmpClient>> qmp = QmpClient::Connect(address, deadline);
-  if (!qmp.ok()) return qmp.status();
   absl::StatusOr<std::unique_ptr<QemuSourceGuest>> guest =
-      QemuSourceGuest::Create(*std::move(qmp), deadline);
-  return guest.ok() ? (*guest)->Resume(deadline) : guest.status();
+      OpenOrphan(options_.run_folder, address, deadline);
+  if (!guest.ok()) return guest.status();
+  const absl::StatusOr<RunState> state = (*guest)->State(deadline);
+  if (!state.ok()) return state.status();
+  if (*state == RunState::kRunning) return absl::OkStatus();
+  if (*state != RunState::kPaused) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("the guest at ", address, " was told to run, but its state is not loaded"));
+  }
+  return (*guest)->qmp().Execute("cont", nullptr, deadline).status();
 }
 
 void QemuTargetHost::EndWaitingLeftovers() {
   for (const Note& note : ReadNotes(options_.run_folder)) {
-    if (!IsAlive(note)) continue;
-    absl::StatusOr<std::unique_ptr<QmpClient>> qmp =
-        QmpClient::Connect(note.qmp, absl::Now() + kQmpTimeout);
-    if (!qmp.ok()) continue;
     absl::StatusOr<std::unique_ptr<QemuSourceGuest>> guest =
-        QemuSourceGuest::Create(*std::move(qmp), absl::Now() + kQmpTimeout);
+        OpenOrphan(options_.run_folder, note.qmp, absl::Now() + kQmpTimeout);
     if (!guest.ok()) continue;
     const absl::StatusOr<RunState> state = (*guest)->State(absl::Now() + kQmpTimeout);
     if (state.ok() && *state == RunState::kIncoming) {

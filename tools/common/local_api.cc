@@ -87,14 +87,11 @@ absl::StatusOr<Json> CallLocal(const std::string& socket_path, const Json& reque
     const bool denied = errno == EACCES;
     return absl::UnavailableError(absl::StrCat(
         "can't reach presyncd at ", socket_path, ": ", std::strerror(errno),
-        denied ? "; run it as root or as a member of the socket's group"
+        denied ? "; run presync as presyncd's user (root, usually)"
                : "; is it running? (systemctl start presyncd, or --socket for another place)"));
   }
   if (absl::Status s = WriteJsonLine(fd.get(), request); !s.ok()) return s;
-  absl::StatusOr<Json> answer = ReadJsonLine(fd.get(), deadline);
-  if (!answer.ok()) return answer.status();
-  if (absl::Status s = JsonToStatus(*answer); !s.ok()) return s;
-  return answer;
+  return ReadJsonLine(fd.get(), deadline);
 }
 
 int64_t NumberOr(const Json& object, const char* key, int64_t fallback) {

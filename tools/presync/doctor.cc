@@ -95,7 +95,7 @@ Finding ExamineShm() {
 Finding ExamineDaemon(const std::string& socket) {
   const absl::StatusOr<nlohmann::json> answer =
       CallLocal(socket, {{"command", "status"}}, absl::Now() + kTimeout);
-  if (answer.ok()) return Good("presyncd", "answers at " + socket);
+  if (answer.ok() && JsonToStatus(*answer).ok()) return Good("presyncd", "answers at " + socket);
   return Bad("presyncd", std::string(answer.status().message()), "systemctl start presyncd");
 }
 

@@ -4,6 +4,7 @@
 #include <CLI/CLI.hpp>
 #include <atomic>
 #include <cstdio>
+#include <filesystem>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <thread>
@@ -40,33 +41,50 @@ struct Options {
   bool verify = false;
 };
 
-int Fail(const absl::Status& status, bool json) {
+int Fail(const absl::Status& status, bool json, ExitCode code = kFailed) {
   if (json) std::printf("%s\n", StatusToJson(status).dump().c_str());
   std::fprintf(stderr, "presync: %s\n", std::string(status.message()).c_str());
-  return absl::IsUnavailable(status) ? kNoDaemon : kFailed;
+  return code;
 }
 
-absl::StatusOr<Json> AskStatus(const Options& options) {
-  return CallLocal(options.socket, {{"command", "status"}, {"name", options.name}},
-                   absl::Now() + absl::Seconds(10));
+// presyncd's answer, or the exit code after saying what went wrong.
+struct Answer {
+  Json json;
+  int exit_code = kOk;
+};
+
+Answer Ask(const Options& options, const Json& request, absl::Duration longest) {
+  absl::StatusOr<Json> json = CallLocal(options.socket, request, absl::Now() + longest);
+  if (!json.ok()) return {{}, Fail(json.status(), options.json, kNoDaemon)};
+  if (absl::Status s = JsonToStatus(*json); !s.ok()) return {{}, Fail(s, options.json)};
+  return {*std::move(json)};
 }
 
-int Print(const absl::StatusOr<Json>& answer, const Options& options,
-          std::string (*render)(const Json&)) {
-  if (!answer.ok()) return Fail(answer.status(), options.json);
-  std::printf("%s\n", options.json ? answer->dump().c_str() : render(*answer).c_str());
+Answer AskStatus(const Options& options) {
+  return Ask(options, {{"command", "status"}, {"name", options.name}}, absl::Seconds(10));
+}
+
+// presyncd opens the paths that it is told, from a folder of its own.
+std::string Absolute(const std::string& path) {
+  return path.empty() ? path : std::filesystem::absolute(path).string();
+}
+
+int Print(const Answer& answer, const Options& options, std::string (*render)(const Json&)) {
+  if (answer.exit_code != kOk) return answer.exit_code;
+  std::printf("%s\n", options.json ? answer.json.dump().c_str() : render(answer.json).c_str());
   return kOk;
 }
 
 // Waits until the first pass is done, with one progress line that is rewritten in a terminal.
 int WaitForSync(const Options& options) {
   while (!interrupted) {
-    absl::StatusOr<Json> answer = AskStatus(options);
-    if (!answer.ok()) return Fail(answer.status(), options.json);
-    const Json guest = (*answer)["guests"].empty() ? Json::object() : (*answer)["guests"][0];
+    const Answer answer = AskStatus(options);
+    if (answer.exit_code != kOk) return answer.exit_code;
+    const Json guests = answer.json.value("guests", Json::array());
+    const Json guest = guests.empty() ? Json::object() : guests[0];
     const std::string state = TextOr(guest, "state", "");
     if (!options.json) ShowProgress(RenderGuestLine(guest), state == "syncing");
-    if (state == "syncing") return Print(guest, options, RenderGuest);
+    if (state == "syncing") return Print({guest}, options, RenderGuest);
     if (state != "first-pass" && state != "connecting") {
       return Fail(absl::FailedPreconditionError(absl::StrCat(
                       options.name, " is ", state, ": ", TextOr(guest, "problem", ""))),
@@ -82,25 +100,25 @@ int WaitForSync(const Options& options) {
 int Start(const Options& options) {
   const Json request = {{"command", "start"},
                         {"name", options.name},
-                        {"qmp", options.qmp},
+                        {"qmp", Absolute(options.qmp)},
                         {"to", options.to},
                         {"max_launch_time", options.max_launch_time},
                         {"max_bandwidth", options.max_bandwidth},
                         {"transport", options.transport},
-                        {"glue", options.glue}};
+                        {"glue", Absolute(options.glue)}};
   Json full = request;
   if (!options.dirty_log.empty()) full["dirty_log"] = options.dirty_log;
   if (!options.compression.empty()) full["compression"] = options.compression;
-  absl::StatusOr<Json> answer = CallLocal(options.socket, full, absl::Now() + absl::Seconds(90));
-  if (!answer.ok() || !options.wait) return Print(answer, options, RenderGuest);
+  const Answer answer = Ask(options, full, absl::Seconds(90));
+  if (answer.exit_code != kOk || !options.wait) return Print(answer, options, RenderGuest);
   return WaitForSync(options);
 }
 
 int Status(const Options& options) {
   do {
-    absl::StatusOr<Json> answer = AskStatus(options);
-    if (answer.ok() && !options.name.empty() && (*answer)["guests"].empty() &&
-        (*answer)["incoming"].empty()) {
+    const Answer answer = AskStatus(options);
+    if (answer.exit_code == kOk && !options.name.empty() && answer.json["guests"].empty() &&
+        answer.json["incoming"].empty()) {
       return Fail(absl::NotFoundError(absl::StrCat("presyncd here knows no guest ", options.name)),
                   options.json);
     }
@@ -121,14 +139,12 @@ int Launch(const Options& options) {
                         {"name", options.name},
                         {"verify", options.verify},
                         {"wait_ms", options.wait ? 3'600'000 : 0}};
-  return Print(CallLocal(options.socket, request, absl::Now() + absl::Hours(2)), options,
-               RenderLaunch);
+  return Print(Ask(options, request, absl::Hours(2)), options, RenderLaunch);
 }
 
 int Stop(const Options& options) {
-  return Print(CallLocal(options.socket, {{"command", "stop"}, {"name", options.name}},
-                         absl::Now() + absl::Seconds(60)),
-               options, RenderStopped);
+  return Print(Ask(options, {{"command", "stop"}, {"name", options.name}}, absl::Seconds(60)), options,
+               RenderStopped);
 }
 
 void AddStart(CLI::App* app, Options* o) {
@@ -144,14 +160,14 @@ void AddStart(CLI::App* app, Options* o) {
   app->add_option("--compression", o->compression, "none, lz4, zstd or auto (TCP)");
   app->add_option("--glue", o->glue, "The plug-in's socket, if it is not found by itself");
   app->add_option("--dirty-log", o->dirty_log, "auto, uffd-async or uffd-handler");
-  app->add_flag("--wait", o->wait, "Return when a launch would keep its promise");
+  app->add_flag("--wait", o->wait, "Return when all memory was copied once");
 }
 
 int Main(int argc, char** argv) {
   CLI::App app{
       "presync keeps a running guest's memory mirrored on another host, and launches it there.\n"
-      "Exit codes: 0 done, 1 refused or failed (the guest runs on), 2 wrong usage, 3 presyncd can't be "
-      "reached."};
+      "Exit codes: 0 done, 1 refused or failed (the text says where the guest is), 2 wrong usage, 3 "
+      "presyncd can't be reached."};
   Options options;
   app.add_option("--socket", options.socket, "presyncd's socket")->capture_default_str();
   app.set_version_flag("--version", "presync " PRESYNC_VERSION);

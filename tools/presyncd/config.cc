@@ -2,6 +2,7 @@
 
 #include <toml++/toml.h>
 
+#include <algorithm>
 #include <fstream>
 #include <functional>
 #include <iterator>
@@ -10,6 +11,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "predictor/policy.h"
 #include "tools/common/units.h"
 
 namespace presync {
@@ -28,6 +30,18 @@ class TableReader {
     On(key, [out](const toml::node& node) {
       const auto value = node.value_exact<std::string>();
       if (!value) return absl::InvalidArgumentError("must be a string in quotes");
+      *out = *value;
+      return absl::OkStatus();
+    });
+  }
+
+  void Word(const std::string& key, std::string* out, std::vector<std::string> words) {
+    On(key, [out, words = std::move(words)](const toml::node& node) {
+      const auto value = node.value_exact<std::string>();
+      if (!value || std::find(words.begin(), words.end(), *value) == words.end()) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("must be one of: ", absl::StrJoin(words, ", ")));
+      }
       *out = *value;
       return absl::OkStatus();
     });
@@ -103,9 +117,11 @@ absl::Status ReadDefaults(const toml::node& node, const std::string& path, Confi
   reader.Parsed("fixed_cost", &config->fixed_cost, &ParsePositiveDuration);
   reader.Parsed("scan_interval", &config->scan_interval, &ParsePositiveDuration);
   reader.Parsed("max_bandwidth", &config->max_bandwidth, &ParseRate);
-  reader.Text("compression", &config->compression);
-  reader.Text("dirty_log", &config->dirty_log);
-  reader.Text("policy", &config->policy);
+  reader.Word("compression", &config->compression, {"none", "lz4", "zstd", "auto"});
+  reader.Word("dirty_log", &config->dirty_log, {"auto", "uffd-async", "uffd-handler"});
+  std::vector<std::string> policies;
+  for (const std::string_view name : PolicyNames()) policies.emplace_back(name);
+  reader.Word("policy", &config->policy, std::move(policies));
   reader.On("tcp_streams", [config](const toml::node& value) {
     const auto number = value.value_exact<int64_t>();
     if (!number || *number < 1 || *number > 16) {
@@ -144,7 +160,7 @@ absl::StatusOr<Config> ParseConfig(absl::string_view text, const std::string& pa
   reader.Text("state_folder", &config.state_folder);
   reader.Text("run_folder", &config.run_folder);
   reader.Text("ram_folder", &config.ram_folder);
-  reader.Text("log_level", &config.log_level);
+  reader.Word("log_level", &config.log_level, {"debug", "info", "warn", "error"});
   reader.Parsed("max_guest_memory", &config.max_guest_bytes, &ParseSize);
   reader.On("defaults",
             [&](const toml::node& node) { return ReadDefaults(node, path, &config); });

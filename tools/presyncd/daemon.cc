@@ -1,6 +1,8 @@
 #include "tools/presyncd/daemon.h"
 
+#include <fcntl.h>
 #include <spdlog/spdlog.h>
+#include <sys/file.h>
 
 #include <algorithm>
 #include <filesystem>
@@ -30,6 +32,14 @@ absl::Status MakeFolder(const std::string& path) {
   std::filesystem::create_directories(path, error);
   if (std::filesystem::is_directory(path)) return absl::OkStatus();
   return absl::UnavailableError(absl::StrCat("make the folder ", path, ": ", error.message()));
+}
+
+// The records in this folder are one presyncd's: a second one would settle handovers that are under way.
+absl::StatusOr<UniqueFd> LockFolder(const std::string& folder) {
+  UniqueFd fd(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (fd.valid() && ::flock(fd.get(), LOCK_EX | LOCK_NB) == 0) return fd;
+  return absl::AlreadyExistsError(
+      absl::StrCat("another presyncd uses ", folder, "; stop it, or configure another state_folder"));
 }
 
 absl::StatusOr<Compression> ToCompression(const std::string& name) {
@@ -72,7 +82,10 @@ absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Create(Config config) {
   if (absl::StatusOr<Compression> c = ToCompression(config.compression); !c.ok()) {
     return c.status();
   }
+  absl::StatusOr<UniqueFd> lock = LockFolder(config.state_folder);
+  if (!lock.ok()) return lock.status();
   std::unique_ptr<Daemon> daemon(new Daemon(std::move(config)));
+  daemon->lock_ = *std::move(lock);
   const Config& c = daemon->config_;
   absl::StatusOr<std::unique_ptr<QemuTargetHost>> host =
       QemuTargetHost::Create({.ram_folder = c.ram_folder,
@@ -82,7 +95,7 @@ absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Create(Config config) {
   if (!host.ok()) return host.status();
   daemon->host_ = *std::move(host);
   {
-    absl::MutexLock lock(&daemon->mutex_);
+    absl::MutexLock guard(&daemon->mutex_);
     daemon->open_matters_ = RecoverHandovers(c.state_folder, daemon->host_.get(), LogLine);
   }
   daemon->host_->EndWaitingLeftovers();
@@ -247,7 +260,8 @@ absl::StatusOr<Json> Daemon::Launch(const Json& request) {
   if (!report.ok()) return report.status();
   const SessionStatus status = session->status();
   const double link = static_cast<double>(status.progress.link_bytes_per_s);
-  if (link > 0) {
+  // Not what a verification cost, and not a launch whose end was only heard of later.
+  if (link > 0 && !options.verify && report->launch > absl::ZeroDuration()) {
     const double moved = static_cast<double>(PagesToBytes(report->residual_at_launch));
     fixed_costs_.Learn(status.peer, report->launch - absl::Seconds(moved / link));
   }

@@ -49,6 +49,7 @@ class Daemon {
   std::shared_ptr<SourceSession> Find(const std::string& name) const ABSL_LOCKS_EXCLUDED(mutex_);
 
   const Config config_;
+  UniqueFd lock_;  // on the state folder, while this daemon lives
   FixedCosts fixed_costs_;
   std::unique_ptr<QemuTargetHost> host_;
   std::unique_ptr<TargetService> service_;

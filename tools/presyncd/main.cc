@@ -42,6 +42,15 @@ UniqueFd EndSignals() {
   return UniqueFd(::signalfd(-1, &set, SFD_CLOEXEC));
 }
 
+// Another one ends the process as it does by default.
+void UnblockEndSignals() {
+  sigset_t set;
+  sigemptyset(&set);
+  sigaddset(&set, SIGINT);
+  sigaddset(&set, SIGTERM);
+  ::pthread_sigmask(SIG_UNBLOCK, &set, nullptr);
+}
+
 int Serve(Config config, const UniqueFd& signals) {
   const std::string socket = config.socket;
   absl::StatusOr<std::unique_ptr<Daemon>> daemon = Daemon::Create(std::move(config));
@@ -66,8 +75,9 @@ int Serve(Config config, const UniqueFd& signals) {
   sd_notify(0, "STOPPING=1");
   spdlog::info("stopping; guests go on where they run");
   // The commands first: a launch under way is let finish. A second signal does not wait for it.
-  ::signal(SIGINT, SIG_DFL);
-  ::signal(SIGTERM, SIG_DFL);
+  signalfd_siginfo taken;
+  (void)!::read(signals.get(), &taken, sizeof(taken));
+  UnblockEndSignals();
   server->reset();
   daemon->reset();
   return 0;
@@ -84,7 +94,11 @@ int Main(int argc, char** argv) {
   app.add_option("--log-level", log_level, "debug, info, warn or error (over the file's)");
   app.add_flag("--check", check, "Read the configuration, say what is wrong with it, and end");
   app.set_version_flag("--version", "presyncd " PRESYNC_VERSION);
-  CLI11_PARSE(app, argc, argv);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : 2;
+  }
 
   absl::StatusOr<Config> config = LoadConfig(config_path);
   if (!config.ok()) {

@@ -18,14 +18,14 @@ std::string HostName() {
   return ::gethostname(name, sizeof(name) - 1) == 0 ? name : "unknown";
 }
 
-std::string Printable(absl::string_view text) {
+}  // namespace
+
+std::string PrintableText(absl::string_view text) {
   std::string clean(text.substr(0, 2000));
   std::replace_if(
       clean.begin(), clean.end(), [](unsigned char c) { return c < 0x20 || c == 0x7f; }, ' ');
   return clean;
 }
-
-}  // namespace
 
 uint32_t CommonVersion(uint32_t newest_a, uint32_t oldest_a, uint32_t newest_b,
                        uint32_t oldest_b) {
@@ -48,7 +48,7 @@ absl::StatusOr<uint32_t> ExchangeHello(ControlChannel* channel, absl::Time deadl
                                          theirs.newest_version(), theirs.oldest_version());
   if (version == 0) {
     return absl::FailedPreconditionError(absl::StrCat(
-        channel->peer(), " runs ", Printable(theirs.software()), " (protocol ",
+        channel->peer(), " runs ", PrintableText(theirs.software()), " (protocol ",
         theirs.oldest_version(), " to ", theirs.newest_version(), "), this host ", kSoftware,
         " (protocol ", kOldestProtocolVersion, " to ", kNewestProtocolVersion, "): upgrade the older one"));
   }
@@ -88,7 +88,7 @@ absl::Status RefusedStatus(const wire::Refused& refused, absl::string_view peer)
   auto code = static_cast<absl::StatusCode>(refused.code());
   const bool known = refused.code() >= 1 && refused.code() <= 16;
   if (!known) code = absl::StatusCode::kUnknown;
-  return absl::Status(code, absl::StrCat(peer, ": ", Printable(refused.text())));
+  return absl::Status(code, absl::StrCat(peer, ": ", PrintableText(refused.text())));
 }
 
 }  // namespace presync

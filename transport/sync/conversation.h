@@ -1,6 +1,8 @@
 // Small helpers that both ends of the control conversation share.
 #pragma once
 
+#include <string>
+
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
@@ -21,9 +23,11 @@ absl::StatusOr<wire::ControlMessage> Expect(ControlChannel* channel,
                                             wire::ControlMessage::BodyCase wanted,
                                             absl::Time deadline);
 
+// A peer's words, cut and cleaned of control characters: they go to an operator's terminal.
+std::string PrintableText(absl::string_view text);
+
 wire::ControlMessage MakeRefused(const absl::Status& status);
-// The status that a Refused carries; never ok, whatever the peer wrote. The text is cut and cleaned of
-// control characters: it goes to an operator's terminal.
+// The status that a Refused carries; never ok, whatever the peer wrote.
 absl::Status RefusedStatus(const wire::Refused& refused, absl::string_view peer);
 
 }  // namespace presync

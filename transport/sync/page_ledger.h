@@ -15,7 +15,7 @@ namespace presync {
 //   stale        the target may not hold its bytes; it has to be sent
 //   unconfirmed  its bytes were written by the link, the target has not confirmed them yet
 //   synced       the target holds its bytes
-// Not thread-safe. Five bits a page.
+// Not thread-safe. Six bits a page.
 class PageLedger {
  public:
   // At first every page is stale. `target_is_zero`: the target's memory is fresh, so a page that was

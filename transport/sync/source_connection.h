@@ -31,7 +31,6 @@ struct SourceConnection {
   std::unique_ptr<ControlChannel> channel;
   std::unique_ptr<SourceLink> link;
   SourceSync::TargetContent content = SourceSync::TargetContent::kUnknown;
-  absl::Duration round_trip = absl::ZeroDuration();  // of the control connection, once measured
 };
 
 // Connects, agrees on a version, opens the session and brings up the link. Blocks until then or

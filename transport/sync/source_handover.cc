@@ -26,8 +26,10 @@ constexpr PageCount kPagesPerHash = 64;
 // One request's hashes fit a control frame with room to spare.
 constexpr PageCount kPagesPerHashRequest = kPagesPerHash * 32768;
 
-// How long a round waits for the link before it looks again.
-constexpr absl::Duration kRoundStep = absl::Milliseconds(1);
+// How long a round waits for the link before it goes on: while there is much to send, and once it only
+// waits for the guest to stop and looks what was written meanwhile.
+constexpr absl::Duration kBusyStep = absl::Milliseconds(1);
+constexpr absl::Duration kRoundStep = absl::Milliseconds(4);
 
 // Reads the device state from the guest's stream and sends it on, in a thread of its own, for the guest
 // waits for its reader while it saves.
@@ -57,11 +59,12 @@ class StateRelay {
   absl::Status Relay(ControlChannel* channel, absl::Time deadline) {
     std::vector<char> buffer(kMaxStateChunkBytes);
     while (true) {
-      pollfd p = {.fd = stream_.get(), .events = POLLIN, .revents = 0};
-      if (::poll(&p, 1, /*timeout ms, to notice cancelling=*/50) == 0) {
-        if (cancelled_) return absl::CancelledError("the relay was cancelled");
-        continue;
+      if (cancelled_) return absl::CancelledError("the relay was cancelled");
+      if (absl::Now() >= deadline) {
+        return absl::DeadlineExceededError("the device state did not come to its end in time");
       }
+      pollfd p = {.fd = stream_.get(), .events = POLLIN, .revents = 0};
+      if (::poll(&p, 1, /*timeout ms, to notice the above=*/50) <= 0) continue;
       const ssize_t n = ::read(stream_.get(), buffer.data(), buffer.size());
       if (n < 0 && errno == EINTR) continue;
       if (n < 0) {
@@ -117,7 +120,8 @@ class GuestSwitchover {
     absl::MutexLock lock(&mutex_);
     return stopped_;
   }
-  absl::Time stopped_at() const {
+  // When; nothing if it has failed.
+  std::optional<absl::Time> stopped_at() const {
     absl::MutexLock lock(&mutex_);
     return stopped_at_;
   }
@@ -158,7 +162,7 @@ class GuestSwitchover {
   bool go_ ABSL_GUARDED_BY(mutex_) = false;
   bool cancelled_ ABSL_GUARDED_BY(mutex_) = false;
   bool stopped_ ABSL_GUARDED_BY(mutex_) = false;
-  absl::Time stopped_at_ ABSL_GUARDED_BY(mutex_);
+  std::optional<absl::Time> stopped_at_ ABSL_GUARDED_BY(mutex_);
   std::optional<StateRelay> relay_;  // the thread's, then Finish's
   absl::Status status_;              // likewise
   std::thread thread_;               // last: it uses all of the above
@@ -232,7 +236,8 @@ absl::Status Handover::BeforeGivingUp() {
   {
     GuestSwitchover guest(guest_, channel_, deadline_, options_.switchover_timeout);
     if (absl::Status s = Rounds(&guest); !s.ok()) return s;
-    stopped_at_ = guest.stopped_at();
+    if (!guest.stopped_at()) return guest.Finish().status();
+    stopped_at_ = *guest.stopped_at();
     deadline_ = absl::Now() + options_.switchover_timeout;
     Mark("stopped");
     // The residual travels while the device state is saved.
@@ -282,7 +287,8 @@ absl::Status Handover::Rounds(GuestSwitchover* guest) {
       if (little() || unsent >= before - before / 4) guest->Go();
       before = unsent;
     }
-    if (absl::Status s = sync_->AwaitLink(absl::Now() + kRoundStep); !s.ok()) return s;
+    const absl::Duration step = ready ? kRoundStep : kBusyStep;
+    if (absl::Status s = sync_->AwaitLink(absl::Now() + step); !s.ok()) return s;
   }
   return absl::OkStatus();
 }
@@ -377,10 +383,8 @@ HandoverEnd Handover::AfterGivingUp() {
                          answer->outcome().value() == wire::Outcome::NEVER_RAN;
   if (never_ran) {
     record_->Append(HandoverPhase::kTakenBack).IgnoreError();  // without it, recovery asks again
-    HandoverEnd end = CallOff(absl::AbortedError(
-        absl::StrCat(channel_->peer(), " could not run the guest: ", answer->outcome().text())));
-    end.result = HandoverResult::kNeverRan;
-    return end;
+    return CallOff(absl::AbortedError(absl::StrCat(
+        channel_->peer(), " could not run the guest: ", PrintableText(answer->outcome().text()))));
   }
   if (answer->body_case() != Body::kRunning) {
     return End(HandoverResult::kInDoubt,
@@ -404,7 +408,7 @@ HandoverEnd Handover::CallOff(absl::Status why) {
   Body abort;
   abort.mutable_abort_handover()->set_reason(std::string(why.message()));
   channel_->Send(abort, absl::Now() + absl::Seconds(1)).IgnoreError();
-  return End(HandoverResult::kHere, std::move(why));
+  return End(resumed.ok() ? HandoverResult::kHere : HandoverResult::kStuck, std::move(why));
 }
 
 }  // namespace

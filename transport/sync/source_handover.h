@@ -44,8 +44,8 @@ struct HandoverReport {
 enum class HandoverResult {
   kMoved,     // the guest runs on the target
   kHere,      // called off before it was given up: the guest runs here again
+  kStuck,     // called off, but the guest could not be resumed here yet: it is this host's, and stands still
   kInDoubt,   // given up, and no answer since: only the target can say (AskOutcome)
-  kNeverRan,  // given up, and the target said that it never will run it: resumed here
 };
 
 struct HandoverEnd {

@@ -30,6 +30,8 @@ absl::string_view StateName(SessionState state) {
       return "launching";
     case SessionState::kMoved:
       return "moved";
+    case SessionState::kStuck:
+      return "stuck";
     case SessionState::kInDoubt:
       return "in-doubt";
     case SessionState::kFailed:
@@ -72,7 +74,17 @@ SourceSession::~SourceSession() {
     absl::MutexLock lock(&mutex_);
     stop_ = true;
   }
+  Join();
+}
+
+void SourceSession::Join() {
+  absl::MutexLock lock(&join_mutex_);
   if (thread_.joinable()) thread_.join();
+}
+
+bool SourceSession::StopRequested() const {
+  absl::MutexLock lock(&mutex_);
+  return stop_;
 }
 
 SessionStatus SourceSession::status() const {
@@ -113,15 +125,14 @@ absl::Status SourceSession::Stop() {
     if (order_ != nullptr || published_.state == SessionState::kLaunching) {
       return absl::FailedPreconditionError("a launch is under way; wait for its end");
     }
-    if (published_.state == SessionState::kInDoubt) {
+    if (published_.state == SessionState::kInDoubt || published_.state == SessionState::kStuck) {
       return absl::FailedPreconditionError(absl::StrCat(
-          "whether ", options_.guest, " runs on ", dialer_->peer(), " is not known: ",
-          published_.problem, ". Stopping would forget that; bring the target's presyncd back, or "
-          "see presync status"));
+          options_.guest, " is ", StateName(published_.state), ": ", published_.problem,
+          ". Stopping would forget that; see presync status"));
     }
     stop_ = true;
   }
-  if (thread_.joinable()) thread_.join();
+  Join();
   return absl::OkStatus();
 }
 
@@ -131,26 +142,29 @@ void SourceSession::Run() {
   while (!Ended()) {
     if (state_ == SessionState::kInDoubt) {
       ResolveDoubt();
+    } else if (state_ == SessionState::kStuck) {
+      ResumeHere(problem_);
     } else if (!connected_ && absl::Now() >= next_connect_) {
       next_connect_ = absl::Now() + options_.reconnect_every;
       if (absl::Status s = Connect(); !s.ok()) problem_ = std::string(s.message());
     }
-    if (absl::Status s = TickConnected(); !s.ok()) LoseLink(s);
+    if (!Open()) {
+      if (absl::Status s = TickConnected(); !s.ok()) LoseLink(s);
+    }
     if (absl::Now() >= next_publish_) Publish();
 
     const bool busy = connected_ && sync_->busy();
     LaunchOrder* order = WaitForOrder(busy ? absl::ZeroDuration() : absl::Milliseconds(5));
     if (order != nullptr) Serve(order);
-    absl::MutexLock lock(&mutex_);
-    if (stop_ && state_ != SessionState::kInDoubt && !Ended()) {
-      if (connected_) {
-        Body close;
-        close.mutable_close_session();
-        connection_.channel->Send(close, absl::Now() + absl::Seconds(1)).IgnoreError();
-      }
-      state_ = SessionState::kStopped;
+    if (StopRequested()) break;
+  }
+  if (!Open() && !Ended()) {
+    if (connected_) {
+      Body close;
+      close.mutable_close_session();
+      connection_.channel->Send(close, absl::Now() + absl::Seconds(1)).IgnoreError();
     }
-    if (stop_) break;
+    state_ = SessionState::kStopped;
   }
   sync_->DetachLink();
   connection_ = {};
@@ -271,9 +285,12 @@ void SourceSession::Serve(LaunchOrder* order) {
       ResolveDoubt();
       break;
     case HandoverResult::kHere:
-    case HandoverResult::kNeverRan:
       record_->Remove().IgnoreError();
       LoseLink(end.why);
+      break;
+    case HandoverResult::kStuck:
+      LoseLink(end.why);
+      state_ = SessionState::kStuck;
       break;
   }
   Answer(order, state_ == SessionState::kMoved ? absl::StatusOr<HandoverReport>(end.report)
@@ -292,19 +309,31 @@ void SourceSession::ResolveDoubt() {
     Settle(SessionState::kMoved, absl::OkStatus());
   } else if (outcome->value() == wire::Outcome::NEVER_RAN) {
     record_->Append(HandoverPhase::kTakenBack).IgnoreError();
-    const absl::Status resumed = guest_->Resume(absl::Now() + absl::Seconds(30));
-    if (resumed.ok()) {
-      record_->Remove().IgnoreError();
-      state_ = SessionState::kConnecting;
-      problem_ = absl::StrCat(dialer_->peer(), " never ran the guest; it goes on here");
-    } else {
-      problem_ = absl::StrCat("it is this host's again, but could not be resumed: ",
-                              resumed.message());
-    }
+    ResumeHere(absl::StrCat(dialer_->peer(), " never ran the guest; it goes on here"));
+    return;
   } else {
-    problem_ = absl::StrCat("given up to ", dialer_->peer(),
-                            ", which has no record of it: look whether the guest runs there before "
-                            "resuming it here by hand");
+    problem_ = absl::StrCat("given up to ", dialer_->peer(), ", which answers: ",
+                            PrintableText(outcome->text()),
+                            "; look whether the guest runs there before resuming it here by hand");
+  }
+  Publish();
+  WaitForOrder(options_.reconnect_every);
+}
+
+// The guest is this host's and stands still: tries until it runs, or its process has ended.
+void SourceSession::ResumeHere(const std::string& why) {
+  const absl::Status resumed = guest_->Resume(absl::Now() + absl::Seconds(30));
+  if (resumed.ok()) {
+    record_->Remove().IgnoreError();
+    state_ = SessionState::kConnecting;
+    problem_ = why;
+  } else if (absl::IsUnavailable(resumed)) {
+    record_->Remove().IgnoreError();
+    Settle(SessionState::kFailed, resumed);
+    return;
+  } else {
+    state_ = SessionState::kStuck;
+    problem_ = absl::StrCat("the guest is this host's and stands still: ", resumed.message());
   }
   Publish();
   WaitForOrder(options_.reconnect_every);

@@ -36,11 +36,12 @@ struct SourceSessionOptions {
 enum class SessionState {
   kConnecting,  // the link broke, or was never there; the guest runs here
   kFirstPass,   // the first copy of all memory is under way
-  kSyncing,     // in sync up to the set-point: a launch keeps its promise
+  kSyncing,     // everything was copied once; the residual is held at the set-point
   kLaunching,
   kMoved,       // the guest runs on the target
+  kStuck,       // called off, and the guest could not be resumed yet: it stands still, here
   kInDoubt,     // given up, and the target can't be asked
-  kFailed,      // ended by an error; the guest runs here
+  kFailed,      // ended by an error, which says what is known of the guest
   kStopped,     // ended by the operator; the guest runs here
 };
 
@@ -98,16 +99,23 @@ class SourceSession {
                 std::unique_ptr<DirtyLog> log, std::unique_ptr<SourceGuest> guest);
 
   void Run();
-  void RunConnected();
+  void Join() ABSL_LOCKS_EXCLUDED(join_mutex_);
+  bool StopRequested() const ABSL_LOCKS_EXCLUDED(mutex_);
   void Serve(LaunchOrder* order);
   absl::Status TickConnected();
   absl::Status PollControl();
   absl::Status Connect();
   void LoseLink(const absl::Status& why);
   void ResolveDoubt();
+  void ResumeHere(const std::string& why);
   void Settle(SessionState state, const absl::Status& why);
   void Publish() ABSL_LOCKS_EXCLUDED(mutex_);
-  bool Ended() const { return state_ >= SessionState::kMoved && state_ != SessionState::kInDoubt; }
+  bool Ended() const {
+    return state_ == SessionState::kMoved || state_ == SessionState::kFailed ||
+           state_ == SessionState::kStopped;
+  }
+  // The guest's fate is open: nothing else matters until it is settled.
+  bool Open() const { return state_ == SessionState::kInDoubt || state_ == SessionState::kStuck; }
   LaunchOrder* WaitForOrder(absl::Duration longest) ABSL_LOCKS_EXCLUDED(mutex_);
   void Answer(LaunchOrder* order, absl::StatusOr<HandoverReport> result)
       ABSL_LOCKS_EXCLUDED(mutex_);
@@ -137,6 +145,7 @@ class SourceSession {
   LaunchOrder* order_ ABSL_GUARDED_BY(mutex_) = nullptr;
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
 
+  absl::Mutex join_mutex_;
   std::thread thread_;  // last: it uses all of the above
 };
 

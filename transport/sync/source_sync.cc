@@ -73,7 +73,9 @@ void SourceSync::DetachLink() {
 absl::Status SourceSync::Tick() {
   const absl::Time now = options_.now();
   if (now >= next_scan_) {
-    next_scan_ = std::max(next_scan_ + options_.scan_interval, now);
+    // Pressure that goes on although the pace was cut does not come from sending alone: look less often too.
+    const int stretch = pacer_.pressed_intervals() >= 2 ? 2 : 1;
+    next_scan_ = std::max(next_scan_ + stretch * options_.scan_interval, now);
     if (absl::Status s = Scan(); !s.ok()) return s;
     if (now >= next_hole_walk_) {
       next_hole_walk_ = now + kHoleWalkEvery;
@@ -86,7 +88,7 @@ absl::Status SourceSync::Tick() {
   if (absl::Status s = Collect(); !s.ok()) return s;
   if (absl::Status s = PostPending(); !s.ok()) return s;
 
-  if (!first_pass_done_ && now >= next_probe_) {
+  if (!first_pass_done_ && now >= next_probe_ && options_.max_bytes_per_s == 0) {
     if (absl::Status s = ProbeRate(now); !s.ok()) return s;
   }
   const PageCount set_point = SetPointPages(options_.max_launch_time, cost());

@@ -69,8 +69,6 @@ class SourceSync {
   // the set-point. Call it at least every few milliseconds while there is work.
   absl::Status Tick();
 
-  // When Tick has something to do next, the link's completions aside.
-  absl::Time next_scan() const { return next_scan_; }
   // Whether the link has accepted work that waits for completion or back-pressure to end.
   bool busy() const { return !pending_.empty() || ledger_.in_flight() > 0; }
 

@@ -20,7 +20,7 @@ struct RegionRequest {
 };
 
 // One guest's place on this host: its memory, and the process that waits for its device state.
-// Destroying a place ends the waiting process and removes the memory, unless Keep was called.
+// Destroying a place ends the process and removes the memory that were made for it, unless Keep was called.
 // One thread at a time may use it.
 class TargetPlace {
  public:

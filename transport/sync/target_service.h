@@ -41,8 +41,7 @@ struct TargetStatus {
   std::string guest;
   std::string session;
   std::string peer;
-  std::string state;  // "mirroring", "handover", "lost" (kept for its source to come back), "running"
-  uint64_t size_bytes = 0;
+  std::string state;  // "mirroring", "handover" or "lost" (kept for its source to come back)
 };
 
 // A session's memory and waiting guest, while no connection or one connection serves it.
@@ -107,7 +106,6 @@ class TargetService {
   struct Connection {
     std::thread thread;
     std::atomic<bool> done = false;
-    int fd = -1;  // for shutdown at the end; owned by whoever serves it
   };
 
   TargetService(UniqueFd listener, TargetHost* host, TargetServiceOptions options);

@@ -26,6 +26,9 @@ using Body = wire::ControlMessage;
 constexpr absl::Duration kSendTimeout = absl::Seconds(5);
 constexpr absl::Duration kStreamsTimeout = absl::Seconds(10);
 constexpr absl::Duration kGuestTimeout = absl::Seconds(30);
+// In a handover the source is busy with other things than pings: longer than its rounds and the standstill
+// together may take.
+constexpr absl::Duration kHandoverTimeout = absl::Minutes(3);
 // A guest's name goes into messages and file names.
 constexpr size_t kMaxNameBytes = 128;
 constexpr int kMaxRegions = 256;
@@ -222,7 +225,8 @@ absl::StatusOr<wire::SessionOpened::Content> Conversation::PreparePlace(
 absl::Status Conversation::Serve() {
   while (!over_) {
     absl::StatusOr<Body> message =
-        channel_->Receive(absl::Now() + service_->options().idle_timeout);
+        channel_->Receive(absl::Now() + (guest_ == nullptr ? service_->options().idle_timeout
+                                                           : kHandoverTimeout));
     if (!message.ok()) {
       if (!absl::IsDeadlineExceeded(message.status())) return message.status();
       return absl::UnavailableError(absl::StrCat(channel_->peer(), " fell silent"));
@@ -257,7 +261,7 @@ absl::Status Conversation::Handle(const Body& message) {
       return RunGuest();
     case Body::kAbortHandover:
       service_->Log(true, absl::StrCat(slot_->guest, ": the source called the handover off: ",
-                                       RefusedStatus({}, message.abort_handover().reason()).message()));
+                                       PrintableText(message.abort_handover().reason())));
       AbortHandover();
       return absl::OkStatus();
     case Body::kCloseSession:
@@ -356,9 +360,10 @@ absl::Status Conversation::RunGuest() {
     slot_->place->Keep();
     record_->Append(HandoverPhase::kRunning).IgnoreError();
     service_->Log(false, absl::StrCat(slot_->guest, ": runs here now"));
-  } else if (absl::IsFailedPrecondition(run) && guest_->Discard(deadline).ok() &&
-             record_->Append(HandoverPhase::kNeverRan).ok()) {
-    // It refused, and now it can't change its mind.
+  } else if (absl::IsFailedPrecondition(run) && guest_->Discard(deadline).ok()) {
+    // It refused, and now it can't change its mind. If the record can't be written, the answer has to be
+    // enough: after it the source will not ask again.
+    record_->Append(HandoverPhase::kNeverRan).IgnoreError();
     answer.mutable_outcome()->set_value(wire::Outcome::NEVER_RAN);
     answer.mutable_outcome()->set_text(std::string(run.message()));
     Send(answer).IgnoreError();
