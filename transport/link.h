@@ -5,7 +5,8 @@
 //
 // Life of a write: the caller posts it; later the link reports it *completed* (the source bytes may
 // change again, the page may be posted again), which says nothing about the target; after a commit
-// that was posted later is *confirmed*, the target's memory holds it.
+// that was posted later is *confirmed*, the target's memory holds it. No Poll shows a commit before
+// the completions of the writes it covers.
 //
 // Memory is handed to a link when it is made: that is where registration happens, which may be slow
 // and must precede the sync.
@@ -48,7 +49,7 @@ struct LinkStats {
   uint64_t wire_bytes = 0;     // given to the network: payload and framing, after compression
   uint64_t payload_bytes = 0;  // guest bytes carried with payload (zero runs not counted)
   uint64_t zero_bytes = 0;     // guest bytes carried as zero runs
-  uint64_t queued_bytes = 0;   // accepted and not yet completed, now
+  uint64_t queued_bytes = 0;   // of writes that were accepted and have not completed, now
   // Time from post to completion, median of recent writes; zero where nothing was measured.
   absl::Duration completion_latency = absl::ZeroDuration();
 };
@@ -61,13 +62,13 @@ class SourceLink {
   // "tcp", "rdma", "fake": for logs and status.
   virtual std::string_view name() const = 0;
 
-  // Starts a prefix of `writes` and returns its length; 0 is back-pressure, not failure: Wait, Poll,
-  // try again. Does not block. The caller keeps the bytes of a posted page in place until it
-  // completes, and never posts a page that has not completed (invariant: one write in flight a page).
-  // The bytes may change meanwhile: then the target holds a mixture, and the caller must know that
-  // the page is stale. INVALID_ARGUMENT: the first run is empty, outside the memory or crosses a
-  // region (such a run further on ends the prefix before it).
-  // UNAVAILABLE: the link is gone; nothing that was not confirmed may be trusted.
+  // Starts a prefix of `writes` and returns its length; 0 is back-pressure, not failure: Wait,
+  // Poll, try again. Does not block. The caller keeps the bytes of a posted page in place until it
+  // completes, and never posts a page that has not completed (invariant: one write in flight a
+  // page). The bytes may change meanwhile: then the target holds a mixture, and the caller must
+  // know that the page is stale. INVALID_ARGUMENT: the first run is empty, outside the memory or
+  // crosses a region (such a run further on ends the prefix before it). UNAVAILABLE: the link is
+  // gone; nothing that was not confirmed may be trusted.
   virtual absl::StatusOr<size_t> Post(absl::Span<const PageWrite> writes) = 0;
 
   // Asks the target to confirm every write posted so far. Does not block; the answer comes by Poll.
@@ -95,8 +96,8 @@ class TargetLink {
 
   virtual std::string_view name() const = 0;
 
-  // Ok while the link works; else why it ended (UNAVAILABLE: the peer is gone; INVALID_ARGUMENT: the
-  // peer broke the protocol; CANCELLED: Close was called).
+  // Ok while the link works; else why it ended (UNAVAILABLE: the peer is gone; INVALID_ARGUMENT:
+  // the peer broke the protocol; CANCELLED: Close was called).
   virtual absl::Status health() const = 0;
 
   // Ends the link. After it returns nothing writes to the guest's RAM through this link any more;

@@ -21,9 +21,9 @@ namespace presync {
 // Reading a hole of a tmpfs file through a mapping allocates a page in it: ask Holes first.
 class Region {
  public:
-  // Opens an existing file (never a symbolic link) that must be exactly `size_bytes` long, a multiple
-  // of 4096. NOT_FOUND, PERMISSION_DENIED; FAILED_PRECONDITION: not a regular file on tmpfs or
-  // hugetlbfs, or another length; INVALID_ARGUMENT: `size_bytes` is 0 or no multiple.
+  // Opens an existing file (never a symbolic link) that must be exactly `size_bytes` long, a
+  // multiple of 4096. NOT_FOUND, PERMISSION_DENIED; FAILED_PRECONDITION: not a regular file on
+  // tmpfs or hugetlbfs, or another length; INVALID_ARGUMENT: `size_bytes` is 0 or no multiple.
   static absl::StatusOr<Region> Open(std::string name, const std::string& path,
                                      uint64_t size_bytes);
 
@@ -50,9 +50,10 @@ class Region {
   uint64_t size_bytes() const { return size_bytes_; }
   PageCount pages() const { return static_cast<PageCount>(size_bytes_ / kPageBytes); }
 
-  // The holes in pages [run.first, run.end()) of this region (indices within the region): pages that
-  // were never touched since the file was made or the hole punched, and read as zero; ascending,
-  // maximal. Walks the file: about 50 ns a populated page. On hugetlbfs no hole is ever found.
+  // The holes in pages [run.first, run.end()) of this region (indices within the region): pages
+  // that were never touched since the file was made or the hole punched, and read as zero;
+  // ascending, maximal. Walks the file: about 50 ns a populated page. On hugetlbfs no hole is ever
+  // found.
   absl::StatusOr<std::vector<PageRun>> Holes(PageRun run) const;
 
  private:
@@ -64,8 +65,8 @@ class Region {
   uint64_t size_bytes_ = 0;
 };
 
-// All regions of one guest, in an order that both hosts agreed on, and the flat page space over them.
-// Immutable after it is made, so any thread may use it.
+// All regions of one guest, in an order that both hosts agreed on, and the flat page space over
+// them. Immutable after it is made, so any thread may use it.
 class GuestMemory {
  public:
   // INVALID_ARGUMENT: no region, or more than 2^32 - 1 pages in all.

@@ -11,8 +11,8 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/strings/str_cat.h"
-#include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
+#include "transport/mutex.h"
 
 namespace presync {
 namespace {
@@ -91,7 +91,7 @@ class FakeWire {
   const GuestMemory* const target_;
   FakeLinkOptions options_;
 
-  absl::Mutex mu_;
+  Mutex mu_;
   std::mt19937_64 random_ ABSL_GUARDED_BY(mu_);
   std::multimap<absl::Time, Event> events_
       ABSL_GUARDED_BY(mu_);  // equal times: first in, first out
@@ -245,7 +245,7 @@ void FakeWire::Confirm(const Commit& commit) {
 }
 
 absl::StatusOr<size_t> FakeWire::Post(absl::Span<const PageWrite> writes) {
-  absl::MutexLock lock(&mu_);
+  MutexLock lock(&mu_);
   Advance();
   if (!status_.ok()) return status_;
   if (Reached(options_.faults.fail_post, ++posts_)) return Die("a scripted failure of Post");
@@ -282,7 +282,7 @@ absl::StatusOr<size_t> FakeWire::Post(absl::Span<const PageWrite> writes) {
 }
 
 absl::StatusOr<CommitId> FakeWire::PostCommit() {
-  absl::MutexLock lock(&mu_);
+  MutexLock lock(&mu_);
   Advance();
   if (!status_.ok()) return status_;
   if (Reached(options_.faults.fail_commit, ++commit_calls_)) {
@@ -305,7 +305,7 @@ absl::StatusOr<CommitId> FakeWire::PostCommit() {
 }
 
 absl::Status FakeWire::Poll(LinkEvents* events) {
-  absl::MutexLock lock(&mu_);
+  MutexLock lock(&mu_);
   Advance();
   if (!status_.ok()) return status_;
   if (Reached(options_.faults.fail_poll, ++polls_)) return Die("a scripted failure of Poll");
@@ -320,7 +320,7 @@ absl::Status FakeWire::Wait(absl::Time deadline) {
   while (true) {
     absl::Time until = deadline;
     {
-      absl::MutexLock lock(&mu_);
+      MutexLock lock(&mu_);
       Advance();
       if (!status_.ok() || has_news_ || options_.now() >= deadline) return absl::OkStatus();
       if (!events_.empty()) until = std::min(until, events_.begin()->first);
@@ -330,30 +330,30 @@ absl::Status FakeWire::Wait(absl::Time deadline) {
 }
 
 LinkStats FakeWire::stats() {
-  absl::MutexLock lock(&mu_);
+  MutexLock lock(&mu_);
   Advance();
   return stats_;
 }
 
 void FakeWire::SetPacing(uint64_t bytes_per_s) {
-  absl::MutexLock lock(&mu_);
+  MutexLock lock(&mu_);
   pacing_ = bytes_per_s;
 }
 
 absl::Status FakeWire::target_health() {
-  absl::MutexLock lock(&mu_);
+  MutexLock lock(&mu_);
   Advance();
   return target_status_;
 }
 
 void FakeWire::EndSource() {
-  absl::MutexLock lock(&mu_);
+  MutexLock lock(&mu_);
   Advance();
   if (status_.ok()) Die("the source ended it").IgnoreError();
 }
 
 void FakeWire::EndTarget() {
-  absl::MutexLock lock(&mu_);
+  MutexLock lock(&mu_);
   Advance();
   target_open_ = false;
   if (target_status_.ok()) target_status_ = absl::CancelledError("fake link: closed by this host");

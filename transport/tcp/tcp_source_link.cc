@@ -79,7 +79,7 @@ TcpSourceLink::~TcpSourceLink() {
 }
 
 void TcpSourceLink::Fail(const absl::Status& why) {
-  absl::MutexLock lock(&mu_);
+  MutexLock lock(&mu_);
   if (!status_.ok()) return;
   status_ = why;
   for (const auto& stream : streams_) {
@@ -107,7 +107,7 @@ bool TcpSourceLink::HasRoom(const PageWrite& write) const {
 void TcpSourceLink::Push(Stream* stream, const Item& item) {
   stream->queue.push_back(item);
   stream->queued_bytes += ChargedBytes(item.frame);
-  stats_.queued_bytes += ChargedBytes(item.frame);
+  if (item.frame.type != FrameType::kCommit) stats_.queued_bytes += ChargedBytes(item.frame);
   if (stream->sender_waits) {
     stream->sender_waits = false;
     stream->work.Signal();
@@ -129,7 +129,7 @@ void TcpSourceLink::Enqueue(const PageWrite& write) {
 }
 
 absl::StatusOr<size_t> TcpSourceLink::Post(absl::Span<const PageWrite> writes) {
-  absl::MutexLock lock(&mu_);
+  MutexLock lock(&mu_);
   if (!status_.ok()) return status_;
   for (size_t i = 0; i < writes.size(); ++i) {
     const PageRun run = writes[i].run;
@@ -145,7 +145,7 @@ absl::StatusOr<size_t> TcpSourceLink::Post(absl::Span<const PageWrite> writes) {
 }
 
 absl::StatusOr<CommitId> TcpSourceLink::PostCommit() {
-  absl::MutexLock lock(&mu_);
+  MutexLock lock(&mu_);
   if (!status_.ok()) return status_;
   if (newest_ - news_.committed >= kMaxCommits) {
     return absl::ResourceExhaustedError(
@@ -159,7 +159,7 @@ absl::StatusOr<CommitId> TcpSourceLink::PostCommit() {
 }
 
 absl::Status TcpSourceLink::Poll(LinkEvents* events) {
-  absl::MutexLock lock(&mu_);
+  MutexLock lock(&mu_);
   if (!status_.ok()) return status_;
   events->completed.insert(events->completed.end(), news_.completed.begin(), news_.completed.end());
   events->committed = news_.committed;
@@ -169,7 +169,7 @@ absl::Status TcpSourceLink::Poll(LinkEvents* events) {
 }
 
 absl::Status TcpSourceLink::Wait(absl::Time deadline) {
-  absl::MutexLock lock(&mu_);
+  MutexLock lock(&mu_);
   while (!HasNews()) {
     if (news_cv_.WaitWithDeadline(&mu_, deadline)) break;
   }
@@ -181,7 +181,7 @@ LinkStats TcpSourceLink::stats() const {
   LinkStats stats;
   size_t count = 0;
   {
-    absl::MutexLock lock(&mu_);
+    MutexLock lock(&mu_);
     stats = stats_;
     recent = latencies_;
     count = std::min<uint64_t>(measured_, recent.size());
@@ -202,7 +202,7 @@ void TcpSourceLink::SetPacing(uint64_t bytes_per_s) {
 bool TcpSourceLink::TakeBatch(size_t index, std::vector<Item>* batch, bool* backlogged) {
   Stream& stream = *streams_[index];
   batch->clear();
-  absl::MutexLock lock(&mu_);
+  MutexLock lock(&mu_);
   while (stream.queue.empty() && status_.ok()) {
     stream.sender_waits = true;
     stream.work.Wait(&mu_);
@@ -224,14 +224,18 @@ bool TcpSourceLink::TakeBatch(size_t index, std::vector<Item>* batch, bool* back
 
 void TcpSourceLink::FinishBatch(size_t index, absl::Span<const Item> batch, uint64_t wire_bytes) {
   const absl::Time now = absl::Now();
-  absl::MutexLock lock(&mu_);
+  MutexLock lock(&mu_);
   const bool had_news = HasNews();
   stats_.wire_bytes += wire_bytes;
   for (const Item& item : batch) {
     const uint64_t charged = ChargedBytes(item.frame);
     streams_[index]->queued_bytes -= charged;
-    stats_.queued_bytes -= charged;
-    if (item.frame.type == FrameType::kCommit) continue;
+    if (item.frame.type != FrameType::kCommit) stats_.queued_bytes -= charged;
+    if (item.frame.type == FrameType::kCommit) {
+      streams_[index]->sent = item.frame.commit;
+      UpdateCommitted();
+      continue;
+    }
     Write& write = writes_[item.write_index];
     (write.write.zero ? stats_.zero_bytes : stats_.payload_bytes) +=
         PagesToBytes(item.frame.run.count);
@@ -264,19 +268,27 @@ void TcpSourceLink::SendLoop(size_t index) {
 absl::Status TcpSourceLink::CountAck(size_t index, absl::Span<const std::byte> header) {
   auto frame = DecodeFrame(header);
   if (!frame.ok()) return frame.status();
-  absl::MutexLock lock(&mu_);
+  MutexLock lock(&mu_);
   Stream& stream = *streams_[index];
   if (frame->type != FrameType::kAck || frame->commit != stream.acked + 1 ||
       frame->commit > newest_) {
     return absl::InvalidArgumentError("the target answered what was not asked");
   }
   stream.acked = frame->commit;
-  CommitId committed = stream.acked;
-  for (const auto& other : streams_) committed = std::min(committed, other->acked);
-  if (committed == news_.committed) return absl::OkStatus();
+  UpdateCommitted();
+  return absl::OkStatus();
+}
+
+// The answer to a commit may be here before its sender has said that it was sent: it counts then,
+// so that no commit is reported before the writes it covers.
+void TcpSourceLink::UpdateCommitted() {
+  CommitId committed = newest_;
+  for (const auto& stream : streams_) {
+    committed = std::min({committed, stream->sent, stream->acked});
+  }
+  if (committed == news_.committed) return;
   news_.committed = committed;
   news_cv_.SignalAll();
-  return absl::OkStatus();
 }
 
 void TcpSourceLink::AckLoop(size_t index) {

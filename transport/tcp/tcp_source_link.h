@@ -16,9 +16,9 @@
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
-#include "absl/synchronization/mutex.h"
 #include "transport/link.h"
 #include "transport/memory.h"
+#include "transport/mutex.h"
 #include "transport/tcp/byte_stream.h"
 #include "transport/tcp/frame.h"
 #include "transport/tcp/tcp_options.h"
@@ -66,8 +66,9 @@ class TcpSourceLink final : public SourceLink {
     std::deque<Item> queue;
     uint64_t queued_bytes = 0;
     bool sender_waits = false;
-    absl::CondVar work;
-    CommitId acked = 0;
+    CondVar work;
+    CommitId sent = 0;   // newest commit given to the network
+    CommitId acked = 0;  // newest commit that the target confirmed
   };
 
   TcpSourceLink(const GuestMemory* memory, std::vector<std::unique_ptr<ByteStream>> streams,
@@ -82,6 +83,7 @@ class TcpSourceLink final : public SourceLink {
   void Push(Stream* stream, const Item& item) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // The next items to send together; false: the link is over.
   bool TakeBatch(size_t index, std::vector<Item>* batch, bool* backlogged);
+  void UpdateCommitted() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void FinishBatch(size_t index, absl::Span<const Item> batch, uint64_t wire_bytes);
   bool HasNews() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
     return !news_.completed.empty() || news_.committed != told_ || !status_.ok();
@@ -91,10 +93,10 @@ class TcpSourceLink final : public SourceLink {
   const TcpSourceOptions options_;
 
   // One lock for all streams: it is taken twice a batch of up to 256 KiB.
-  mutable absl::Mutex mu_;
+  mutable Mutex mu_;
   // The vector and its `bytes` never change after the link was made; the rest is guarded by mu_.
   std::vector<std::unique_ptr<Stream>> streams_;
-  absl::CondVar news_cv_;
+  CondVar news_cv_;
   std::vector<Write> writes_ ABSL_GUARDED_BY(mu_);  // by write_index; free ones are reused
   std::vector<uint32_t> free_writes_ ABSL_GUARDED_BY(mu_);
   LinkEvents news_ ABSL_GUARDED_BY(mu_);      // since the last Poll

@@ -151,7 +151,7 @@ TcpTargetLink::TcpTargetLink(const GuestMemory* memory,
 TcpTargetLink::~TcpTargetLink() { Close(); }
 
 void TcpTargetLink::Start() {
-  absl::MutexLock lock(&close_mu_);
+  MutexLock lock(&close_mu_);
   for (size_t i = 0; i < streams_.size(); ++i) {
     threads_.emplace_back([this, i] {
       const absl::Status status = Receiver(this, i).Run();
@@ -162,7 +162,7 @@ void TcpTargetLink::Start() {
 }
 
 void TcpTargetLink::Fail(const absl::Status& why) {
-  absl::MutexLock lock(&mu_);
+  MutexLock lock(&mu_);
   if (!status_.ok()) return;
   status_ = why;
   over_ = true;
@@ -170,12 +170,12 @@ void TcpTargetLink::Fail(const absl::Status& why) {
 }
 
 absl::Status TcpTargetLink::health() const {
-  absl::MutexLock lock(&mu_);
+  MutexLock lock(&mu_);
   return status_;
 }
 
 void TcpTargetLink::Close() {
-  absl::MutexLock lock(&close_mu_);
+  MutexLock lock(&close_mu_);
   Fail(absl::CancelledError("tcp link: closed by this host"));
   for (std::thread& thread : threads_) thread.join();
   threads_.clear();

@@ -12,9 +12,9 @@
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
-#include "absl/synchronization/mutex.h"
 #include "transport/link.h"
 #include "transport/memory.h"
+#include "transport/mutex.h"
 #include "transport/tcp/byte_stream.h"
 #include "transport/unique_fd.h"
 
@@ -45,9 +45,9 @@ class TcpTargetLink final : public TargetLink {
   const GuestMemory* const memory_;
   const std::vector<std::unique_ptr<ByteStream>> streams_;
   std::atomic<bool> over_ = false;  // nothing more is received
-  mutable absl::Mutex mu_;
+  mutable Mutex mu_;
   absl::Status status_ ABSL_GUARDED_BY(mu_);
-  absl::Mutex close_mu_;  // held while joining, so that a second Close returns no earlier
+  Mutex close_mu_;  // held while joining, so that a second Close returns no earlier
   std::vector<std::thread> threads_ ABSL_GUARDED_BY(close_mu_);
 };
 

@@ -137,6 +137,7 @@ class SessionTest : public ::testing::Test {
     options.guest_address = "model";
     options.record_folder = source_folder_.path();
     options.sync.scan_interval = absl::Milliseconds(10);
+    options.sync.max_launch_time = options.sync.fixed_cost;  // a set-point of 0: everything is sent
     options.reconnect_every = absl::Milliseconds(50);
     auto session = SourceSession::Start(
         options, std::make_unique<CuttableDialer>(port_, up_), CopyMemory(), source_.MakeLog(),
@@ -184,12 +185,19 @@ class SessionTest : public ::testing::Test {
     return session_->Launch(options, absl::Seconds(30));
   }
 
-  bool AwaitState(SessionState state) {
-    for (int i = 0; i < 3000; ++i) {
-      if (session_->status().state == state) return true;
+  template <typename Condition>
+  static bool Await(Condition condition) {
+    for (int i = 0; i < 4000; ++i) {
+      if (condition()) return true;
       std::this_thread::sleep_for(std::chrono::milliseconds(5));
     }
     return false;
+  }
+  bool AwaitState(SessionState state) {
+    return Await([&] { return session_->status().state == state; });
+  }
+  bool AwaitReconnect() {
+    return Await([&] { return session_->status().reconnects > 0; });
   }
 
   std::vector<PageIndex> Differences() {
@@ -274,7 +282,7 @@ INSTANTIATE_TEST_SUITE_P(Steps, FailingTarget,
 
 TEST_F(SessionTest, APageThatDiffersIsFoundAndTheGuestStays) {
   ASSERT_TRUE(StartSession().ok());
-  ASSERT_TRUE(AwaitState(SessionState::kSyncing));
+  ASSERT_TRUE(Await([&] { return session_->status().progress.residual == 0; }));
   // Behind dirty tracking's back, as a device with a mapping of its own would.
   source_.scratch().FillPage(801, 4711);
   const absl::StatusOr<HandoverReport> report = Launch();
@@ -287,14 +295,10 @@ TEST_F(SessionTest, APageThatDiffersIsFoundAndTheGuestStays) {
 TEST_F(SessionTest, ResumesOverALostLinkWithoutSendingEverythingAgain) {
   ASSERT_TRUE(StartSession().ok());
   ASSERT_TRUE(AwaitState(SessionState::kSyncing));
-  while (session_->status().progress.residual > 0) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(5));
-  }
+  ASSERT_TRUE(Await([&] { return session_->status().progress.residual == 0; }));
   const uint64_t sent = session_->status().progress.pages_sent;
   service_->CloseConnections();
-  while (session_->status().reconnects == 0) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(5));
-  }
+  ASSERT_TRUE(AwaitReconnect());
   ASSERT_TRUE(AwaitState(SessionState::kSyncing));
   EXPECT_EQ(host_.places_made(), 1);
   source_.Write(5, 12345);
@@ -311,9 +315,7 @@ TEST_F(SessionTest, ATargetThatStartsAnewGetsEverythingAgain) {
   service_.reset();
   for (PageIndex page = 0; page < kPages; ++page) host_.memory().Write(page, 99 + page);
   StartTarget(port);
-  while (session_->status().reconnects == 0) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(5));
-  }
+  ASSERT_TRUE(AwaitReconnect());
   const absl::StatusOr<HandoverReport> report = Launch();
   ASSERT_TRUE(report.ok()) << report.status();
   EXPECT_THAT(Differences(), ::testing::IsEmpty());
@@ -324,10 +326,7 @@ TEST_F(SessionTest, StopTellsTheTargetToForget) {
   ASSERT_TRUE(AwaitState(SessionState::kSyncing));
   EXPECT_EQ(service_->status().size(), 1u);
   ASSERT_TRUE(session_->Stop().ok());
-  for (int i = 0; i < 1000 && !service_->status().empty(); ++i) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(5));
-  }
-  EXPECT_TRUE(service_->status().empty());
+  EXPECT_TRUE(Await([&] { return service_->status().empty(); }));
   ExpectUnharmed();
   EXPECT_FALSE(Launch().ok());
 }
