@@ -1,22 +1,25 @@
 // agent - the daemon in the test guest that tells whether a migration kept every byte.
 //
-// It beats on a virtio-serial port (so that lost time shows), keeps pages of memory and a file whose
-// contents can be verified (so that lost writes show), and answers questions.
+// It beats on a virtio-serial port (so that lost time shows), keeps pages of memory and a file
+// whose contents can be verified (so that lost writes show), and answers questions.
 //
 // Parameters, from the kernel's command line
 //   presync.beat_ms=N    time between two beats, 1..1000 (10)
-//   presync.area_mb=N    memory that is kept rewritten, 1..4096 MiB (16; 64 for presync.workload=hammer)
-//   presync.pages_s=N    pages rewritten per second; 0 = as fast as it goes (50; 0 for hammer).
+//   presync.area_mb=N    memory that is kept rewritten, 1..4096 MiB (16; 64 for
+//   presync.workload=hammer) presync.pages_s=N    pages rewritten per second; 0 = as fast as it
+//   goes (50; 0 for hammer).
 //                        Nine in ten rewrites hit the hot 1/64 of the area, the rest any page.
 //                        With 0 all rewrites are spread evenly.
 //   presync.record_ms=N  time between two records of the file, 10..60000 (200)
 //   presync.spin=1       run units of work (see "work") all the time, at idle priority
 //   presync.workload=X   only to be named in H, and for the defaults above
 //
-// Line protocol on /dev/virtio-ports/org.presync.agent.  Lines end in \n; no line is longer than 1 KiB.
+// Line protocol on /dev/virtio-ports/org.presync.agent.  Lines end in \n; no line is longer than 1
+// KiB.
 //   Guest to host
 //     H {json}      once, before the first beat: what runs, with which parameters
-//     B n ns        beat n (0, 1, 2 ... without gaps) and the guest's CLOCK_MONOTONIC when it fell due
+//     B n ns        beat n (0, 1, 2 ... without gaps) and the guest's CLOCK_MONOTONIC when it fell
+//     due
 //                   to be noted.  A beat that woke up late is sent late, never left out.
 //     L n           n beats were thrown away in the guest, as nobody had read the port for long
 //                   (more than kQueue beats); the next B shows the gap too
@@ -31,8 +34,8 @@
 //                   the guest's speed.  A unit checksums and rewrites pages: it pays for write
 //                   tracking as any program does.
 //
-// Threads: main (beats and the port, real-time priority, never blocks on the port), rewriter,
-// recorder, checker, worker.  `area_lock` guards the pages and their bookkeeping, `file_lock` the file.
+// Threads: main (beats and the port, real-time priority, never blocks on the port), job_runner
+// (check and work), spinner if asked for, and those of evidence.c.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -47,50 +50,31 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/timerfd.h>
 #include <time.h>
 #include <unistd.h>
 
+#include "evidence.h"
+
 enum {
-  kPageSize = 4096,
-  kWords = kPageSize / 8,
-  kQueue = 65536,             // beats kept while nobody reads: 11 minutes at 10 ms
-  kReplies = 8192,            // bytes of answers kept while nobody reads
-  kScratchPages = 64,         // what units of work rewrite
-  kMaxFileRecords = 1 << 17,  // then the file starts over: 7 MB of the 64 MB disk
+  kQueue = 65536,      // beats kept while nobody reads: 11 minutes at 10 ms
+  kReplies = 8192,     // bytes of answers kept while nobody reads
+  kScratchPages = 64,  // what units of work rewrite
+  kWords = 4096 / 8,
 };
 
 #define PORT "/dev/virtio-ports/org.presync.agent"
-#define RECORD_FILE "/data/agent.records"
 #define PROGRESS_FILE "/run/presync/progress"
-
-// A page of the area: every word depends on the index and the generation.
-struct page {
-  uint64_t index, generation, filling[kWords - 3], checksum;
-};
-_Static_assert(sizeof(struct page) == kPageSize, "a page is a page");
 
 struct beat {
   uint64_t number, ns;
 };
 
 static struct {
-  long beat_ms, area_mb, pages_s, record_ms, spin;
+  long beat_ms, spin;
+  struct evidence_config evidence;
   char workload[32];
-} config = {.beat_ms = 10, .area_mb = 16, .pages_s = 50, .record_ms = 200, .workload = "idle"};
-
-static pthread_mutex_t area_lock = PTHREAD_MUTEX_INITIALIZER;
-static struct page *area;
-static uint64_t *generations;     // what each page's generation must be
-static uint64_t rewrites;         // the counter: always the sum of `generations`
-static size_t area_pages;
-static atomic_bool check_wants_area;  // mutexes are not fair: a rewriter flat out would keep it for ever
-
-static pthread_mutex_t file_lock = PTHREAD_MUTEX_INITIALIZER;
-static int record_fd = -1;
-static uint64_t first_record, records;  // the file holds [first_record, records)
-static uint64_t record_errors;
+} config = {.workload = "idle"};
 
 static atomic_ulong work_units;
 static atomic_ulong beats_made, beats_dropped;
@@ -107,27 +91,7 @@ static uint64_t now_ns(clockid_t clock) {
   return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-static void sleep_ns(uint64_t ns) {
-  struct timespec t = {.tv_sec = (time_t)(ns / 1000000000u), .tv_nsec = (long)(ns % 1000000000u)};
-  while (nanosleep(&t, &t) != 0 && errno == EINTR) {
-  }
-}
-
-// The finaliser of splitmix64 (Steele, Lea, Flood 2014): scatters, and is cheap.
-static uint64_t mix(uint64_t x) {
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-
-static uint64_t checksum(const uint64_t *words, size_t count) {
-  uint64_t sum = 0x1234567;
-  for (size_t i = 0; i < count; i++) sum = (sum ^ words[i]) * 0x100000001b3u + (sum >> 29);
-  return sum;
-}
-
-__attribute__((format(printf, 1, 2))) static void reply(const char *format, ...) {
+__attribute__((format(printf, 1, 2))) static void reply(const char* format, ...) {
   char line[1024];
   va_list arguments;
   va_start(arguments, format);
@@ -135,7 +99,8 @@ __attribute__((format(printf, 1, 2))) static void reply(const char *format, ...)
   va_end(arguments);
   if (length < 0 || (size_t)length >= sizeof line) return;
   pthread_mutex_lock(&reply_lock);
-  if (reply_bytes + (size_t)length <= sizeof replies) {  // else nobody reads, so nobody waits for it
+  // With no room nobody has been reading, so nobody waits for it.
+  if (reply_bytes + (size_t)length <= sizeof replies) {
     memcpy(replies + reply_bytes, line, (size_t)length);
     reply_bytes += (size_t)length;
   }
@@ -143,113 +108,12 @@ __attribute__((format(printf, 1, 2))) static void reply(const char *format, ...)
   if (write(wake_pipe[1], "", 1) < 0 && errno != EAGAIN) perror("agent: wake");
 }
 
-// ---- the memory area -----------------------------------------------------------------------------
-
-// `area_lock` held.
-static void rewrite_page(size_t index) {
-  struct page *page = &area[index];
-  page->index = index;
-  page->generation = ++generations[index];
-  uint64_t word = mix(index << 32 ^ page->generation);
-  for (size_t i = 0; i < kWords - 3; i++) page->filling[i] = word += 0x9e3779b97f4a7c15u;
-  page->checksum = checksum(&page->index, kWords - 1);
-  rewrites++;
-}
-
-static bool page_good(size_t index) {
-  const struct page *page = &area[index];
-  return page->index == index && page->generation == generations[index] &&
-         page->checksum == checksum(&page->index, kWords - 1);
-}
-
-static size_t choose_page(uint64_t *random) {
-  *random = mix(*random);
-  size_t hot_pages = area_pages / 64;
-  bool hot = config.pages_s != 0 && hot_pages != 0 && *random % 10 != 0;
-  return (*random >> 8) % (hot ? hot_pages : area_pages);
-}
-
-static void *rewriter(void *unused) {
-  (void)unused;
-  uint64_t random = 1;
-  uint64_t due = now_ns(CLOCK_MONOTONIC);
-  for (;;) {
-    pthread_mutex_lock(&area_lock);
-    for (int i = config.pages_s ? 1 : 32; i > 0; i--) rewrite_page(choose_page(&random));
-    pthread_mutex_unlock(&area_lock);
-    while (atomic_load(&check_wants_area)) sleep_ns(1000000);
-    if (config.pages_s == 0) continue;
-    uint64_t now = now_ns(CLOCK_MONOTONIC), step = 1000000000u / (uint64_t)config.pages_s;
-    due += step;
-    if (due > now) {
-      sleep_ns(due - now);
-    } else if (now - due > 1000000000u) {
-      due = now;  // it was held up for long: no burst to catch up
-    }
-  }
-  return NULL;
-}
-
-// ---- the file ------------------------------------------------------------------------------------
-
-// "number time checksum\n" in hexadecimal.
-enum { kRecordSize = 3 * 17 };
-
-static uint64_t record_sum(uint64_t number, uint64_t ns) { return mix(number ^ mix(ns)); }
-
-static void append_record(void) {
-  if (records - first_record >= kMaxFileRecords) {
-    if (ftruncate(record_fd, 0) != 0) record_errors++;
-    first_record = records;
-  }
-  char text[kRecordSize + 1];
-  uint64_t ns = now_ns(CLOCK_MONOTONIC);
-  snprintf(text, sizeof text, "%016" PRIx64 " %016" PRIx64 " %016" PRIx64 "\n", records, ns,
-           record_sum(records, ns));
-  off_t where = (off_t)((records - first_record) * kRecordSize);
-  if (pwrite(record_fd, text, kRecordSize, where) != kRecordSize || fsync(record_fd) != 0) {
-    record_errors++;
-    return;  // the same number again next time
-  }
-  records++;
-}
-
-static void *recorder(void *unused) {
-  (void)unused;
-  for (;;) {
-    pthread_mutex_lock(&file_lock);
-    append_record();
-    pthread_mutex_unlock(&file_lock);
-    sleep_ns((uint64_t)config.record_ms * 1000000u);
-  }
-  return NULL;
-}
-
-// `file_lock` held.  Returns how many records are wrong or missing.
-static uint64_t bad_records(void) {
-  char text[kRecordSize + 1] = {0};
-  uint64_t bad = 0;
-  FILE *file = fopen(RECORD_FILE, "r");
-  if (file == NULL) return records - first_record;
-  for (uint64_t i = first_record; i < records; i++) {
-    uint64_t number = 0, ns = 0, sum = 0;
-    if (fread(text, kRecordSize, 1, file) != 1 ||
-        sscanf(text, "%" SCNx64 " %" SCNx64 " %" SCNx64, &number, &ns, &sum) != 3 || number != i ||
-        sum != record_sum(number, ns)) {
-      bad++;
-    }
-  }
-  if (fgetc(file) != EOF) bad++;  // more than was written
-  fclose(file);
-  return bad;
-}
-
-// ---- check and work ------------------------------------------------------------------------------
+// ---- check and work ----
 
 // How far the workload has come by its own account: its scripts write a number into a file.
 static uint64_t workload_steps(void) {
   uint64_t steps = 0;
-  FILE *file = fopen(PROGRESS_FILE, "r");
+  FILE* file = fopen(PROGRESS_FILE, "r");
   if (file == NULL) return 0;
   if (fscanf(file, "%" SCNu64, &steps) != 1) steps = 0;
   fclose(file);
@@ -257,30 +121,12 @@ static uint64_t workload_steps(void) {
 }
 
 static void check(void) {
-  uint64_t pages_bad = 0, sum = 0, counted;
-  atomic_store(&check_wants_area, true);
-  pthread_mutex_lock(&area_lock);
-  for (size_t i = 0; i < area_pages; i++) {
-    pages_bad += !page_good(i);
-    sum += generations[i];
-  }
-  counted = rewrites;
-  pthread_mutex_unlock(&area_lock);
-  atomic_store(&check_wants_area, false);
-
-  pthread_mutex_lock(&file_lock);
-  uint64_t file_records = records - first_record, errors = record_errors;
-  uint64_t file_bad = bad_records();
-  posix_fadvise(record_fd, 0, 0, POSIX_FADV_DONTNEED);  // now from the disk
-  file_bad += bad_records();
-  pthread_mutex_unlock(&file_lock);
-
-  reply("C {\"pages_bad\":%" PRIu64 ",\"pages\":%zu,\"counter\":%" PRIu64
+  struct evidence e = evidence_check();
+  reply("C {\"pages_bad\":%" PRIu64 ",\"pages\":%" PRIu64 ",\"counter\":%" PRIu64
         ",\"counter_bad\":%d,\"file_records\":%" PRIu64 ",\"file_bad\":%" PRIu64
-        ",\"file_errors\":%" PRIu64
-        ",\"beats\":%lu,\"beats_dropped\":%lu,\"uptime_ns\":%" PRIu64
+        ",\"file_errors\":%" PRIu64 ",\"beats\":%lu,\"beats_dropped\":%lu,\"uptime_ns\":%" PRIu64
         ",\"work\":%lu,\"workload\":\"%s\",\"workload_steps\":%" PRIu64 "}\n",
-        pages_bad, area_pages, counted, counted != sum, file_records, file_bad, errors,
+        e.pages_bad, e.pages, e.counter, e.counter_bad, e.file_records, e.file_bad, e.file_errors,
         atomic_load(&beats_made), atomic_load(&beats_dropped), now_ns(CLOCK_MONOTONIC),
         atomic_load(&work_units), config.workload, workload_steps());
 }
@@ -290,7 +136,7 @@ static uint64_t scratch[kScratchPages][kWords];
 // About 50 us of a 3 GHz core, 20 times that under emulation.
 static void unit_of_work(void) {
   for (size_t i = 0; i < kScratchPages; i++) {
-    scratch[i][0] += checksum(scratch[i], kWords) | 1;
+    scratch[i][0] += evidence_checksum(scratch[i], kWords) | 1;
   }
   atomic_fetch_add(&work_units, 1);
 }
@@ -306,7 +152,7 @@ static void work_for(uint64_t ms) {
         now_ns(CLOCK_THREAD_CPUTIME_ID) - cpu);
 }
 
-static void *spinner(void *unused) {
+static void* spinner(void* unused) {
   (void)unused;
   struct sched_param none = {0};
   pthread_setschedparam(pthread_self(), SCHED_IDLE, &none);
@@ -318,7 +164,7 @@ static void *spinner(void *unused) {
 enum { kCheck = -1 };
 static int job_pipe[2];
 
-static void *job_runner(void *unused) {
+static void* job_runner(void* unused) {
   (void)unused;
   long job;
   while (read(job_pipe[0], &job, sizeof job) == sizeof job) {
@@ -331,7 +177,7 @@ static void *job_runner(void *unused) {
   return NULL;
 }
 
-static void command(const char *line) {
+static void command(const char* line) {
   long job = kCheck;
   char rest;
   if (strcmp(line, "work") == 0) {
@@ -349,7 +195,7 @@ static void command(const char *line) {
   }
 }
 
-// ---- main: beats and the port --------------------------------------------------------------------
+// ---- main: beats and the port ----
 
 static struct beat queue[kQueue];
 static uint64_t queue_head, queue_tail;  // [head, tail) wait; indices modulo kQueue
@@ -386,8 +232,9 @@ static void fill_out(void) {
     unreported_drops = 0;
   }
   while (queue_head != queue_tail && out_bytes + 64 < sizeof out) {
-    const struct beat *beat = &queue[queue_head++ % kQueue];
-    out_bytes += (size_t)sprintf(out + out_bytes, "B %" PRIu64 " %" PRIu64 "\n", beat->number, beat->ns);
+    const struct beat* beat = &queue[queue_head++ % kQueue];
+    out_bytes +=
+        (size_t)sprintf(out + out_bytes, "B %" PRIu64 " %" PRIu64 "\n", beat->number, beat->ns);
   }
 }
 
@@ -447,10 +294,11 @@ static void run(int port, int timer) {
   }
 }
 
-// ---- start ---------------------------------------------------------------------------------------
+// ---- start ----
 
-static long parameter(const char *cmdline, const char *name, long otherwise, long least, long most) {
-  const char *found = strstr(cmdline, name);
+static long parameter(const char* cmdline, const char* name, long otherwise, long least,
+                      long most) {
+  const char* found = strstr(cmdline, name);
   if (found == NULL) return otherwise;
   long value = strtol(found + strlen(name), NULL, 10);
   return value < least ? least : value > most ? most : value;
@@ -461,17 +309,17 @@ static void read_config(void) {
   int fd = open("/proc/cmdline", O_RDONLY);
   if (fd < 0 || read(fd, cmdline, sizeof cmdline - 1) < 0) perror("agent: /proc/cmdline");
   if (fd >= 0) close(fd);
-  const char *workload = strstr(cmdline, "presync.workload=");
+  const char* workload = strstr(cmdline, "presync.workload=");
   if (workload != NULL) sscanf(workload, "presync.workload=%31[a-z]", config.workload);
   bool hammer = strcmp(config.workload, "hammer") == 0;
   config.beat_ms = parameter(cmdline, "presync.beat_ms=", 10, 1, 1000);
-  config.area_mb = parameter(cmdline, "presync.area_mb=", hammer ? 64 : 16, 1, 4096);
-  config.pages_s = parameter(cmdline, "presync.pages_s=", hammer ? 0 : 50, 0, 1000000);
-  config.record_ms = parameter(cmdline, "presync.record_ms=", 200, 10, 60000);
+  config.evidence.area_mb = parameter(cmdline, "presync.area_mb=", hammer ? 64 : 16, 1, 4096);
+  config.evidence.pages_s = parameter(cmdline, "presync.pages_s=", hammer ? 0 : 50, 0, 1000000);
+  config.evidence.record_ms = parameter(cmdline, "presync.record_ms=", 200, 10, 60000);
   config.spin = parameter(cmdline, "presync.spin=", 0, 0, 1);
 }
 
-static void start_thread(void *(*body)(void *)) {
+static void start_thread(void* (*body)(void*)) {
   pthread_t thread;
   if (pthread_create(&thread, NULL, body, NULL) != 0) {
     perror("agent: cannot start a thread");
@@ -479,38 +327,27 @@ static void start_thread(void *(*body)(void *)) {
   }
 }
 
-static void make_area(void) {
-  area_pages = (size_t)config.area_mb * 256;
-  area = mmap(NULL, area_pages * kPageSize, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  generations = calloc(area_pages, sizeof *generations);
-  if (area == MAP_FAILED || generations == NULL) {
-    fprintf(stderr, "agent: no memory for an area of %ld MiB\n", config.area_mb);
-    exit(1);
-  }
-  for (size_t i = 0; i < area_pages; i++) rewrite_page(i);
-}
-
 int main(void) {
   read_config();
   int port = open(PORT, O_RDWR | O_NONBLOCK | O_CLOEXEC);
-  record_fd = open(RECORD_FILE, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
   int timer = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
-  if (port < 0 || record_fd < 0 || timer < 0 || pipe2(wake_pipe, O_CLOEXEC | O_NONBLOCK) != 0 ||
+  if (port < 0 || timer < 0 || pipe2(wake_pipe, O_CLOEXEC | O_NONBLOCK) != 0 ||
       pipe2(job_pipe, O_CLOEXEC) != 0 || fcntl(job_pipe[1], F_SETFL, O_NONBLOCK) != 0) {
-    fprintf(stderr, "agent: cannot open %s, %s or a pipe: %s\n", PORT, RECORD_FILE, strerror(errno));
+    fprintf(stderr, "agent: cannot open %s or a pipe: %s\n", PORT, strerror(errno));
     return 1;
   }
-  make_area();
-  start_thread(rewriter);
-  start_thread(recorder);
+  if (!evidence_start(&config.evidence)) return 1;
   start_thread(job_runner);
   if (config.spin) start_thread(spinner);
   // After the threads were made: they must not inherit it.
   struct sched_param priority = {.sched_priority = 10};
   if (sched_setscheduler(0, SCHED_FIFO, &priority) != 0) perror("agent: SCHED_FIFO");
-  reply("H {\"workload\":\"%s\",\"beat_ms\":%ld,\"area_mb\":%ld,\"pages_s\":%ld,\"record_ms\":%ld}\n",
-        config.workload, config.beat_ms, config.area_mb, config.pages_s, config.record_ms);
-  struct timespec step = {.tv_sec = config.beat_ms / 1000, .tv_nsec = config.beat_ms % 1000 * 1000000};
+  reply(
+      "H {\"workload\":\"%s\",\"beat_ms\":%ld,\"area_mb\":%ld,\"pages_s\":%ld,\"record_ms\":%ld}\n",
+      config.workload, config.beat_ms, config.evidence.area_mb, config.evidence.pages_s,
+      config.evidence.record_ms);
+  struct timespec step = {.tv_sec = config.beat_ms / 1000,
+                          .tv_nsec = config.beat_ms % 1000 * 1000000};
   struct itimerspec period = {.it_interval = step, .it_value = step};
   if (timerfd_settime(timer, 0, &period, NULL) != 0) return 1;
   run(port, timer);

@@ -1,4 +1,5 @@
-// sink - takes what a player decodes at the speed of the device it stands for: a sound card, a screen.
+// sink - takes what a player decodes at the speed of the device it stands for: a sound card, a
+// screen.
 //
 //   player | sink PROGRESS_FILE BYTES_PER_SECOND BUFFER_BYTES
 //
@@ -20,13 +21,14 @@ static uint64_t now_ns(void) {
 }
 
 static void wait_until(uint64_t due_ns) {
-  struct timespec t = {.tv_sec = (time_t)(due_ns / 1000000000u), .tv_nsec = (long)(due_ns % 1000000000u)};
+  struct timespec t = {.tv_sec = (time_t)(due_ns / 1000000000u),
+                       .tv_nsec = (long)(due_ns % 1000000000u)};
   while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &t, NULL) != 0) {
   }
 }
 
 // Returns 0 at the end of the input.
-static int read_all(char *to, size_t bytes) {
+static int read_all(char* to, size_t bytes) {
   while (bytes > 0) {
     ssize_t got = read(STDIN_FILENO, to, bytes);
     if (got <= 0) return 0;
@@ -36,7 +38,7 @@ static int read_all(char *to, size_t bytes) {
   return 1;
 }
 
-int main(int argc, char **argv) {
+int main(int argc, char** argv) {
   double rate = argc == 4 ? atof(argv[2]) : 0;
   size_t chunk = argc == 4 ? (size_t)atol(argv[3]) / 8 : 0;
   if (rate <= 0 || chunk == 0) {
@@ -44,7 +46,7 @@ int main(int argc, char **argv) {
     return 2;
   }
   int progress = open(argv[1], O_WRONLY | O_CREAT | O_TRUNC, 0644);
-  char *ring = malloc(chunk * 8);
+  char* ring = malloc(chunk * 8);
   if (progress < 0 || ring == NULL) {
     perror("sink");
     return 1;

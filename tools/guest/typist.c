@@ -3,9 +3,10 @@
 //   typist PROGRESS_FILE vim DOCUMENT...
 //
 // Runs vim on a pseudo-terminal of 80x24, and for ever: types words (about 6 keys a second, with
-// pauses to think), moves about, searches, undoes, deletes lines so that the document keeps its size,
-// and saves every 10 s.  What vim draws is read and forgotten, as a terminal would.
-// PROGRESS_FILE holds the number of keys typed so far.  The random numbers are the same in each run.
+// pauses to think), moves about, searches, undoes, deletes lines so that the document keeps its
+// size, and saves every 10 s.  What vim draws is read and forgotten, as a terminal would.
+// PROGRESS_FILE holds the number of keys typed so far.  The random numbers are the same in each
+// run.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -19,9 +20,9 @@
 #include <unistd.h>
 
 enum {
-  kKeyMs = 170,        // a fair typist: 70 words a minute
-  kSaveMs = 10000,     // what the workload is asked for
-  kGrowLines = 40,     // lines typed before as many are deleted
+  kKeyMs = 170,     // a fair typist: 70 words a minute
+  kSaveMs = 10000,  // what the workload is asked for
+  kGrowLines = 40,  // lines typed before as many are deleted
 };
 
 static int terminal, progress;
@@ -59,23 +60,23 @@ static void type_key(char key) {
   wait_ms(kKeyMs / 2 + below(kKeyMs));
 }
 
-static void type_keys(const char *text) {
+static void type_keys(const char* text) {
   for (; *text != 0; text++) type_key(*text);
 }
 
 // Commands that a practised hand has in the fingers: faster, then a moment to look at the result.
-static void type_command(const char *text) {
+static void type_command(const char* text) {
   type_keys(text);
   wait_ms(300 + below(900));
 }
 
-static const char *const kWords[] = {
-    "memory", "the",  "guest",  "moves", "page",   "after", "it",    "was",   "written", "and",
+static const char* const kWords[] = {
+    "memory", "the",  "guest",  "moves", "page",    "after", "it",    "was",   "written", "and",
     "target", "host", "before", "a",     "network", "to",    "while", "still", "running", "of",
-    "copy",   "each", "stable", "often", "rarely", "which", "then",  "stops", "little",  "later"};
+    "copy",   "each", "stable", "often", "rarely",  "which", "then",  "stops", "little",  "later"};
 enum { kWordCount = sizeof kWords / sizeof *kWords };
 
-static const char *word(void) { return kWords[below(kWordCount)]; }
+static const char* word(void) { return kWords[below(kWordCount)]; }
 
 static void type_line(void) {
   for (unsigned n = 6 + below(8); n > 0; n--) {
@@ -98,7 +99,7 @@ static int type_paragraph(void) {
 }
 
 static void move_about(void) {
-  static const char *const moves[] = {"jjj", "kkkk", "wwww", "b", "\006", "\002", "G", "gg", "50%",
+  static const char* const moves[] = {"jjj", "kkkk", "wwww", "b", "\006", "\002", "G", "gg", "50%",
                                       "}",   "{",    "dw",   "~", "J",    "u",    "n", "zz", "0"};
   for (unsigned n = 2 + below(4); n > 0; n--) {
     type_command(moves[below(sizeof moves / sizeof *moves)]);
@@ -127,7 +128,7 @@ static void run(void) {
   }
 }
 
-int main(int argc, char **argv) {
+int main(int argc, char** argv) {
   if (argc < 3) {
     fprintf(stderr, "usage: typist PROGRESS_FILE PROGRAM ARGS...\n");
     return 2;

@@ -1,4 +1,4 @@
-"""Talks to the agent in the guest (tools/guest/agent.c has the protocol) and measures a move with it.
+"""Talks to the agent in the guest and measures a move with it (protocol: tools/guest/agent.c).
 
 The agent beats on a virtio-serial port.  A move is seen by reading the port's socket of *both*
 QEMUs: beats stop coming from the one and go on from the other, and the host's clock, read when each
@@ -37,7 +37,9 @@ class Move:
     lost: int  # numbers that never came
     doubled: int  # numbers that came more than once: two guests ran, or one ran twice
     backwards: int  # a beat with a lower number, or guest time, than one that came before it
-    gap_ms: float  # the longest time without a beat; includes one beat period
+    switch_ms: float | None  # last beat of one side to first of the next: the downtime as the
+    # guest has it, plus up to one beat period.  None: all beats came from one side
+    gap_ms: float  # the longest time without a beat, be it the switch or a stall on one side
     gap_from: str  # the sides before and after that gap
     gap_to: str
     first_on_target: float | None  # host time of the first beat from the side "target"
@@ -59,6 +61,8 @@ def judge(beats):
         lost=max(numbers) - min(numbers) + 1 - len(numbers),
         doubled=len(beats) - len(numbers),
         backwards=sum(b.number < a.number or b.guest_ns < a.guest_ns for a, b in pairs),
+        switch_ms=max(((b.host - a.host) * _MS for a, b in pairs if a.side != b.side),
+                      default=None),
         gap_ms=(after.host - before.host) * _MS,
         gap_from=before.side,
         gap_to=after.side,

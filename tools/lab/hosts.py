@@ -4,9 +4,10 @@
         server = hosts.popen("target", ["iperf3", "-s", "-1"])
         hosts.run("source", ["iperf3", "-c", hosts.address["target"]])
 
-Needs root (CAP_NET_ADMIN and CAP_SYS_ADMIN).  Everything is gone afterwards: the processes that were
-started with popen (killed by their ids), the namespaces, the link.  Children also die with this
-process, and namespaces that a killed process left are removed by the next one.
+Needs root (CAP_NET_ADMIN and CAP_SYS_ADMIN).  Everything is gone afterwards: the processes that
+were started with popen (killed by their ids), the namespaces, the link.  Children also die with
+this process, and namespaces that a killed process left are removed by the next one; a program that
+calls leave_on_sigterm() cleans up by itself then, too.
 """
 
 import contextlib
@@ -30,6 +31,13 @@ class LabError(Exception):
 def die_with_parent():
     """For preexec_fn: the kernel kills this child when the thread that started it ends."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def leave_on_sigterm():
+    """SIGTERM becomes an exception, as Ctrl-C does, so that context managers clean up."""
+    def leave(number, _):
+        raise SystemExit(128 + number)
+    signal.signal(signal.SIGTERM, leave)
 
 
 def stop(process, seconds=5):

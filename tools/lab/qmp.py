@@ -53,7 +53,10 @@ class Qmp:
         request = {"execute": command}
         if body:
             request["arguments"] = body
-        self._socket.sendall(json.dumps(request).encode() + b"\n")
+        try:
+            self._socket.sendall(json.dumps(request).encode() + b"\n")
+        except OSError as error:
+            raise QmpError(f"{command} on {self.path}: {error} (did QEMU end?)") from error
         deadline = time.monotonic() + seconds
         while True:
             message = self._receive(deadline, command)
@@ -127,10 +130,10 @@ def stock_migrate(source, target, uri, capabilities=None, parameters=None, secon
     """Migrates as stock QEMU does, from the monitor `source` to the monitor `target`.
 
     uri           where the target listens, "tcp:10.231.0.2:4444"
-    capabilities  {"postcopy-ram": True, "multifd": True, ...}, set on both sides.  With postcopy-ram
-                  the switch to it is ordered as soon as the first round is under way.
-    parameters    {"multifd-channels": 4, ...}, set on both sides.  max-bandwidth is set to 10 Gbyte/s
-                  unless given: QEMU's default (128 MiB/s) would be near a 1 Gbit/s link's rate.
+    capabilities  {"postcopy-ram": True, "multifd": True, ...}, set on both sides.  With
+                  postcopy-ram the switch to it is ordered as soon as the first round is under way.
+    parameters    {"multifd-channels": 4, ...}, set on both sides.  max-bandwidth is 10 Gbyte/s
+                  unless given: QEMU's default (128 MiB/s) is near a 1 Gbit/s link's rate.
 
     The target must have been started with `-incoming defer`; with `-S` it is told to go on when it
     has arrived.  Raises QmpError when QEMU says that it failed; the source runs on then.
@@ -143,16 +146,32 @@ def stock_migrate(source, target, uri, capabilities=None, parameters=None, secon
     target.execute("migrate-incoming", raw={"uri": uri})
     begin = time.monotonic()
     source.execute("migrate", raw={"uri": uri})
-    if (capabilities or {}).get("postcopy-ram"):
-        _wait_status(source, seconds, "active")
-        source.execute("migrate-start-postcopy")
-    wall_ms = (_wait_running(target, seconds) - begin) * 1000
-    _wait_status(source, seconds, "completed")
+    try:
+        if (capabilities or {}).get("postcopy-ram"):
+            _wait_status(source, seconds, "active")
+            source.execute("migrate-start-postcopy")
+        wall_ms = (_wait_running(target, seconds) - begin) * 1000
+        _wait_status(source, seconds, "completed")
+    except QmpError as error:
+        _explain(source, error, time.monotonic() - begin)
     info = source.execute("query-migrate")
     return StockResult(wall_ms=wall_ms, total_ms=info["total-time"], downtime_ms=info["downtime"],
                        ram_bytes=info["ram"]["transferred"],
                        pages_a_second=info["ram"]["dirty-pages-rate"],
                        rounds=info["ram"]["dirty-sync-count"])
+
+
+def _explain(source, error, seconds):
+    """Raises QmpError with what the source says; cancels a migration that is still under way."""
+    info = source.execute("query-migrate")
+    if info.get("status") != "active":
+        raise QmpError(f"migration is '{info.get('status')}': "
+                       f"{info.get('error-desc', error)}") from error
+    source.execute("migrate_cancel")
+    ram = info["ram"]
+    raise QmpError(f"migration was not over after {seconds:.0f} s and was cancelled: round "
+                   f"{ram['dirty-sync-count']}, {ram['remaining'] / 1e6:.0f} MB left "
+                   "(does the guest write faster than the link carries?)") from error
 
 
 def _wait_status(source, seconds, wanted):
@@ -179,4 +198,5 @@ def _wait_running(target, seconds):
             target.execute("cont")
             return time.monotonic()
         # Events, not a clock, wake us: RESUME, STOP or a step of the migration.
-        target.wait_event("MIGRATION", "RESUME", "STOP", seconds=max(0, deadline - time.monotonic()))
+        left = max(0, deadline - time.monotonic())
+        target.wait_event("MIGRATION", "RESUME", "STOP", seconds=left)

@@ -15,7 +15,7 @@ import unittest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from lab import guest, hosts, qmp  # noqa: E402  (after the path is set)
-from lab.agent import Beat, judge  # noqa: E402
+from lab.agent import Beat, BeatReader, judge  # noqa: E402
 
 
 class JudgeTest(unittest.TestCase):
@@ -29,12 +29,28 @@ class JudgeTest(unittest.TestCase):
         move = judge(self.beats((1, 10), (2, 20), (3, 70), (4, 80)))
         self.assertTrue(move.clean())
         self.assertAlmostEqual(move.gap_ms, 50)
+        self.assertAlmostEqual(move.switch_ms, 50)
         self.assertEqual((move.gap_from, move.gap_to), ("source", "target"))
 
     def test_lost_and_doubled(self):
         move = judge(self.beats((1, 10), (2, 20), (2, 30), (5, 40)))
         self.assertEqual((move.lost, move.doubled, move.backwards), (2, 1, 0))
         self.assertEqual(judge(self.beats((2, 10), (1, 20))).backwards, 1)
+
+    def test_stall_is_not_the_switch(self):
+        move = judge(self.beats((1, 10), (2, 110), (3, 140)))
+        self.assertAlmostEqual(move.gap_ms, 100)
+        self.assertAlmostEqual(move.switch_ms, 30)
+
+    def test_line_cut_by_the_move(self):
+        reader = BeatReader()
+        self.addCleanup(reader.close)
+        reader._rest.update(source=b"", target=b"")
+        reader._take("source", b"B 1 10\nB 2 2", 0.1)
+        reader._take("target", b"0\nB 3 30\n", 0.2)
+        self.assertEqual([(b.number, b.guest_ns) for b in reader.beats()],
+                         [(1, 10), (2, 20), (3, 30)])
+        self.assertEqual(reader.problems(), [])
 
 
 class HostsTest(unittest.TestCase):
@@ -99,7 +115,8 @@ class MoveTest(unittest.TestCase):
         move = reader.result()
         wire = two.bytes_sent("source") - sent
         print(f"stock pre-copy: {stock.wall_ms:.0f} ms (QEMU says {stock.total_ms}), downtime "
-              f"{stock.downtime_ms} ms by QEMU, longest gap between beats {move.gap_ms:.0f} ms, "
+              f"{stock.downtime_ms} ms by QEMU, {move.switch_ms:.0f} ms by the beats (longest gap "
+              f"{move.gap_ms:.0f} ms, {move.gap_from} to {move.gap_to}), "
               f"{stock.ram_bytes / 1e6:.0f} MB of RAM in {stock.rounds} rounds, "
               f"{wire / 1e6:.0f} MB on the wire")
         self.assertTrue(move.clean(), move)
@@ -113,4 +130,5 @@ class MoveTest(unittest.TestCase):
 
 
 if __name__ == "__main__":
+    hosts.leave_on_sigterm()
     unittest.main()
