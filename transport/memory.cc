@@ -250,6 +250,22 @@ absl::StatusOr<std::vector<PageRun>> Region::Holes(PageRun run) const {
   return holes;
 }
 
+absl::StatusOr<std::vector<PageRun>> Region::RecheckHoles(PageRun run) const {
+  std::vector<PageRun> holes;
+  const uint64_t end = uint64_t{run.first} * kPageBytes + PagesToBytes(run.count);
+  uint64_t offset = uint64_t{run.first} * kPageBytes;
+  while (offset < end) {
+    auto data = Seek(*this, offset, end, SEEK_DATA);
+    if (!data.ok()) return data.status();
+    if (*data > offset) {
+      holes.push_back({static_cast<PageIndex>(offset / kPageBytes),
+                       static_cast<PageCount>((*data - offset) / kPageBytes)});
+    }
+    offset = *data + kPageBytes;
+  }
+  return holes;
+}
+
 absl::StatusOr<GuestMemory> GuestMemory::Create(std::vector<Region> regions) {
   if (regions.empty()) return absl::InvalidArgumentError("guest memory: no region");
   GuestMemory memory;
@@ -294,11 +310,20 @@ std::vector<PageRun> GuestMemory::SplitAtRegions(PageRun run) const {
 }
 
 absl::StatusOr<std::vector<PageRun>> GuestMemory::Holes(PageRun run) const {
+  return CollectHoles(run, &Region::Holes);
+}
+
+absl::StatusOr<std::vector<PageRun>> GuestMemory::RecheckHoles(PageRun run) const {
+  return CollectHoles(run, &Region::RecheckHoles);
+}
+
+absl::StatusOr<std::vector<PageRun>> GuestMemory::CollectHoles(
+    PageRun run, absl::StatusOr<std::vector<PageRun>> (Region::*ask)(PageRun) const) const {
   std::vector<PageRun> holes;
   for (const PageRun part : SplitAtRegions(run)) {
     const size_t region = RegionOf(part.first);
     const PageIndex base = first_pages_[region];
-    auto found = regions_[region].Holes({part.first - base, part.count});
+    auto found = (regions_[region].*ask)({part.first - base, part.count});
     if (!found.ok()) return found.status();
     for (const PageRun hole : *found) holes.push_back({base + hole.first, hole.count});
   }

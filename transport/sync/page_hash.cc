@@ -7,6 +7,7 @@
 #include <memory>
 #include <thread>
 
+#include "predictor/bitmap.h"
 #include "predictor/check.h"
 
 namespace presync {
@@ -18,11 +19,23 @@ struct HashStateDeleter {
   void operator()(XXH3_state_t* state) const { XXH3_freeState(state); }
 };
 
-// Hashes one range into `out`.
-absl::Status HashRange(const GuestMemory& memory, PageRun range, XXH3_state_t* state, char* out) {
+void StoreHash(const XXH3_state_t* state, char* out) {
+  XXH128_canonical_t canonical;
+  XXH128_canonicalFromHash(&canonical, XXH3_128bits_digest(state));
+  std::memcpy(out, canonical.digest, kHashBytes);
+}
+
+// The hash of `pages` zero pages.
+void HashZeros(PageCount pages, XXH3_state_t* state, char* out) {
   XXH3_128bits_reset(state);
-  absl::StatusOr<std::vector<PageRun>> holes = memory.Holes(range);
-  if (!holes.ok()) return holes.status();
+  for (PageCount i = 0; i < pages; ++i) XXH3_128bits_update(state, kZeroPage, kPageBytes);
+  StoreHash(state, out);
+}
+
+// Hashes one range into `out`. `holes` has those within it.
+void HashRange(const GuestMemory& memory, PageRun range, absl::Span<const PageRun> holes,
+               XXH3_state_t* state, char* out) {
+  XXH3_128bits_reset(state);
   const auto add_bytes = [&](PageRun run) {
     for (const PageRun& piece : memory.SplitAtRegions(run)) {
       const absl::Span<const std::byte> bytes = memory.Bytes(piece);
@@ -30,16 +43,13 @@ absl::Status HashRange(const GuestMemory& memory, PageRun range, XXH3_state_t* s
     }
   };
   PageIndex next = range.first;
-  for (const PageRun& hole : *holes) {
+  for (const PageRun& hole : holes) {
     if (hole.first > next) add_bytes({next, hole.first - next});
     for (PageCount i = 0; i < hole.count; ++i) XXH3_128bits_update(state, kZeroPage, kPageBytes);
     next = hole.end();
   }
   if (range.end() > next) add_bytes({next, range.end() - next});
-  XXH128_canonical_t canonical;
-  XXH128_canonicalFromHash(&canonical, XXH3_128bits_digest(state));
-  std::memcpy(out, canonical.digest, kHashBytes);
-  return absl::OkStatus();
+  StoreHash(state, out);
 }
 
 PageRun RangeAt(PageRun run, PageCount pages_per_hash, size_t index) {
@@ -59,21 +69,30 @@ absl::StatusOr<std::string> HashPages(const GuestMemory& memory, PageRun run,
   std::string hashes(ranges * kHashBytes, '\0');
   const size_t workers = std::clamp<size_t>(std::thread::hardware_concurrency(), 1,
                                             std::min<size_t>(4, ranges));
-  std::vector<absl::Status> results(workers);
+  absl::StatusOr<std::vector<PageRun>> holes = memory.Holes(run);
+  if (!holes.ok()) return holes.status();
+  PageBitmap hole_pages(memory.pages());
+  for (const PageRun& hole : *holes) hole_pages.Set(hole);
   std::vector<std::thread> threads;
   for (size_t w = 0; w < workers; ++w) {
     threads.emplace_back([&, w] {
       const std::unique_ptr<XXH3_state_t, HashStateDeleter> state(XXH3_createState());
-      for (size_t i = w; i < ranges && results[w].ok(); i += workers) {
-        results[w] = HashRange(memory, RangeAt(run, pages_per_hash, i), state.get(),
-                               &hashes[i * kHashBytes]);
+      std::vector<PageRun> within;
+      char zeros[kHashBytes];  // of a whole range: much of a guest's memory was never touched
+      HashZeros(pages_per_hash, state.get(), zeros);
+      for (size_t i = w; i < ranges; i += workers) {
+        const PageRun range = RangeAt(run, pages_per_hash, i);
+        within.clear();
+        hole_pages.AppendRunsWithin(range, &within);
+        if (CountPages(within) == pages_per_hash) {
+          std::memcpy(&hashes[i * kHashBytes], zeros, kHashBytes);
+          continue;
+        }
+        HashRange(memory, range, within, state.get(), &hashes[i * kHashBytes]);
       }
     });
   }
   for (std::thread& thread : threads) thread.join();
-  for (const absl::Status& result : results) {
-    if (!result.ok()) return result;
-  }
   return hashes;
 }
 

@@ -11,6 +11,7 @@
 #include <thread>
 
 #include "absl/base/thread_annotations.h"
+#include "absl/functional/function_ref.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "transport/sync/conversation.h"
@@ -188,8 +189,11 @@ class Handover {
   absl::Status Drain();
   absl::Status Verify();
   absl::Status CountDiffering(const std::vector<PageRun>& ranges);
-  absl::StatusOr<std::string> AskHashes(PageRun run, PageCount pages_per_hash);
-  absl::StatusOr<std::vector<PageRun>> CompareHashes(PageRun run, PageCount pages_per_hash);
+  absl::StatusOr<std::string> TakeHashes(PageRun run, PageCount pages_per_hash);
+  absl::StatusOr<std::vector<PageRun>> CompareHashes(PageRun run, PageCount pages_per_hash,
+                                                     absl::FunctionRef<absl::Status()> meanwhile);
+  absl::Status OrderLoad();
+  absl::Status AwaitLoaded();
   absl::Status LoadOnTarget();
   HandoverEnd AfterGivingUp();
   HandoverEnd CallOff(absl::Status why);
@@ -211,6 +215,7 @@ class Handover {
   const absl::Time start_;
   absl::Time stopped_at_;
   absl::Time deadline_;
+  bool loaded_ = false;
   HandoverReport report_;
 };
 
@@ -252,10 +257,9 @@ absl::Status Handover::BeforeGivingUp() {
   if (absl::Status s = sync_->Scan(); !s.ok()) return s;
   if (absl::Status s = sync_->Flush(deadline_); !s.ok()) return s;
   Mark("last scan");
-  if (options_.verify) {
-    if (absl::Status s = Verify(); !s.ok()) return s;
-  }
-  return LoadOnTarget();
+  if (!options_.verify) return LoadOnTarget();
+  // The target hashes its memory while it loads the device state.
+  return Verify();
 }
 
 // Sends what is stale, again and again, while the guest runs. The guest is told to stop when little enough is
@@ -269,6 +273,7 @@ absl::Status Handover::Rounds(GuestSwitchover* guest) {
   const auto little = [&] { return PagesToBytes(sync_->unsent()) <= free_bytes; };
   PageCount before = UINT32_MAX;
   bool ready = false;
+  bool gone = false;
   while (!guest->stopped()) {
     if (absl::Now() >= deadline_) {
       return absl::DeadlineExceededError("the memory could not be sent in time");
@@ -284,7 +289,11 @@ absl::Status Handover::Rounds(GuestSwitchover* guest) {
         Mark("target ready");
       }
       const PageCount unsent = sync_->unsent();
-      if (little() || unsent >= before - before / 4) guest->Go();
+      if (little() || unsent >= before - before / 4) {
+        if (!gone) Mark("told to stop");
+        gone = true;
+        guest->Go();
+      }
       before = unsent;
     }
     const absl::Duration step = ready ? kRoundStep : kBusyStep;
@@ -304,50 +313,71 @@ absl::Status Handover::Drain() {
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::string> Handover::AskHashes(PageRun run, PageCount pages_per_hash) {
-  absl::StatusOr<Body> reply = Expect(channel_, Body::kHashReply, deadline_);
-  if (!reply.ok()) return reply.status();
-  const size_t ranges = (size_t{run.count} + pages_per_hash - 1) / pages_per_hash;
-  if (reply->hash_reply().first_page() != run.first ||
-      reply->hash_reply().hashes().size() != ranges * kHashBytes) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(channel_->peer(), " answered with other hashes than it was asked for"));
+// The target answers requests in their order, but Loaded may come between.
+absl::StatusOr<std::string> Handover::TakeHashes(PageRun run, PageCount pages_per_hash) {
+  while (true) {
+    absl::StatusOr<Body> reply = channel_->Receive(deadline_);
+    if (!reply.ok()) return reply.status();
+    switch (reply->body_case()) {
+      case Body::kPong:
+        continue;
+      case Body::kRefused:
+        return RefusedStatus(reply->refused(), channel_->peer());
+      case Body::kLoaded:
+        loaded_ = true;
+        Mark("loaded on target");
+        continue;
+      default:
+        break;
+    }
+    const size_t ranges = (size_t{run.count} + pages_per_hash - 1) / pages_per_hash;
+    if (reply->hash_reply().first_page() != run.first ||
+        reply->hash_reply().hashes().size() != ranges * kHashBytes) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(channel_->peer(), " answered with other hashes than it was asked for"));
+    }
+    return reply->hash_reply().hashes();
   }
-  return reply->hash_reply().hashes();
 }
 
-// Both sides hash at the same time.
-absl::StatusOr<std::vector<PageRun>> Handover::CompareHashes(PageRun run,
-                                                             PageCount pages_per_hash) {
+// Both sides hash at the same time. `meanwhile` runs once the target was asked.
+absl::StatusOr<std::vector<PageRun>> Handover::CompareHashes(
+    PageRun run, PageCount pages_per_hash, absl::FunctionRef<absl::Status()> meanwhile) {
   Body request;
   request.mutable_hash_request()->set_first_page(run.first);
   request.mutable_hash_request()->set_pages(run.count);
   request.mutable_hash_request()->set_pages_per_hash(pages_per_hash);
   if (absl::Status s = SendBody(request); !s.ok()) return s;
+  if (absl::Status s = meanwhile(); !s.ok()) return s;
   const absl::StatusOr<std::string> mine = HashPages(memory_, run, pages_per_hash);
   if (!mine.ok()) return mine.status();
-  const absl::StatusOr<std::string> theirs = AskHashes(run, pages_per_hash);
+  const absl::StatusOr<std::string> theirs = TakeHashes(run, pages_per_hash);
   if (!theirs.ok()) return theirs.status();
   return DifferingRanges(run, pages_per_hash, *mine, *theirs);
 }
 
+// Compares all memory; has the target load the device state while it hashes the last part.
 absl::Status Handover::Verify() {
   std::vector<PageRun> differing;
   for (PageIndex first = 0; first < memory_.pages(); first += kPagesPerHashRequest) {
     const PageRun run = {first, std::min(kPagesPerHashRequest, memory_.pages() - first)};
-    absl::StatusOr<std::vector<PageRun>> ranges = CompareHashes(run, kPagesPerHash);
+    const bool last = run.end() == memory_.pages();
+    absl::StatusOr<std::vector<PageRun>> ranges =
+        CompareHashes(run, kPagesPerHash, [&] { return last ? OrderLoad() : absl::OkStatus(); });
     if (!ranges.ok()) return ranges.status();
     differing.insert(differing.end(), ranges->begin(), ranges->end());
     report_.pages_compared += run.count;
   }
-  Mark("verified");
+  Mark("compared");
+  if (absl::Status s = AwaitLoaded(); !s.ok()) return s;
   return differing.empty() ? absl::OkStatus() : CountDiffering(differing);
 }
 
 absl::Status Handover::CountDiffering(const std::vector<PageRun>& ranges) {
   std::string first_pages;
   for (const PageRun& range : ranges) {
-    absl::StatusOr<std::vector<PageRun>> pages = CompareHashes(range, /*pages_per_hash=*/1);
+    absl::StatusOr<std::vector<PageRun>> pages =
+        CompareHashes(range, /*pages_per_hash=*/1, [] { return absl::OkStatus(); });
     if (!pages.ok()) return pages.status();
     for (const PageRun& page : *pages) {
       if (++report_.pages_differing <= 8) absl::StrAppend(&first_pages, " ", page.first);
@@ -359,14 +389,24 @@ absl::Status Handover::CountDiffering(const std::vector<PageRun>& ranges) {
       "the guest stays here. Keep the logs of both presyncd and report it"));
 }
 
-absl::Status Handover::LoadOnTarget() {
+absl::Status Handover::OrderLoad() {
   Body load;
   load.mutable_load()->set_state_bytes(report_.state_bytes);
-  if (absl::Status s = SendBody(load); !s.ok()) return s;
+  return SendBody(load);
+}
+
+absl::Status Handover::AwaitLoaded() {
+  if (loaded_) return absl::OkStatus();
   absl::StatusOr<Body> loaded = Expect(channel_, Body::kLoaded, deadline_);
   if (!loaded.ok()) return loaded.status();
+  loaded_ = true;
   Mark("loaded on target");
   return absl::OkStatus();
+}
+
+absl::Status Handover::LoadOnTarget() {
+  if (absl::Status s = OrderLoad(); !s.ok()) return s;
+  return AwaitLoaded();
 }
 
 HandoverEnd Handover::AfterGivingUp() {

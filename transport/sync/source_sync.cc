@@ -48,7 +48,8 @@ SourceSync::SourceSync(const GuestMemory* memory, DirtyLog* log, SourceSyncOptio
       policy_(std::move(policy)),
       pacer_({.max_bytes_per_s = options_.max_bytes_per_s, .interval = options_.scan_interval},
              options_.now()),
-      ledger_(memory->pages(), /*target_is_zero=*/false) {}
+      ledger_(memory->pages(), /*target_is_zero=*/false),
+      maybe_holes_(memory->pages(), true) {}
 
 void SourceSync::AttachLink(SourceLink* link, TargetContent content) {
   PRESYNC_CHECK(link_ == nullptr);
@@ -148,7 +149,11 @@ absl::Status SourceSync::FindDiscarded() {
   absl::StatusOr<std::vector<PageRun>> holes = memory_->Holes(all);
   if (!holes.ok()) return holes.status();
   std::vector<PageRun> differ;
-  for (const PageRun& hole : *holes) ledger_.AppendTargetNonzero(hole, &differ);
+  maybe_holes_.ClearAll();
+  for (const PageRun& hole : *holes) {
+    maybe_holes_.Set(hole);
+    ledger_.AppendTargetNonzero(hole, &differ);
+  }
   ledger_.MarkStale(differ);
   return absl::OkStatus();
 }
@@ -186,13 +191,17 @@ absl::Status SourceSync::Send(PageCount pages) {
 // Turns one armed run into writes: holes and zero pages without payload (or without any write where the
 // target is zero already), the rest in pieces. Reading a hole would allocate it, so holes come first.
 absl::Status SourceSync::Prepare(PageRun run) {
-  absl::StatusOr<std::vector<PageRun>> holes = memory_->Holes(run);
-  if (!holes.ok()) return holes.status();
+  maybe_.clear();
+  maybe_holes_.AppendRunsWithin(run, &maybe_);
   PageIndex next = run.first;
-  for (const PageRun& hole : *holes) {
-    if (hole.first > next) QueueNonHole({next, hole.first - next});
-    QueueZero(hole);
-    next = hole.end();
+  for (const PageRun& maybe : maybe_) {
+    absl::StatusOr<std::vector<PageRun>> holes = memory_->RecheckHoles(maybe);
+    if (!holes.ok()) return holes.status();
+    for (const PageRun& hole : *holes) {
+      if (hole.first > next) QueueNonHole({next, hole.first - next});
+      QueueZero(hole);
+      next = hole.end();
+    }
   }
   if (run.end() > next) QueueNonHole({next, run.end() - next});
   return absl::OkStatus();

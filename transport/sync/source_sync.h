@@ -122,6 +122,9 @@ class SourceSync {
   PageLedger ledger_;
   SourceLink* link_ = nullptr;
 
+  // Pages that may be holes: those that were at the last look. A page outside it that has become one since
+  // is only sent as zeros, at the price of a page that it takes up again.
+  PageBitmap maybe_holes_;
   std::deque<PageWrite> pending_;  // armed, in flight for the ledger, not yet taken by the link
   absl::Time next_scan_ = absl::InfinitePast();
   absl::Time next_hole_walk_ = absl::InfinitePast();
@@ -151,7 +154,7 @@ class SourceSync {
   double dirty_pages_per_s_ = 0;
 
   // Reused buffers.
-  std::vector<PageRun> written_, to_arm_, chosen_;
+  std::vector<PageRun> written_, to_arm_, chosen_, maybe_;
   LinkEvents events_;
 };
 

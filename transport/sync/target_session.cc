@@ -10,6 +10,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -102,6 +103,7 @@ class Conversation {
   absl::Status BeginHandover();
   absl::Status TakeState(const wire::StateChunk& chunk);
   absl::Status AnswerHashes(const wire::HashRequest& request);
+  void FinishHashing();
   absl::Status Load(const wire::Load& load);
   absl::Status RunGuest();
   void AbortHandover();
@@ -122,6 +124,7 @@ class Conversation {
   UniqueFd state_stream_;
   std::string staged_;
   uint64_t state_bytes_ = 0;
+  std::thread hasher_;
   bool loading_ = false;  // bytes saved after the stop were given to the guest: it may have written its RAM
   bool loaded_ = false;
   bool forget_ = false;
@@ -319,14 +322,25 @@ absl::Status Conversation::AnswerHashes(const wire::HashRequest& request) {
   if (request.pages() / per_hash * kHashBytes > kMaxHashReplyBytes) {
     return absl::InvalidArgumentError("too many hashes were asked for at once");
   }
-  absl::StatusOr<std::string> hashes =
-      HashPages(slot_->place->memory(), {request.first_page(), request.pages()},
-                request.pages_per_hash());
-  if (!hashes.ok()) return hashes.status();
-  Body reply;
-  reply.mutable_hash_reply()->set_first_page(request.first_page());
-  *reply.mutable_hash_reply()->mutable_hashes() = *std::move(hashes);
-  return Send(reply);
+  // In a thread of its own, so that the device state can be loaded meanwhile; one at a time.
+  FinishHashing();
+  const PageRun run = {request.first_page(), request.pages()};
+  hasher_ = std::thread([this, run, pages_per_hash = request.pages_per_hash()] {
+    absl::StatusOr<std::string> hashes = HashPages(slot_->place->memory(), run, pages_per_hash);
+    Body reply;
+    if (hashes.ok()) {
+      reply.mutable_hash_reply()->set_first_page(run.first);
+      *reply.mutable_hash_reply()->mutable_hashes() = *std::move(hashes);
+    } else {
+      reply = MakeRefused(hashes.status());
+    }
+    Send(reply).IgnoreError();  // the receiving side notices a connection that is gone
+  });
+  return absl::OkStatus();
+}
+
+void Conversation::FinishHashing() {
+  if (hasher_.joinable()) hasher_.join();
 }
 
 absl::Status Conversation::Load(const wire::Load& load) {
@@ -350,6 +364,7 @@ absl::Status Conversation::Load(const wire::Load& load) {
 // The source has given the guest up. From the record on it is this host's.
 absl::Status Conversation::RunGuest() {
   if (!loaded_) return absl::InvalidArgumentError("the order to run came before everything was loaded");
+  FinishHashing();
   if (absl::Status s = record_->Append(HandoverPhase::kToldToRun); !s.ok()) return s;
   const absl::Time deadline = absl::Now() + kGuestTimeout;
   absl::Status run = guest_->Run(deadline);
@@ -403,6 +418,7 @@ void Conversation::End(const absl::Status& why) {
     service_->Log(true, absl::StrCat(slot_->guest, ": ", why.message()));
     Send(MakeRefused(why)).IgnoreError();
   }
+  FinishHashing();
   link_.reset();
   // Whatever ended the conversation, an order to run can't come any more: the guest never runs here.
   if (!over_ && guest_ != nullptr) AbortHandover();
