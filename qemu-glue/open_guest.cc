@@ -100,8 +100,8 @@ absl::StatusOr<OpenedGuest> OpenGuest(const OpenGuestOptions& options, absl::Tim
       ProbeDirtyLog({.glue_socket = glue_path, .regions = *std::move(files), .mode = *mode});
   if (!probed.ok()) return probed.status();
   for (const RefusedLog& refused : probed->refused) {
-    findings->notes.push_back(
-        absl::StrCat("dirty log ", std::string(refused.name), " not used: ", refused.why.message()));
+    findings->notes.push_back(absl::StrCat("dirty log ", std::string(refused.name),
+                                           " not used: ", refused.why.message()));
   }
   absl::StatusOr<std::unique_ptr<QemuSourceGuest>> guest =
       QemuSourceGuest::Create(*std::move(qmp), deadline);

@@ -16,7 +16,8 @@ namespace presync {
 
 struct OpenGuestOptions {
   std::string qmp_path;
-  std::string glue_path;  // the plug-in's socket; empty: found in QEMU's command line or environment
+  std::string
+      glue_path;  // the plug-in's socket; empty: found in QEMU's command line or environment
   std::string dirty_log = "auto";  // or "uffd-async", "uffd-handler"
 };
 
@@ -28,12 +29,13 @@ struct OpenedGuest {
   std::vector<std::string> notes;  // worth telling the operator
 };
 
-// Opens a guest as a source. The guest runs on untouched, whatever comes out. FAILED_PRECONDITION: it
-// can't be mirrored; the text has every reason with its remedy. Else the errors of QmpClient.
+// Opens a guest as a source. The guest runs on untouched, whatever comes out. FAILED_PRECONDITION:
+// it can't be mirrored; the text has every reason with its remedy. Else the errors of QmpClient.
 absl::StatusOr<OpenedGuest> OpenGuest(const OpenGuestOptions& options, absl::Time deadline);
 
 // Where the plug-in of process `pid` listens, from `-plugin ...,socket=PATH` in `arguments` or from
 // PRESYNC_GLUE_SOCKET in the environment of `pid`; empty if neither is there.
-std::string FindGlueSocket(const std::vector<std::string>& arguments, const std::string& environment);
+std::string FindGlueSocket(const std::vector<std::string>& arguments,
+                           const std::string& environment);
 
 }  // namespace presync

@@ -79,7 +79,7 @@ class QemuSourceGuest final : public SourceGuest {
   PeerProcess process_;
   bool was_running_ = true;
   std::optional<MigrationSettings> settings_;  // set from PrepareSave until Resume
-  bool prepared_ = false;                       // and BeginSave did not follow yet
+  bool prepared_ = false;                      // and BeginSave did not follow yet
   std::vector<GuestStep> steps_;
 };
 

@@ -36,8 +36,11 @@ struct Paths {
 Paths MakePaths(const QemuTargetHostOptions& options, const std::string& guest,
                 const std::vector<RegionRequest>& regions) {
   const std::string base = absl::StrCat(options.run_folder, "/", guest);
-  Paths paths = {.qmp = base + ".qmp", .glue = base + ".glue", .log = base + ".log",
-                 .note = base + ".guest", .ram = {}};
+  Paths paths = {.qmp = base + ".qmp",
+                 .glue = base + ".glue",
+                 .log = base + ".log",
+                 .note = base + ".guest",
+                 .ram = {}};
   for (const RegionRequest& region : regions) {
     paths.ram.push_back(absl::StrCat(options.ram_folder, "/", guest, ".", region.name, ".ram"));
   }
@@ -62,9 +65,9 @@ absl::Status FirstProblems(const Findings& findings) {
 }
 
 // Connects to a waiting QEMU and makes sure that it fits what the source described.
-absl::StatusOr<std::unique_ptr<QemuTargetGuest>> AttachTo(
-    std::unique_ptr<QmpClient> qmp, const std::vector<RegionRequest>& regions, GuestInfo* info,
-    absl::Time deadline) {
+absl::StatusOr<std::unique_ptr<QemuTargetGuest>> AttachTo(std::unique_ptr<QmpClient> qmp,
+                                                          const std::vector<RegionRequest>& regions,
+                                                          GuestInfo* info, absl::Time deadline) {
   absl::StatusOr<GuestInfo> described = DescribeGuest(*qmp, deadline);
   if (!described.ok()) return described.status();
   absl::StatusOr<Findings> findings = CheckTarget(*qmp, *described, ToBackends(regions), deadline);
@@ -94,9 +97,10 @@ class AttachedPlace final : public TargetPlace {
 
   absl::StatusOr<TargetGuest*> Waiting(absl::Time) override {
     if (guest_ == nullptr) {
-      return absl::FailedPreconditionError(absl::StrCat(
-          "the QEMU at ", qmp_path_, " was ended when an earlier handover was called off; start "
-          "another there, with -incoming defer -S, and begin anew"));
+      return absl::FailedPreconditionError(
+          absl::StrCat("the QEMU at ", qmp_path_,
+                       " was ended when an earlier handover was called off; start "
+                       "another there, with -incoming defer -S, and begin anew"));
     }
     return guest_.get();
   }
@@ -190,7 +194,8 @@ class StartedPlace final : public TargetPlace {
     const absl::Status killed = process_->Kill(absl::Now() + kQmpTimeout);
     if (!killed.ok()) return killed;
     process_.reset();
-    // The note speaks of a process that is gone, and would have the memory files taken for leftovers.
+    // The note speaks of a process that is gone, and would have the memory files taken for
+    // leftovers.
     return RemoveFile(paths_.note);
   }
 
@@ -208,14 +213,14 @@ class StartedPlace final : public TargetPlace {
     Json files = Json::array({paths_.qmp, paths_.glue});
     for (const std::string& path : paths_.ram) files.push_back(path);
     const Json note = {{"pid", process_->pid()},
-                                 {"start_ticks", process_->start_ticks()},
-                                 {"qmp", paths_.qmp},
-                                 {"files", std::move(files)}};
+                       {"start_ticks", process_->start_ticks()},
+                       {"qmp", paths_.qmp},
+                       {"files", std::move(files)}};
     std::ofstream(paths_.note) << note.dump() << "\n";
   }
 
-  // The QEMU must have mapped the very files that are mirrored into: not just the same path, for a file
-  // that is missing there QEMU makes anew.
+  // The QEMU must have mapped the very files that are mirrored into: not just the same path, for a
+  // file that is missing there QEMU makes anew.
   absl::Status CheckFiles(const GuestInfo& info) const {
     for (const Region& region : memory_.regions()) {
       const auto it = std::find_if(info.backends.begin(), info.backends.end(),
@@ -224,9 +229,11 @@ class StartedPlace final : public TargetPlace {
       if (it == info.backends.end() || ::fstat(region.fd(), &ours) != 0 ||
           ::stat(it->path.c_str(), &theirs) != 0 || ours.st_dev != theirs.st_dev ||
           ours.st_ino != theirs.st_ino) {
-        return absl::FailedPreconditionError(absl::StrCat(
-            "its memory backend ", region.name(), " is not the file that is mirrored into; it must "
-            "have mem-path={ram.", region.name(), "} in the command"));
+        return absl::FailedPreconditionError(
+            absl::StrCat("its memory backend ", region.name(),
+                         " is not the file that is mirrored into; it must "
+                         "have mem-path={ram.",
+                         region.name(), "} in the command"));
       }
     }
     return absl::OkStatus();
@@ -244,8 +251,7 @@ class StartedPlace final : public TargetPlace {
 };
 
 absl::StatusOr<std::vector<std::string>> FillTemplate(const std::vector<std::string>& command,
-                                                      const std::string& guest,
-                                                      const Paths& paths,
+                                                      const std::string& guest, const Paths& paths,
                                                       const std::vector<RegionRequest>& regions) {
   std::vector<std::pair<std::string, std::string>> values = {
       {"{qmp}", paths.qmp}, {"{glue}", paths.glue}, {"{name}", guest}};
@@ -256,9 +262,10 @@ absl::StatusOr<std::vector<std::string>> FillTemplate(const std::vector<std::str
   for (const std::string& argument : command) {
     filled.push_back(absl::StrReplaceAll(argument, values));
     if (absl::StrContains(filled.back(), "{ram.")) {
-      return absl::FailedPreconditionError(
-          absl::StrCat("this host's command for ", guest, " has a memory backend that the source "
-                       "does not have: ", argument));
+      return absl::FailedPreconditionError(absl::StrCat("this host's command for ", guest,
+                                                        " has a memory backend that the source "
+                                                        "does not have: ",
+                                                        argument));
     }
   }
   const auto has = [&](absl::string_view option) {
@@ -365,8 +372,8 @@ bool IsAlive(const Note& note) {
          fields[kStartTime] == absl::StrCat(note.start_ticks);
 }
 
-// The QEMU that an earlier presyncd started and that answers at `qmp_path`: the very process of the note,
-// never another one that was given its socket since. NOT_FOUND: it has ended.
+// The QEMU that an earlier presyncd started and that answers at `qmp_path`: the very process of the
+// note, never another one that was given its socket since. NOT_FOUND: it has ended.
 absl::StatusOr<std::unique_ptr<QemuSourceGuest>> OpenOrphan(const std::string& folder,
                                                             const std::string& qmp_path,
                                                             absl::Time deadline) {
@@ -406,9 +413,9 @@ absl::StatusOr<std::unique_ptr<TargetPlace>> QemuTargetHost::MakePlace(
     const std::string& guest, const std::vector<RegionRequest>& regions) {
   const auto it = options_.guests.find(guest);
   if (it == options_.guests.end()) {
-    return absl::NotFoundError(absl::StrCat(
-        "guest ", guest, " is not configured here; add [guest.", guest,
-        "] with its QEMU command to this host's presyncd.toml and restart presyncd"));
+    return absl::NotFoundError(
+        absl::StrCat("guest ", guest, " is not configured here; add [guest.", guest,
+                     "] with its QEMU command to this host's presyncd.toml and restart presyncd"));
   }
   uint64_t bytes = 0;
   for (const RegionRequest& region : regions) bytes += region.size_bytes;

@@ -1,5 +1,5 @@
-// The target's host for QEMU guests: makes a guest's memory, starts the QEMU that waits for it from this
-// host's own command template, or attaches to one that waits already.
+// The target's host for QEMU guests: makes a guest's memory, starts the QEMU that waits for it from
+// this host's own command template, or attaches to one that waits already.
 #pragma once
 
 #include <map>
@@ -18,7 +18,8 @@ namespace presync {
 // How a guest that comes is run here. Exactly one of the two is set.
 struct TargetGuestConfig {
   // The QEMU command, run without a shell. Replaced in each argument: {ram.ID} by the file of the
-  // memory backend ID, {qmp} by the monitor's socket, {glue} by the plug-in's, {name} by the guest's name.
+  // memory backend ID, {qmp} by the monitor's socket, {glue} by the plug-in's, {name} by the
+  // guest's name.
   // `-incoming defer` and `-S` are added where they are missing.
   std::vector<std::string> command;
   // The monitor socket of a QEMU that waits with `-incoming defer -S`.
@@ -26,8 +27,8 @@ struct TargetGuestConfig {
 };
 
 struct QemuTargetHostOptions {
-  std::string ram_folder;  // tmpfs or hugetlbfs; memory files are made here
-  std::string run_folder;  // sockets, logs and notes about guests that run
+  std::string ram_folder;        // tmpfs or hugetlbfs; memory files are made here
+  std::string run_folder;        // sockets, logs and notes about guests that run
   uint64_t max_guest_bytes = 0;  // 0: what the host has
   std::map<std::string, TargetGuestConfig> guests;
 };
@@ -42,8 +43,8 @@ class QemuTargetHost final : public TargetHost {
       const std::string& guest, const std::vector<RegionRequest>& regions) override;
   absl::Status EndOrphan(const std::string& address) override;
 
-  // For recovery after presyncd was restarted, once the handover records were looked at: ends QEMUs that
-  // still wait for their state (they never ran) and removes what they held.
+  // For recovery after presyncd was restarted, once the handover records were looked at: ends QEMUs
+  // that still wait for their state (they never ran) and removes what they held.
   void EndWaitingLeftovers();
 
   // Runs a guest that had been told to run when presyncd ended. Ok if it runs.

@@ -24,13 +24,13 @@ class DirtyLog {
 
   // Appends to `written` the armed pages that were written since they were armed, as ascending,
   // maximal runs within a region. A page is reported once: it is unarmed from then on, until it is
-  // armed again. An unarmed page is never reported. UNAVAILABLE: the guest's process is gone, or the
-  // log broke; every page must then be taken for stale.
+  // armed again. An unarmed page is never reported. UNAVAILABLE: the guest's process is gone, or
+  // the log broke; every page must then be taken for stale.
   virtual absl::Status Peek(std::vector<PageRun>* written) = 0;
 
-  // Arms `runs` (ascending; within one region each). When it returns, each later write to one of these
-  // pages will be reported; writes before it are forgotten. So: arm first, then read the bytes.
-  // INVALID_ARGUMENT: a run outside the guest's memory. UNAVAILABLE as above.
+  // Arms `runs` (ascending; within one region each). When it returns, each later write to one of
+  // these pages will be reported; writes before it are forgotten. So: arm first, then read the
+  // bytes. INVALID_ARGUMENT: a run outside the guest's memory. UNAVAILABLE as above.
   virtual absl::Status Arm(absl::Span<const PageRun> runs) = 0;
 };
 

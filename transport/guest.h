@@ -22,26 +22,27 @@ enum class RunState {
 // deadline and fails with DEADLINE_EXCEEDED; UNAVAILABLE means that the guest's process is gone;
 // FAILED_PRECONDITION that the guest refused, with its own words.
 //
-// Order of a handover: PrepareSave, BeginSave, Stop, FinishSave, then Quit on success; Resume undoes
-// whatever was done so far, at any point.
+// Order of a handover: PrepareSave, BeginSave, Stop, FinishSave, then Quit on success; Resume
+// undoes whatever was done so far, at any point.
 class SourceGuest {
  public:
   virtual ~SourceGuest() = default;
 
-  // Does whatever can be done ahead of BeginSave, so that it takes less time then. The guest runs on.
+  // Does whatever can be done ahead of BeginSave, so that it takes less time then. The guest runs
+  // on.
   virtual absl::Status PrepareSave(absl::Time deadline) = 0;
 
-  // Starts streaming the device state and returns the end to read it from. Only what can be saved live
-  // comes through before Stop; when that is through the guest may stop by itself, so Stop should follow
-  // closely. The stream ends (EOF) after FinishSave has succeeded.
+  // Starts streaming the device state and returns the end to read it from. Only what can be saved
+  // live comes through before Stop; when that is through the guest may stop by itself, so Stop
+  // should follow closely. The stream ends (EOF) after FinishSave has succeeded.
   virtual absl::StatusOr<UniqueFd> BeginSave(absl::Time deadline) = 0;
 
-  // The guest is stopped when it returns: none of its vCPUs writes memory. Device code may still, until
-  // FinishSave returns.
+  // The guest is stopped when it returns: none of its vCPUs writes memory. Device code may still,
+  // until FinishSave returns.
   virtual absl::Status Stop(absl::Time deadline) = 0;
 
-  // Lets the rest of the device state through, and returns when all of it was written to the stream.
-  // Someone must be reading the stream meanwhile.
+  // Lets the rest of the device state through, and returns when all of it was written to the
+  // stream. Someone must be reading the stream meanwhile.
   virtual absl::Status FinishSave(absl::Time deadline) = 0;
 
   // The guest runs again on this host as if nothing had happened. Ok if it already runs.
@@ -59,9 +60,9 @@ class TargetGuest {
  public:
   virtual ~TargetGuest() = default;
 
-  // Returns the end to write the device state to; close it after the last byte. Bytes written to it may
-  // be loaded at once, and loading reads guest RAM: nothing that the source saved after its guest
-  // stopped may be written before the residual is in place.
+  // Returns the end to write the device state to; close it after the last byte. Bytes written to it
+  // may be loaded at once, and loading reads guest RAM: nothing that the source saved after its
+  // guest stopped may be written before the residual is in place.
   virtual absl::StatusOr<UniqueFd> BeginLoad(absl::Time deadline) = 0;
 
   // Returns when the whole state is loaded and the guest is paused, ready to run.

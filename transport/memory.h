@@ -57,8 +57,8 @@ class Region {
   // The kernel walks on to the next hole, beyond `run` too: ask for much at once.
   absl::StatusOr<std::vector<PageRun>> Holes(PageRun run) const;
 
-  // The same for pages that were a hole a while ago: never walks beyond `run`, but costs a system call
-  // (some 0.3 us) for each page that is none any more.
+  // The same for pages that were a hole a while ago: never walks beyond `run`, but costs a system
+  // call (some 0.3 us) for each page that is none any more.
   absl::StatusOr<std::vector<PageRun>> RecheckHoles(PageRun run) const;
 
  private:

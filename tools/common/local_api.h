@@ -1,5 +1,5 @@
-// What `presync` and `presyncd` of one host say to each other: one line of JSON each way over a unix
-// socket. docs/protocol.md, "The local socket", lists the commands.
+// What `presync` and `presyncd` of one host say to each other: one line of JSON each way over a
+// unix socket. docs/protocol.md, "The local socket", lists the commands.
 #pragma once
 
 #include <nlohmann/json.hpp>
@@ -14,8 +14,8 @@ namespace presync {
 // Longest line either side accepts.
 inline constexpr size_t kMaxLocalLineBytes = 1 << 20;
 
-// Sends one request and waits for its answer. UNAVAILABLE: presyncd does not run here, or the socket is
-// not for this user, with what to do; else the error that presyncd answered with.
+// Sends one request and waits for its answer. UNAVAILABLE: presyncd does not run here, or the
+// socket is not for this user, with what to do; else the error that presyncd answered with.
 absl::StatusOr<nlohmann::json> CallLocal(const std::string& socket_path,
                                          const nlohmann::json& request, absl::Time deadline);
 
@@ -23,8 +23,8 @@ absl::StatusOr<nlohmann::json> CallLocal(const std::string& socket_path,
 nlohmann::json StatusToJson(const absl::Status& status);
 absl::Status JsonToStatus(const nlohmann::json& answer);
 
-// Writes `json` and a newline, or reads up to a newline. UNAVAILABLE, DEADLINE_EXCEEDED; INVALID_ARGUMENT:
-// too long, or not a JSON object.
+// Writes `json` and a newline, or reads up to a newline. UNAVAILABLE, DEADLINE_EXCEEDED;
+// INVALID_ARGUMENT: too long, or not a JSON object.
 absl::Status WriteJsonLine(int fd, const nlohmann::json& json);
 absl::StatusOr<nlohmann::json> ReadJsonLine(int fd, absl::Time deadline);
 

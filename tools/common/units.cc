@@ -107,7 +107,9 @@ std::string FormatBytes(uint64_t bytes) {
   return absl::StrFormat("%.2f GB", bytes / 1e9);
 }
 
-std::string FormatRate(uint64_t bytes_per_s) { return absl::StrCat(FormatBytes(bytes_per_s), "/s"); }
+std::string FormatRate(uint64_t bytes_per_s) {
+  return absl::StrCat(FormatBytes(bytes_per_s), "/s");
+}
 
 std::string FormatMillis(absl::Duration duration) {
   if (duration == absl::InfiniteDuration()) return "-";

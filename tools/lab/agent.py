@@ -202,6 +202,7 @@ class BeatReader:
                     continue  # woken up: look at what changed
                 if not got:  # this QEMU has ended
                     self._selector.unregister(key.fileobj)
+                    key.fileobj.close()
                     continue
                 with self._changed:
                     self._take(key.data, got, host)

@@ -69,8 +69,9 @@ Finding ExamineMemlock() {
   if (limit.rlim_cur == RLIM_INFINITY || ::geteuid() == 0) {
     return Good("memlock", "no limit for this user");
   }
-  return Note("memlock", FormatBytes(limit.rlim_cur),
-              "only RDMA needs it: LimitMEMLOCK=infinity in presyncd's unit, or ulimit -l unlimited");
+  return Note(
+      "memlock", FormatBytes(limit.rlim_cur),
+      "only RDMA needs it: LimitMEMLOCK=infinity in presyncd's unit, or ulimit -l unlimited");
 }
 
 Finding ExamineRdma() {
@@ -113,17 +114,18 @@ const char* LevelName(Level level) {
 }  // namespace
 
 std::vector<Finding> ExamineHost(const std::string& socket) {
-  return {ExamineKernel(), ExamineUserfaultfd(), ExamineMemlock(), ExamineRdma(), ExamineShm(),
-          ExamineDaemon(socket)};
+  return {ExamineKernel(), ExamineUserfaultfd(), ExamineMemlock(),
+          ExamineRdma(),   ExamineShm(),         ExamineDaemon(socket)};
 }
 
 std::vector<Finding> ExamineGuest(const std::string& qmp_path, const std::string& glue) {
   const absl::Time deadline = absl::Now() + kTimeout;
   absl::StatusOr<std::unique_ptr<QmpClient>> qmp = QmpClient::Connect(qmp_path, deadline);
   if (!qmp.ok()) {
-    return {Bad("monitor", std::string(qmp.status().message()),
-                "start QEMU with a monitor for presync alone: -qmp unix:PATH,server=on,wait=off; a guest "
-                "that is being kept in sync has it in use")};
+    return {Bad(
+        "monitor", std::string(qmp.status().message()),
+        "start QEMU with a monitor for presync alone: -qmp unix:PATH,server=on,wait=off; a guest "
+        "that is being kept in sync has it in use")};
   }
   absl::StatusOr<GuestInfo> info = DescribeGuest(**qmp, deadline);
   if (!info.ok()) return {Bad("guest", std::string(info.status().message()), "")};
@@ -145,7 +147,8 @@ std::vector<Finding> ExamineGuest(const std::string& qmp_path, const std::string
   absl::StatusOr<OpenedGuest> opened =
       OpenGuest({.qmp_path = qmp_path, .glue_path = glue}, absl::Now() + kTimeout);
   if (opened.ok()) {
-    findings.push_back(Good("dirty log", absl::StrCat(std::string(opened->log->name()), ", proved")));
+    findings.push_back(
+        Good("dirty log", absl::StrCat(std::string(opened->log->name()), ", proved")));
   } else {
     findings.push_back(Bad("dirty log", std::string(opened.status().message()), ""));
   }

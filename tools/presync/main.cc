@@ -32,7 +32,7 @@ struct Options {
   std::string name;
   // start
   std::string qmp, to, max_launch_time, max_bandwidth, transport = "auto", glue, dirty_log,
-                       compression;
+                                                       compression;
   bool wait = false;
   // status
   bool watch = false;
@@ -86,8 +86,8 @@ int WaitForSync(const Options& options) {
     if (!options.json) ShowProgress(RenderGuestLine(guest), state == "syncing");
     if (state == "syncing") return Print({guest}, options, RenderGuest);
     if (state != "first-pass" && state != "connecting") {
-      return Fail(absl::FailedPreconditionError(absl::StrCat(
-                      options.name, " is ", state, ": ", TextOr(guest, "problem", ""))),
+      return Fail(absl::FailedPreconditionError(absl::StrCat(options.name, " is ", state, ": ",
+                                                             TextOr(guest, "problem", ""))),
                   options.json);
     }
     std::this_thread::sleep_for(std::chrono::milliseconds(200));
@@ -143,13 +143,15 @@ int Launch(const Options& options) {
 }
 
 int Stop(const Options& options) {
-  return Print(Ask(options, {{"command", "stop"}, {"name", options.name}}, absl::Seconds(60)), options,
-               RenderStopped);
+  return Print(Ask(options, {{"command", "stop"}, {"name", options.name}}, absl::Seconds(60)),
+               options, RenderStopped);
 }
 
 void AddStart(CLI::App* app, Options* o) {
-  app->add_option("name", o->name, "The guest's name, as the target's configuration has it")->required();
-  app->add_option("--qmp", o->qmp, "Socket of a QMP monitor that presync has for itself")->required();
+  app->add_option("name", o->name, "The guest's name, as the target's configuration has it")
+      ->required();
+  app->add_option("--qmp", o->qmp, "Socket of a QMP monitor that presync has for itself")
+      ->required();
   app->add_option("--to", o->to, "Target host, HOST or HOST:PORT (port 7350)")->required();
   app->add_option("--max-launch-time", o->max_launch_time,
                   "What a launch may take, from the order to the guest running on the target, e.g. "
@@ -166,7 +168,8 @@ void AddStart(CLI::App* app, Options* o) {
 int Main(int argc, char** argv) {
   CLI::App app{
       "presync keeps a running guest's memory mirrored on another host, and launches it there.\n"
-      "Exit codes: 0 done, 1 refused or failed (the text says where the guest is), 2 wrong usage, 3 "
+      "Exit codes: 0 done, 1 refused or failed (the text says where the guest is), 2 wrong usage, "
+      "3 "
       "presyncd can't be reached."};
   Options options;
   app.add_option("--socket", options.socket, "presyncd's socket")->capture_default_str();
@@ -208,8 +211,8 @@ int Main(int argc, char** argv) {
   if (status->parsed()) return Status(options);
   if (launch->parsed()) return Launch(options);
   if (stop->parsed()) return Stop(options);
-  return RunDoctor({.qmp = options.qmp, .glue = options.glue, .json = options.json,
-                    .socket = options.socket});
+  return RunDoctor(
+      {.qmp = options.qmp, .glue = options.glue, .json = options.json, .socket = options.socket});
 }
 
 }  // namespace

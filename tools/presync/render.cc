@@ -22,7 +22,8 @@ double Real(const Json& object, const char* key, double fallback = 0) {
 
 std::string Millis(const Json& object, const char* key) {
   const auto it = object.find(key);
-  return it != object.end() && it->is_number() ? absl::StrFormat("%.0f ms", it->get<double>()) : "?";
+  return it != object.end() && it->is_number() ? absl::StrFormat("%.0f ms", it->get<double>())
+                                               : "?";
 }
 
 std::string Pages(const Json& object, const char* key) {
@@ -37,11 +38,12 @@ std::string Rate(const Json& object, const char* key) {
 }  // namespace
 
 std::string RenderGuestLine(const Json& guest) {
-  return absl::StrFormat("%s %s: launch now = %s, %s left, %s on the wire, guest writes %.0f pages/s",
-                         TextOr(guest, "name", "?"), TextOr(guest, "state", "?"),
-                         Millis(guest, "predicted_launch_ms"), Pages(guest, "residual_pages"),
-                         FormatRate(static_cast<uint64_t>(NumberOr(guest, "rate_bytes_per_s", 0))),
-                         Real(guest, "dirty_pages_per_s"));
+  return absl::StrFormat(
+      "%s %s: launch now = %s, %s left, %s on the wire, guest writes %.0f pages/s",
+      TextOr(guest, "name", "?"), TextOr(guest, "state", "?"), Millis(guest, "predicted_launch_ms"),
+      Pages(guest, "residual_pages"),
+      FormatRate(static_cast<uint64_t>(NumberOr(guest, "rate_bytes_per_s", 0))),
+      Real(guest, "dirty_pages_per_s"));
 }
 
 std::string RenderGuest(const Json& guest) {
@@ -49,10 +51,10 @@ std::string RenderGuest(const Json& guest) {
                                      TextOr(guest, "to", "?"), TextOr(guest, "state", "?"));
   const std::string link = TextOr(guest, "link", "");
   if (!link.empty()) absl::StrAppend(&text, " over ", link);
-  absl::StrAppendFormat(
-      &text, "\n  launch now = %s (promised %s), %s left of %s, set-point %s\n",
-      Millis(guest, "predicted_launch_ms"), Millis(guest, "max_launch_ms"),
-      Pages(guest, "residual_pages"), Pages(guest, "pages"), Pages(guest, "set_point_pages"));
+  absl::StrAppendFormat(&text, "\n  launch now = %s (promised %s), %s left of %s, set-point %s\n",
+                        Millis(guest, "predicted_launch_ms"), Millis(guest, "max_launch_ms"),
+                        Pages(guest, "residual_pages"), Pages(guest, "pages"),
+                        Pages(guest, "set_point_pages"));
   absl::StrAppendFormat(
       &text, "  wire %s now, %s so far; link %s; guest writes %.0f pages/s; dirty log %s",
       FormatRate(static_cast<uint64_t>(NumberOr(guest, "rate_bytes_per_s", 0))),

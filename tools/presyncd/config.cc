@@ -17,7 +17,8 @@
 namespace presync {
 namespace {
 
-// Reads one table: each key has a setter, everything else is an error that names the keys there are.
+// Reads one table: each key has a setter, everything else is an error that names the keys there
+// are.
 class TableReader {
  public:
   using Setter = std::function<absl::Status(const toml::node&)>;
@@ -106,7 +107,8 @@ absl::Status ReadGuest(const toml::node& node, const std::string& path, TargetGu
   });
   if (absl::Status s = OnTable(node, reader); !s.ok()) return s;
   if (guest->command.empty() == guest->attach_qmp.empty()) {
-    return absl::InvalidArgumentError("a guest needs either command = [...] or attach = \"SOCKET\"");
+    return absl::InvalidArgumentError(
+        "a guest needs either command = [...] or attach = \"SOCKET\"");
   }
   return absl::OkStatus();
 }
@@ -150,8 +152,8 @@ absl::StatusOr<Config> ParseConfig(absl::string_view text, const std::string& pa
   try {  // the library's only way in Debian's build of it
     parsed = toml::parse(std::string_view(text.data(), text.size()), path);
   } catch (const toml::parse_error& error) {
-    return absl::InvalidArgumentError(absl::StrCat(path, ":", error.source().begin.line, ": ",
-                                                   std::string(error.description())));
+    return absl::InvalidArgumentError(
+        absl::StrCat(path, ":", error.source().begin.line, ": ", std::string(error.description())));
   }
   Config config;
   TableReader reader(path);
@@ -162,8 +164,7 @@ absl::StatusOr<Config> ParseConfig(absl::string_view text, const std::string& pa
   reader.Text("ram_folder", &config.ram_folder);
   reader.Word("log_level", &config.log_level, {"debug", "info", "warn", "error"});
   reader.Parsed("max_guest_memory", &config.max_guest_bytes, &ParseSize);
-  reader.On("defaults",
-            [&](const toml::node& node) { return ReadDefaults(node, path, &config); });
+  reader.On("defaults", [&](const toml::node& node) { return ReadDefaults(node, path, &config); });
   reader.On("guest", [&](const toml::node& node) -> absl::Status {
     TableReader guests(path);
     const toml::table* table = node.as_table();

@@ -39,8 +39,8 @@ struct Config {
   std::map<std::string, TargetGuestConfig> guests;
 };
 
-// INVALID_ARGUMENT with file, line and key: bad syntax, an unknown key, a value that makes no sense.
-// NOT_FOUND: no such file.
+// INVALID_ARGUMENT with file, line and key: bad syntax, an unknown key, a value that makes no
+// sense. NOT_FOUND: no such file.
 absl::StatusOr<Config> LoadConfig(const std::string& path);
 absl::StatusOr<Config> ParseConfig(absl::string_view text, const std::string& path);
 

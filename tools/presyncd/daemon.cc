@@ -34,12 +34,13 @@ absl::Status MakeFolder(const std::string& path) {
   return absl::UnavailableError(absl::StrCat("make the folder ", path, ": ", error.message()));
 }
 
-// The records in this folder are one presyncd's: a second one would settle handovers that are under way.
+// The records in this folder are one presyncd's: a second one would settle handovers that are under
+// way.
 absl::StatusOr<UniqueFd> LockFolder(const std::string& folder) {
   UniqueFd fd(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   if (fd.valid() && ::flock(fd.get(), LOCK_EX | LOCK_NB) == 0) return fd;
-  return absl::AlreadyExistsError(
-      absl::StrCat("another presyncd uses ", folder, "; stop it, or configure another state_folder"));
+  return absl::AlreadyExistsError(absl::StrCat("another presyncd uses ", folder,
+                                               "; stop it, or configure another state_folder"));
 }
 
 absl::StatusOr<Compression> ToCompression(const std::string& name) {
@@ -55,7 +56,8 @@ absl::StatusOr<Compression> ToCompression(const std::string& name) {
 absl::Status CheckPromise(absl::Duration promise, absl::Duration fixed_cost,
                           const std::string& peer) {
   if (promise > fixed_cost) return absl::OkStatus();
-  const absl::Duration least = absl::Ceil(fixed_cost + absl::Milliseconds(10), absl::Milliseconds(10));
+  const absl::Duration least =
+      absl::Ceil(fixed_cost + absl::Milliseconds(10), absl::Milliseconds(10));
   return absl::FailedPreconditionError(absl::StrFormat(
       "--max-launch-time %s can't be kept: a handover to %s takes about %s here before any memory "
       "moves; %s is the least that can be promised",
@@ -107,8 +109,8 @@ absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Create(Config config) {
   options.log = LogLine;
   daemon->service_ =
       TargetService::Start(*std::move(listener), daemon->host_.get(), std::move(options));
-  spdlog::info("listening at {}:{}, {} guests configured to come here", c.listen_host, c.listen_port,
-               c.guests.size());
+  spdlog::info("listening at {}:{}, {} guests configured to come here", c.listen_host,
+               c.listen_port, c.guests.size());
   return daemon;
 }
 
@@ -143,7 +145,8 @@ std::shared_ptr<SourceSession> Daemon::Find(const std::string& name) const {
   return it == sources_.end() ? nullptr : it->second;
 }
 
-// A null session holds the name while its start is under way. An ended session makes room for a new one.
+// A null session holds the name while its start is under way. An ended session makes room for a new
+// one.
 absl::Status Daemon::Claim(const std::string& name) {
   std::shared_ptr<SourceSession> ended;
   absl::MutexLock lock(&mutex_);
@@ -254,7 +257,8 @@ absl::StatusOr<Json> Daemon::Launch(const Json& request) {
   }
   HandoverOptions options;
   options.verify = FlagOr(request, "verify", false);
-  const absl::Duration wait = absl::Milliseconds(std::max<int64_t>(0, NumberOr(request, "wait_ms", 0)));
+  const absl::Duration wait =
+      absl::Milliseconds(std::max<int64_t>(0, NumberOr(request, "wait_ms", 0)));
   spdlog::info("{}: launch to {}", name, session->status().peer);
   absl::StatusOr<HandoverReport> report = session->Launch(options, wait);
   if (!report.ok()) return report.status();
@@ -298,7 +302,8 @@ Json Daemon::Status(const Json& request) const {
     answer["guests"].push_back(SourceStatusToJson(session->status()));
   }
   for (const TargetStatus& target : service_->status()) {
-    if (name.empty() || target.guest == name) answer["incoming"].push_back(TargetStatusToJson(target));
+    if (name.empty() || target.guest == name)
+      answer["incoming"].push_back(TargetStatusToJson(target));
   }
   return answer;
 }

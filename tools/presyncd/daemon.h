@@ -1,5 +1,5 @@
-// The daemon: all guests that this host keeps in sync elsewhere, all guests that others keep in sync here,
-// and the commands that an operator gives.
+// The daemon: all guests that this host keeps in sync elsewhere, all guests that others keep in
+// sync here, and the commands that an operator gives.
 #pragma once
 
 #include <map>

@@ -1,5 +1,5 @@
-// What a handover cost on this host, apart from moving memory: measured at each launch, per target, and
-// kept over restarts, so that a promise rests on figures of this place.
+// What a handover cost on this host, apart from moving memory: measured at each launch, per target,
+// and kept over restarts, so that a promise rests on figures of this place.
 #pragma once
 
 #include <map>

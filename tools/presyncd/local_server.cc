@@ -33,8 +33,8 @@ absl::StatusOr<std::unique_ptr<LocalServer>> LocalServer::Start(const std::strin
   const auto* raw_address = reinterpret_cast<const sockaddr*>(&address);
   const UniqueFd probe(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
   if (::connect(probe.get(), raw_address, sizeof(address)) == 0) {
-    return absl::AlreadyExistsError(
-        absl::StrCat("another presyncd listens at ", path, "; stop it or configure another socket"));
+    return absl::AlreadyExistsError(absl::StrCat("another presyncd listens at ", path,
+                                                 "; stop it or configure another socket"));
   }
   ::unlink(path.c_str());
   UniqueFd listener(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
@@ -84,8 +84,7 @@ void LocalServer::Accept() {
 void LocalServer::Serve(UniqueFd socket) {
   const absl::StatusOr<nlohmann::json> request =
       ReadJsonLine(socket.get(), absl::Now() + kRequestTimeout);
-  const nlohmann::json answer =
-      request.ok() ? handler_(*request) : StatusToJson(request.status());
+  const nlohmann::json answer = request.ok() ? handler_(*request) : StatusToJson(request.status());
   WriteJsonLine(socket.get(), answer).IgnoreError();
 }
 

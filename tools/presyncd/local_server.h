@@ -1,4 +1,5 @@
-// The local socket: one JSON request and one answer per connection, each connection in its own thread.
+// The local socket: one JSON request and one answer per connection, each connection in its own
+// thread.
 #pragma once
 
 #include <atomic>
@@ -18,8 +19,9 @@ class LocalServer {
  public:
   using Handler = std::function<nlohmann::json(const nlohmann::json& request)>;
 
-  // Listens at `path` (mode 0660; a socket nobody listens at is replaced). `handler` is called from many
-  // threads. ALREADY_EXISTS: another presyncd listens there; UNAVAILABLE: the system's own words.
+  // Listens at `path` (mode 0660; a socket nobody listens at is replaced). `handler` is called from
+  // many threads. ALREADY_EXISTS: another presyncd listens there; UNAVAILABLE: the system's own
+  // words.
   static absl::StatusOr<std::unique_ptr<LocalServer>> Start(const std::string& path,
                                                             Handler handler);
   // Stops accepting and waits for the requests under way.

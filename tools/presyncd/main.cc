@@ -85,7 +85,8 @@ int Serve(Config config, const UniqueFd& signals) {
 
 int Main(int argc, char** argv) {
   CLI::App app{
-      "presyncd keeps the memory of running guests mirrored on other hosts, and receives the guests "
+      "presyncd keeps the memory of running guests mirrored on other hosts, and receives the "
+      "guests "
       "of others.\nOne runs on each host; `presync` is its command line."};
   std::string config_path = kDefaultConfigPath;
   std::string log_level;

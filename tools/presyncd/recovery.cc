@@ -23,8 +23,8 @@ absl::StatusOr<std::unique_ptr<QemuSourceGuest>> OpenQemu(const std::string& qmp
   return QemuSourceGuest::Create(*std::move(qmp), deadline);
 }
 
-// The guest is this host's: it goes on if the handover had stopped it. A QEMU that is gone has nothing to
-// go on with, and nothing is open either.
+// The guest is this host's: it goes on if the handover had stopped it. A QEMU that is gone has
+// nothing to go on with, and nothing is open either.
 absl::Status ResumeHere(const HandoverEntry& entry) {
   absl::StatusOr<std::unique_ptr<QemuSourceGuest>> guest = OpenQemu(entry.detail);
   if (absl::IsNotFound(guest.status()) || absl::IsUnavailable(guest.status())) {
@@ -33,8 +33,8 @@ absl::Status ResumeHere(const HandoverEntry& entry) {
   return guest.ok() ? (*guest)->Resume(absl::Now() + kTimeout) : guest.status();
 }
 
-// The guest has moved: its old QEMU ends. Only one that stands where a finished handover leaves it; a QEMU
-// that was started anew at the same socket is somebody else's.
+// The guest has moved: its old QEMU ends. Only one that stands where a finished handover leaves it;
+// a QEMU that was started anew at the same socket is somebody else's.
 absl::Status QuitHere(const HandoverEntry& entry) {
   absl::StatusOr<std::unique_ptr<QemuSourceGuest>> guest = OpenQemu(entry.detail);
   if (absl::IsNotFound(guest.status()) || absl::IsUnavailable(guest.status())) {
@@ -59,8 +59,8 @@ absl::Status SettleGivenUp(const HandoverEntry& entry) {
       AskOutcome(&dialer, entry.session, entry.guest, absl::Now() + kTimeout);
   if (!outcome.ok()) {
     return absl::Status(outcome.status().code(),
-                        absl::StrCat("given up to ", entry.peer, ", which can't be asked: ",
-                                     outcome.status().message(),
+                        absl::StrCat("given up to ", entry.peer,
+                                     ", which can't be asked: ", outcome.status().message(),
                                      "; bring its presyncd back and restart this one"));
   }
   switch (outcome->value()) {
@@ -69,10 +69,11 @@ absl::Status SettleGivenUp(const HandoverEntry& entry) {
     case wire::Outcome::NEVER_RAN:
       return ResumeHere(entry);
     default:
-      return absl::FailedPreconditionError(
-          absl::StrCat("given up to ", entry.peer, ", which answers: ", outcome->text(),
-                       ". Look whether the guest runs there; if it certainly does not, resume it here "
-                       "(QMP cont at ", entry.detail, ")"));
+      return absl::FailedPreconditionError(absl::StrCat(
+          "given up to ", entry.peer, ", which answers: ", outcome->text(),
+          ". Look whether the guest runs there; if it certainly does not, resume it here "
+          "(QMP cont at ",
+          entry.detail, ")"));
   }
 }
 
@@ -129,7 +130,8 @@ std::vector<std::string> RecoverHandovers(
     }
   }
   for (const std::string& path : unreadable) {
-    unsettled(absl::StrCat("the handover record ", path, " can't be read; look at both hosts before "
+    unsettled(absl::StrCat("the handover record ", path,
+                           " can't be read; look at both hosts before "
                            "removing it"));
   }
   return open;

@@ -1,4 +1,5 @@
-// What presyncd tells of its sessions, as JSON. Field names are a promise to scripts: docs/protocol.md.
+// What presyncd tells of its sessions, as JSON. Field names are a promise to scripts:
+// docs/protocol.md.
 #pragma once
 
 #include <nlohmann/json.hpp>

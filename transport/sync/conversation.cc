@@ -27,8 +27,7 @@ std::string PrintableText(absl::string_view text) {
   return clean;
 }
 
-uint32_t CommonVersion(uint32_t newest_a, uint32_t oldest_a, uint32_t newest_b,
-                       uint32_t oldest_b) {
+uint32_t CommonVersion(uint32_t newest_a, uint32_t oldest_a, uint32_t newest_b, uint32_t oldest_b) {
   const uint32_t common = std::min(newest_a, newest_b);
   return common >= oldest_a && common >= oldest_b ? common : 0;
 }
@@ -47,10 +46,11 @@ absl::StatusOr<uint32_t> ExchangeHello(ControlChannel* channel, absl::Time deadl
   const uint32_t version = CommonVersion(kNewestProtocolVersion, kOldestProtocolVersion,
                                          theirs.newest_version(), theirs.oldest_version());
   if (version == 0) {
-    return absl::FailedPreconditionError(absl::StrCat(
-        channel->peer(), " runs ", PrintableText(theirs.software()), " (protocol ",
-        theirs.oldest_version(), " to ", theirs.newest_version(), "), this host ", kSoftware,
-        " (protocol ", kOldestProtocolVersion, " to ", kNewestProtocolVersion, "): upgrade the older one"));
+    return absl::FailedPreconditionError(
+        absl::StrCat(channel->peer(), " runs ", PrintableText(theirs.software()), " (protocol ",
+                     theirs.oldest_version(), " to ", theirs.newest_version(), "), this host ",
+                     kSoftware, " (protocol ", kOldestProtocolVersion, " to ",
+                     kNewestProtocolVersion, "): upgrade the older one"));
   }
   return version;
 }
@@ -70,9 +70,9 @@ absl::StatusOr<Body> Expect(ControlChannel* channel, Body::BodyCase wanted, absl
       case Body::kRefused:
         return RefusedStatus(message->refused(), channel->peer());
       default:
-        return absl::InvalidArgumentError(
-            absl::StrCat(channel->peer(), " sent message ", message->body_case(), " where ",
-                         wanted, " was due"));
+        return absl::InvalidArgumentError(absl::StrCat(channel->peer(), " sent message ",
+                                                       message->body_case(), " where ", wanted,
+                                                       " was due"));
     }
   }
 }

@@ -10,15 +10,15 @@
 
 namespace presync {
 
-// Both sides say Hello and agree on a version. FAILED_PRECONDITION: no common version, with what both
-// sides speak and which one to upgrade; else as ControlChannel.
+// Both sides say Hello and agree on a version. FAILED_PRECONDITION: no common version, with what
+// both sides speak and which one to upgrade; else as ControlChannel.
 absl::StatusOr<uint32_t> ExchangeHello(ControlChannel* channel, absl::Time deadline);
 
 // The version that two ranges have in common, 0 if none: the newest.
 uint32_t CommonVersion(uint32_t newest_a, uint32_t oldest_a, uint32_t newest_b, uint32_t oldest_b);
 
-// Waits for the message `wanted`. Pongs and Pings are passed over; Refused becomes its status; anything
-// else is INVALID_ARGUMENT.
+// Waits for the message `wanted`. Pongs and Pings are passed over; Refused becomes its status;
+// anything else is INVALID_ARGUMENT.
 absl::StatusOr<wire::ControlMessage> Expect(ControlChannel* channel,
                                             wire::ControlMessage::BodyCase wanted,
                                             absl::Time deadline);

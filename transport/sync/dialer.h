@@ -15,8 +15,8 @@ class Dialer {
  public:
   virtual ~Dialer() = default;
 
-  // A new connection with its preamble sent. UNAVAILABLE or DEADLINE_EXCEEDED, with the host's name and
-  // what to look at; INVALID_ARGUMENT: no such host.
+  // A new connection with its preamble sent. UNAVAILABLE or DEADLINE_EXCEEDED, with the host's name
+  // and what to look at; INVALID_ARGUMENT: no such host.
   virtual absl::StatusOr<UniqueFd> Dial(const Preamble& preamble, absl::Time deadline) = 0;
 
   // For logs and error texts: "10.0.0.2:7350".

@@ -1,9 +1,9 @@
 // The durable record of one handover, kept on both hosts: who may run the guest, whatever crashes.
 //
-// A file NAME.SESSION.source or .target of 4096-byte blocks in presyncd's state folder. Each entry is one
-// block: a line of JSON padded with spaces, so that `cat` shows it, with a checksum, so that a torn write
-// is not believed. The last whole block counts. All blocks are allocated before the guest stops: an
-// entry costs one fdatasync and no file system metadata.
+// A file NAME.SESSION.source or .target of 4096-byte blocks in presyncd's state folder. Each entry
+// is one block: a line of JSON padded with spaces, so that `cat` shows it, with a checksum, so that
+// a torn write is not believed. The last whole block counts. All blocks are allocated before the
+// guest stops: an entry costs one fdatasync and no file system metadata.
 #pragma once
 
 #include <string>
@@ -22,7 +22,8 @@ enum class HandoverRole { kSource, kTarget };
 enum class HandoverPhase {
   // On the source:
   kPreparing,  // the guest is the source's
-  kGivenUp,    // the target may run it; the source must not, unless the target says that it never will
+  kGivenUp,    // the target may run it; the source must not, unless the target says that it never
+               // will
   kMoved,      // the target runs it
   kTakenBack,  // the target never ran it: the source's again
   // On the target:
@@ -46,8 +47,8 @@ struct HandoverEntry {
 // One writer, not thread-safe.
 class HandoverRecord {
  public:
-  // Creates (or continues) the record of `entry.session` in `folder` with `entry` as its newest entry.
-  // The folder must exist. Durable on return. UNAVAILABLE: the file system's own words.
+  // Creates (or continues) the record of `entry.session` in `folder` with `entry` as its newest
+  // entry. The folder must exist. Durable on return. UNAVAILABLE: the file system's own words.
   static absl::StatusOr<HandoverRecord> Open(const std::string& folder, HandoverEntry entry);
 
   // Adds an entry with this phase. Durable on return. UNAVAILABLE: it may or may not be on disk.
@@ -56,7 +57,8 @@ class HandoverRecord {
   const HandoverEntry& entry() const { return entry_; }
   const std::string& path() const { return path_; }
 
-  // The newest entry of each record in `folder`; files that can't be read are named in `*unreadable`.
+  // The newest entry of each record in `folder`; files that can't be read are named in
+  // `*unreadable`.
   static std::vector<HandoverEntry> ReadAll(const std::string& folder,
                                             std::vector<std::string>* unreadable);
 

@@ -67,8 +67,8 @@ absl::StatusOr<std::string> HashPages(const GuestMemory& memory, PageRun run,
   }
   const size_t ranges = (size_t{run.count} + pages_per_hash - 1) / pages_per_hash;
   std::string hashes(ranges * kHashBytes, '\0');
-  const size_t workers = std::clamp<size_t>(std::thread::hardware_concurrency(), 1,
-                                            std::min<size_t>(4, ranges));
+  const size_t workers =
+      std::clamp<size_t>(std::thread::hardware_concurrency(), 1, std::min<size_t>(4, ranges));
   absl::StatusOr<std::vector<PageRun>> holes = memory.Holes(run);
   if (!holes.ok()) return holes.status();
   PageBitmap hole_pages(memory.pages());

@@ -1,5 +1,6 @@
-// The ledger: what the source knows of each page's copy on the target. Pure bookkeeping; it is where
-// the invariants "unarmed means stale" and "one write in flight a page" live (docs/design.md).
+// The ledger: what the source knows of each page's copy on the target. Pure bookkeeping; it is
+// where the invariants "unarmed means stale" and "one write in flight a page" live
+// (docs/design.md).
 #pragma once
 
 #include <vector>
@@ -18,15 +19,15 @@ namespace presync {
 // Not thread-safe. Six bits a page.
 class PageLedger {
  public:
-  // At first every page is stale. `target_is_zero`: the target's memory is fresh, so a page that was
-  // never sent is zero there.
+  // At first every page is stale. `target_is_zero`: the target's memory is fresh, so a page that
+  // was never sent is zero there.
   PageLedger(PageCount pages, bool target_is_zero);
 
   // The pages were written by the guest, or are not watched any more.
   void MarkStale(absl::Span<const PageRun> runs);
 
-  // `run` was armed and is about to be read for the link: it stops being stale, and can't be sent again
-  // until it lands. Precondition: the whole run is sendable.
+  // `run` was armed and is about to be read for the link: it stops being stale, and can't be sent
+  // again until it lands. Precondition: the whole run is sendable.
   void MarkInFlight(PageRun run);
 
   // A write that was in flight was accepted by the link: the next commit covers it.

@@ -28,8 +28,8 @@ absl::StatusOr<SessionId> IdFromBytes(absl::string_view bytes) {
 }
 
 absl::StatusOr<SessionId> IdFromHex(absl::string_view hex) {
-  const bool digits = std::all_of(hex.begin(), hex.end(),
-                                  [](unsigned char c) { return std::isxdigit(c) != 0; });
+  const bool digits =
+      std::all_of(hex.begin(), hex.end(), [](unsigned char c) { return std::isxdigit(c) != 0; });
   if (hex.size() != 32 || !digits) {
     return absl::InvalidArgumentError("a session id has 32 hexadecimal digits");
   }

@@ -58,8 +58,7 @@ absl::StatusOr<std::unique_ptr<SourceLink>> DialTcpLink(Dialer* dialer, const Gu
 }  // namespace
 
 absl::StatusOr<SourceConnection> ConnectSource(Dialer* dialer, const GuestMemory* memory,
-                                               const SessionRequest& request,
-                                               absl::Time deadline) {
+                                               const SessionRequest& request, absl::Time deadline) {
   absl::StatusOr<std::unique_ptr<ControlChannel>> channel = DialControl(dialer, deadline);
   if (!channel.ok()) return channel.status();
 

@@ -36,8 +36,7 @@ struct SourceConnection {
 // Connects, agrees on a version, opens the session and brings up the link. Blocks until then or
 // `deadline`. Errors: those of Dialer and ControlChannel; whatever the target refused with.
 absl::StatusOr<SourceConnection> ConnectSource(Dialer* dialer, const GuestMemory* memory,
-                                               const SessionRequest& request,
-                                               absl::Time deadline);
+                                               const SessionRequest& request, absl::Time deadline);
 
 // Asks the target what became of a session that was given up. Errors as above.
 absl::StatusOr<wire::Outcome> AskOutcome(Dialer* dialer, const SessionId& session,

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <future>
 #include <optional>
 #include <thread>
 
@@ -22,18 +23,19 @@ namespace {
 
 using Body = wire::ControlMessage;
 
-// Ranges of 256 KiB keep the hashes of 1 GiB within 64 KiB; the pages are told apart only where ranges differ.
+// Ranges of 256 KiB keep the hashes of 1 GiB within 64 KiB; the pages are told apart only where
+// ranges differ.
 constexpr PageCount kPagesPerHash = 64;
 // One request's hashes fit a control frame with room to spare.
 constexpr PageCount kPagesPerHashRequest = kPagesPerHash * 32768;
 
-// How long a round waits for the link before it goes on: while there is much to send, and once it only
-// waits for the guest to stop and looks what was written meanwhile.
+// How long a round waits for the link before it goes on: while there is much to send, and once it
+// only waits for the guest to stop and looks what was written meanwhile.
 constexpr absl::Duration kBusyStep = absl::Milliseconds(1);
 constexpr absl::Duration kRoundStep = absl::Milliseconds(4);
 
-// Reads the device state from the guest's stream and sends it on, in a thread of its own, for the guest
-// waits for its reader while it saves.
+// Reads the device state from the guest's stream and sends it on, in a thread of its own, for the
+// guest waits for its reader while it saves.
 class StateRelay {
  public:
   StateRelay(UniqueFd stream, ControlChannel* channel, absl::Time deadline)
@@ -89,8 +91,8 @@ class StateRelay {
   std::thread thread_;  // last: it uses all of the above
 };
 
-// The guest's side of the switchover, in a thread of its own, while the session's thread keeps sending
-// memory: prepare, wait for Go, stop the guest, save its device state.
+// The guest's side of the switchover, in a thread of its own, while the session's thread keeps
+// sending memory: prepare, wait for Go, stop the guest, save its device state.
 class GuestSwitchover {
  public:
   GuestSwitchover(SourceGuest* guest, ControlChannel* channel, absl::Time rounds_deadline,
@@ -171,8 +173,8 @@ class GuestSwitchover {
 
 class Handover {
  public:
-  Handover(ControlChannel* channel, SourceSync* sync, SourceGuest* guest,
-           const GuestMemory& memory, HandoverRecord* record, const HandoverOptions& options)
+  Handover(ControlChannel* channel, SourceSync* sync, SourceGuest* guest, const GuestMemory& memory,
+           HandoverRecord* record, const HandoverOptions& options)
       : channel_(channel),
         sync_(sync),
         guest_(guest),
@@ -187,7 +189,8 @@ class Handover {
   absl::Status BeforeGivingUp();
   absl::Status Rounds(GuestSwitchover* guest);
   absl::Status Drain();
-  absl::Status Verify();
+  void StartHashing();
+  absl::Status Verify(bool written_since_stop);
   absl::Status CountDiffering(const std::vector<PageRun>& ranges);
   absl::StatusOr<std::string> TakeHashes(PageRun run, PageCount pages_per_hash);
   absl::StatusOr<std::vector<PageRun>> CompareHashes(PageRun run, PageCount pages_per_hash,
@@ -216,6 +219,7 @@ class Handover {
   absl::Time stopped_at_;
   absl::Time deadline_;
   bool loaded_ = false;
+  std::future<absl::StatusOr<std::string>> hashing_;
   HandoverReport report_;
 };
 
@@ -225,8 +229,8 @@ HandoverEnd Handover::Run() {
   if (absl::Status s = BeforeGivingUp(); !s.ok()) return CallOff(std::move(s));
   report_.wire_bytes = sync_->progress().wire_bytes - wire_bytes_before;
 
-  // From here on the guest is the target's, unless the target says that it never ran it. An append that
-  // failed may be on disk all the same, but the target was not told: the guest is still ours.
+  // From here on the guest is the target's, unless the target says that it never ran it. An append
+  // that failed may be on disk all the same, but the target was not told: the guest is still ours.
   if (absl::Status s = record_->Append(HandoverPhase::kGivenUp); !s.ok()) {
     return CallOff(std::move(s));
   }
@@ -245,6 +249,7 @@ absl::Status Handover::BeforeGivingUp() {
     stopped_at_ = *guest.stopped_at();
     deadline_ = absl::Now() + options_.switchover_timeout;
     Mark("stopped");
+    StartHashing();
     // The residual travels while the device state is saved.
     const absl::Status drained = Drain();
     absl::StatusOr<uint64_t> state_bytes = guest.Finish();
@@ -254,22 +259,24 @@ absl::Status Handover::BeforeGivingUp() {
     Mark("state saved");
   }
   // Device code may have written guest RAM while its state was saved.
+  const uint64_t writes_before = sync_->progress().write_faults;
   if (absl::Status s = sync_->Scan(); !s.ok()) return s;
+  const bool written = sync_->progress().write_faults != writes_before;
   if (absl::Status s = sync_->Flush(deadline_); !s.ok()) return s;
   Mark("last scan");
   if (!options_.verify) return LoadOnTarget();
   // The target hashes its memory while it loads the device state.
-  return Verify();
+  return Verify(written);
 }
 
-// Sends what is stale, again and again, while the guest runs. The guest is told to stop when little enough is
-// left or another round would not make it less; sending goes on until it stands still.
+// Sends what is stale, again and again, while the guest runs. The guest is told to stop when little
+// enough is left or another round would not make it less; sending goes on until it stands still.
 absl::Status Handover::Rounds(GuestSwitchover* guest) {
   if (absl::Status s = sync_->Scan(); !s.ok()) return s;
   report_.residual_at_launch = sync_->residual();
-  const uint64_t free_bytes = static_cast<uint64_t>(
-      static_cast<double>(sync_->link_bytes_per_s()) *
-      absl::ToDoubleSeconds(options_.overlapped_transfer));
+  const uint64_t free_bytes =
+      static_cast<uint64_t>(static_cast<double>(sync_->link_bytes_per_s()) *
+                            absl::ToDoubleSeconds(options_.overlapped_transfer));
   const auto little = [&] { return PagesToBytes(sync_->unsent()) <= free_bytes; };
   PageCount before = UINT32_MAX;
   bool ready = false;
@@ -349,15 +356,27 @@ absl::StatusOr<std::vector<PageRun>> Handover::CompareHashes(
   request.mutable_hash_request()->set_pages_per_hash(pages_per_hash);
   if (absl::Status s = SendBody(request); !s.ok()) return s;
   if (absl::Status s = meanwhile(); !s.ok()) return s;
-  const absl::StatusOr<std::string> mine = HashPages(memory_, run, pages_per_hash);
+  const absl::StatusOr<std::string> mine =
+      hashing_.valid() ? hashing_.get() : HashPages(memory_, run, pages_per_hash);
   if (!mine.ok()) return mine.status();
+  Mark("hashed here");
   const absl::StatusOr<std::string> theirs = TakeHashes(run, pages_per_hash);
   if (!theirs.ok()) return theirs.status();
   return DifferingRanges(run, pages_per_hash, *mine, *theirs);
 }
 
+// The memory stands still from the stop on, but for what device code may write: hashing it while
+// the residual travels costs no time. For a guest that one request covers.
+void Handover::StartHashing() {
+  if (!options_.verify || memory_.pages() > kPagesPerHashRequest) return;
+  hashing_ = std::async(std::launch::async, [this] {
+    return HashPages(memory_, {0, memory_.pages()}, kPagesPerHash);
+  });
+}
+
 // Compares all memory; has the target load the device state while it hashes the last part.
-absl::Status Handover::Verify() {
+absl::Status Handover::Verify(bool written_since_stop) {
+  if (written_since_stop && hashing_.valid()) (void)hashing_.get();  // outdated
   std::vector<PageRun> differing;
   for (PageIndex first = 0; first < memory_.pages(); first += kPagesPerHashRequest) {
     const PageRun run = {first, std::min(kPagesPerHashRequest, memory_.pages() - first)};
@@ -427,9 +446,10 @@ HandoverEnd Handover::AfterGivingUp() {
         channel_->peer(), " could not run the guest: ", PrintableText(answer->outcome().text()))));
   }
   if (answer->body_case() != Body::kRunning) {
-    return End(HandoverResult::kInDoubt,
-               absl::InvalidArgumentError(absl::StrCat(
-                   channel_->peer(), " answered the order to run with message ", answer->body_case())));
+    return End(
+        HandoverResult::kInDoubt,
+        absl::InvalidArgumentError(absl::StrCat(
+            channel_->peer(), " answered the order to run with message ", answer->body_case())));
   }
   report_.launch = absl::Now() - start_;
   report_.downtime = absl::Now() - stopped_at_;
@@ -442,8 +462,10 @@ HandoverEnd Handover::CallOff(absl::Status why) {
   const absl::Status resumed = guest_->Resume(absl::Now() + absl::Seconds(30));
   Mark("called off");
   if (!resumed.ok()) {
-    why = absl::Status(why.code(), absl::StrCat(why.message(), "; and then the guest could not be "
-                                                "resumed here: ", resumed.message()));
+    why = absl::Status(why.code(), absl::StrCat(why.message(),
+                                                "; and then the guest could not be "
+                                                "resumed here: ",
+                                                resumed.message()));
   }
   Body abort;
   abort.mutable_abort_handover()->set_reason(std::string(why.message()));

@@ -1,6 +1,6 @@
-// The source's side of a handover: from the order to launch until the guest runs on the target, or goes
-// on here as if nothing had happened. docs/protocol.md, "Handover", tells the steps and who may run the
-// guest at each of them.
+// The source's side of a handover: from the order to launch until the guest runs on the target, or
+// goes on here as if nothing had happened. docs/protocol.md, "Handover", tells the steps and who
+// may run the guest at each of them.
 #pragma once
 
 #include <string>
@@ -22,8 +22,9 @@ struct HandoverOptions {
   absl::Duration switchover_timeout = absl::Seconds(10);
   // Longest that the rounds before it may take.
   absl::Duration rounds_timeout = absl::Seconds(60);
-  // The guest is told to stop when what is left to send takes this long: about what stopping it and saving
-  // its device state take anyway (25 and 10 ms under TCG, tools/demo, 2026-11-22), so it costs nothing.
+  // The guest is told to stop when what is left to send takes this long: about what stopping it and
+  // saving its device state take anyway (25 and 10 ms under TCG, tools/demo, 2026-11-22), so it
+  // costs nothing.
   absl::Duration overlapped_transfer = absl::Milliseconds(35);
 };
 
@@ -42,10 +43,11 @@ struct HandoverReport {
 };
 
 enum class HandoverResult {
-  kMoved,     // the guest runs on the target
-  kHere,      // called off before it was given up: the guest runs here again
-  kStuck,     // called off, but the guest could not be resumed here yet: it is this host's, and stands still
-  kInDoubt,   // given up, and no answer since: only the target can say (AskOutcome)
+  kMoved,  // the guest runs on the target
+  kHere,   // called off before it was given up: the guest runs here again
+  kStuck,  // called off, but the guest could not be resumed here yet: it is this host's, and stands
+           // still
+  kInDoubt,  // given up, and no answer since: only the target can say (AskOutcome)
 };
 
 struct HandoverEnd {
@@ -54,8 +56,8 @@ struct HandoverEnd {
   HandoverReport report;
 };
 
-// Runs one handover over an attached link. Blocks. `record` is where giving up is written; it has phase
-// kPreparing. Whatever fails before the record says kGivenUp resumes the guest here.
+// Runs one handover over an attached link. Blocks. `record` is where giving up is written; it has
+// phase kPreparing. Whatever fails before the record says kGivenUp resumes the guest here.
 HandoverEnd RunSourceHandover(ControlChannel* channel, SourceSync* sync, SourceGuest* guest,
                               const GuestMemory& memory, HandoverRecord* record,
                               const HandoverOptions& options);

@@ -45,9 +45,8 @@ absl::string_view StateName(SessionState state) {
 absl::StatusOr<std::unique_ptr<SourceSession>> SourceSession::Start(
     SourceSessionOptions options, std::unique_ptr<Dialer> dialer, GuestMemory memory,
     std::unique_ptr<DirtyLog> log, std::unique_ptr<SourceGuest> guest) {
-  std::unique_ptr<SourceSession> session(
-      new SourceSession(std::move(options), std::move(dialer), std::move(memory), std::move(log),
-                        std::move(guest)));
+  std::unique_ptr<SourceSession> session(new SourceSession(
+      std::move(options), std::move(dialer), std::move(memory), std::move(log), std::move(guest)));
   absl::StatusOr<std::unique_ptr<SourceSync>> sync =
       SourceSync::Create(&session->memory_, session->log_.get(), session->options_.sync);
   if (!sync.ok()) return sync.status();
@@ -107,11 +106,10 @@ absl::StatusOr<HandoverReport> SourceSession::Launch(const HandoverOptions& opti
   }
   if (published_.state != SessionState::kSyncing) {
     const bool first_pass = published_.state == SessionState::kFirstPass;
-    return absl::FailedPreconditionError(
-        absl::StrCat(options_.guest, " can't be launched: it is ", StateName(published_.state),
-                     published_.problem.empty() ? "" : ": ", published_.problem,
-                     first_pass ? "; its memory was not copied once yet. Wait for it (launch --wait)"
-                                : ""));
+    return absl::FailedPreconditionError(absl::StrCat(
+        options_.guest, " can't be launched: it is ", StateName(published_.state),
+        published_.problem.empty() ? "" : ": ", published_.problem,
+        first_pass ? "; its memory was not copied once yet. Wait for it (launch --wait)" : ""));
   }
   order_ = &order;
   const auto done = [&order] { return order.done; };
@@ -126,9 +124,9 @@ absl::Status SourceSession::Stop() {
       return absl::FailedPreconditionError("a launch is under way; wait for its end");
     }
     if (published_.state == SessionState::kInDoubt || published_.state == SessionState::kStuck) {
-      return absl::FailedPreconditionError(absl::StrCat(
-          options_.guest, " is ", StateName(published_.state), ": ", published_.problem,
-          ". Stopping would forget that; see presync status"));
+      return absl::FailedPreconditionError(
+          absl::StrCat(options_.guest, " is ", StateName(published_.state), ": ",
+                       published_.problem, ". Stopping would forget that; see presync status"));
     }
     stop_ = true;
   }
@@ -247,10 +245,11 @@ void SourceSession::Serve(LaunchOrder* order) {
   }
   const absl::StatusOr<RunState> run_state = guest_->State(absl::Now() + absl::Seconds(10));
   if (!run_state.ok() || *run_state != RunState::kRunning) {
-    Answer(order, run_state.ok() ? absl::FailedPreconditionError(
-                                       "the guest is paused here; a launch would run it on the target: "
-                                       "resume it first")
-                                 : run_state.status());
+    Answer(order, run_state.ok()
+                      ? absl::FailedPreconditionError(
+                            "the guest is paused here; a launch would run it on the target: "
+                            "resume it first")
+                      : run_state.status());
     return;
   }
   state_ = SessionState::kLaunching;
@@ -297,14 +296,14 @@ void SourceSession::Serve(LaunchOrder* order) {
                                                : absl::StatusOr<HandoverReport>(end.why));
 }
 
-// Given up, and no answer: ask until there is one. Neither yes nor silence lets the guest run here; only
-// the target's positive word that it never ran it.
+// Given up, and no answer: ask until there is one. Neither yes nor silence lets the guest run here;
+// only the target's positive word that it never ran it.
 void SourceSession::ResolveDoubt() {
   absl::StatusOr<wire::Outcome> outcome =
       AskOutcome(dialer_.get(), id_, options_.guest, absl::Now() + absl::Seconds(5));
   if (!outcome.ok()) {
-    problem_ = absl::StrCat("given up to ", dialer_->peer(), ", whose presyncd can't be asked: ",
-                            outcome.status().message());
+    problem_ = absl::StrCat("given up to ", dialer_->peer(),
+                            ", whose presyncd can't be asked: ", outcome.status().message());
   } else if (outcome->value() == wire::Outcome::RUNNING) {
     Settle(SessionState::kMoved, absl::OkStatus());
   } else if (outcome->value() == wire::Outcome::NEVER_RAN) {
@@ -312,8 +311,8 @@ void SourceSession::ResolveDoubt() {
     ResumeHere(absl::StrCat(dialer_->peer(), " never ran the guest; it goes on here"));
     return;
   } else {
-    problem_ = absl::StrCat("given up to ", dialer_->peer(), ", which answers: ",
-                            PrintableText(outcome->text()),
+    problem_ = absl::StrCat("given up to ", dialer_->peer(),
+                            ", which answers: ", PrintableText(outcome->text()),
                             "; look whether the guest runs there before resuming it here by hand");
   }
   Publish();

@@ -1,5 +1,5 @@
-// The source's session: keeps one guest in sync with one target over links that come and go, and hands it
-// over when told to.
+// The source's session: keeps one guest in sync with one target over links that come and go, and
+// hands it over when told to.
 #pragma once
 
 #include <memory>
@@ -38,11 +38,11 @@ enum class SessionState {
   kFirstPass,   // the first copy of all memory is under way
   kSyncing,     // everything was copied once; the residual is held at the set-point
   kLaunching,
-  kMoved,       // the guest runs on the target
-  kStuck,       // called off, and the guest could not be resumed yet: it stands still, here
-  kInDoubt,     // given up, and the target can't be asked
-  kFailed,      // ended by an error, which says what is known of the guest
-  kStopped,     // ended by the operator; the guest runs here
+  kMoved,    // the guest runs on the target
+  kStuck,    // called off, and the guest could not be resumed yet: it stands still, here
+  kInDoubt,  // given up, and the target can't be asked
+  kFailed,   // ended by an error, which says what is known of the guest
+  kStopped,  // ended by the operator; the guest runs here
 };
 
 absl::string_view StateName(SessionState state);
@@ -52,9 +52,9 @@ struct SessionStatus {
   std::string guest;
   std::string session;  // the id, in hex
   std::string peer;
-  std::string link;       // "tcp" or empty
+  std::string link;  // "tcp" or empty
   std::string dirty_log;
-  std::string problem;    // why it is connecting, failed or in doubt; empty if all is well
+  std::string problem;  // why it is connecting, failed or in doubt; empty if all is well
   absl::Duration uptime = absl::ZeroDuration();
   absl::Duration promise = absl::ZeroDuration();
   absl::Duration fixed_cost = absl::ZeroDuration();
@@ -62,12 +62,12 @@ struct SessionStatus {
   SyncProgress progress;
 };
 
-// Everything public may be called from any thread. The session owns a thread of its own, which alone
-// touches guest, log and link.
+// Everything public may be called from any thread. The session owns a thread of its own, which
+// alone touches guest, log and link.
 class SourceSession {
  public:
-  // Connects once, so that what is wrong is said at once, then goes on in its own thread. Takes all of
-  // its parts; the guest is not touched before a launch. Errors as ConnectSource and SourceSync.
+  // Connects once, so that what is wrong is said at once, then goes on in its own thread. Takes all
+  // of its parts; the guest is not touched before a launch. Errors as ConnectSource and SourceSync.
   static absl::StatusOr<std::unique_ptr<SourceSession>> Start(SourceSessionOptions options,
                                                               std::unique_ptr<Dialer> dialer,
                                                               GuestMemory memory,
@@ -79,9 +79,10 @@ class SourceSession {
   SessionStatus status() const ABSL_LOCKS_EXCLUDED(mutex_);
 
   // Hands the guest over. Blocks until it runs on the target or the launch has failed. With
-  // `wait_for_first_pass` it waits for the first full sync. FAILED_PRECONDITION: the first pass is not done,
-  // or the session is in a state that can't launch, with what to do.
-  absl::StatusOr<HandoverReport> Launch(const HandoverOptions& options, absl::Duration wait_for_first_pass)
+  // `wait_for_first_pass` it waits for the first full sync. FAILED_PRECONDITION: the first pass is
+  // not done, or the session is in a state that can't launch, with what to do.
+  absl::StatusOr<HandoverReport> Launch(const HandoverOptions& options,
+                                        absl::Duration wait_for_first_pass)
       ABSL_LOCKS_EXCLUDED(mutex_);
 
   // Ends the sync and tells the target to forget the memory. The guest goes on here.

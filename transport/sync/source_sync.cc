@@ -9,13 +9,13 @@
 namespace presync {
 namespace {
 
-// A commit costs the target one answer per stream; one per 8 MiB is noise even at 100 Gb/s (0.7 ms), and
-// one a second bounds what a broken link makes stale.
+// A commit costs the target one answer per stream; one per 8 MiB is noise even at 100 Gb/s (0.7
+// ms), and one a second bounds what a broken link makes stale.
 constexpr uint64_t kCommitEveryBytes = 8 << 20;
 constexpr absl::Duration kCommitEvery = absl::Seconds(1);
 
-// Longest single write: long enough for full RDMA and TCP efficiency, short enough that a page waits
-// 9 ms at most behind another at 1 Gb/s.
+// Longest single write: long enough for full RDMA and TCP efficiency, short enough that a page
+// waits 9 ms at most behind another at 1 Gb/s.
 constexpr PageCount kMaxWritePages = 256;
 
 // Holes appear by balloon and free-page reporting only, and a launch looks again: seldom is enough.
@@ -74,7 +74,8 @@ void SourceSync::DetachLink() {
 absl::Status SourceSync::Tick() {
   const absl::Time now = options_.now();
   if (now >= next_scan_) {
-    // Pressure that goes on although the pace was cut does not come from sending alone: look less often too.
+    // Pressure that goes on although the pace was cut does not come from sending alone: look less
+    // often too.
     const int stretch = pacer_.pressed_intervals() >= 2 ? 2 : 1;
     next_scan_ = std::max(next_scan_ + stretch * options_.scan_interval, now);
     if (absl::Status s = Scan(); !s.ok()) return s;
@@ -106,17 +107,17 @@ absl::Status SourceSync::Tick() {
   return CommitIfDue(/*now=*/false);
 }
 
-// The promise rests on the link's rate, which slow start alone would learn late: a burst that has to be
-// sent anyway goes out at once, and how long its confirmation takes is the measurement. Long enough that
-// the round trip does not count, short enough to disturb nobody.
+// The promise rests on the link's rate, which slow start alone would learn late: a burst that has
+// to be sent anyway goes out at once, and how long its confirmation takes is the measurement. Long
+// enough that the round trip does not count, short enough to disturb nobody.
 absl::Status SourceSync::ProbeRate(absl::Time now) {
   if (!pending_.empty() || ledger_.in_flight() > 0 || ledger_.commit_under_way() ||
       ledger_.needs_commit()) {
     return absl::OkStatus();
   }
   next_probe_ = now + kProbeEvery;
-  const uint64_t worth = static_cast<uint64_t>(
-      static_cast<double>(link_rate_.bytes_per_s()) * absl::ToDoubleSeconds(kProbeLasts));
+  const uint64_t worth = static_cast<uint64_t>(static_cast<double>(link_rate_.bytes_per_s()) *
+                                               absl::ToDoubleSeconds(kProbeLasts));
   const uint64_t bytes = std::clamp(worth, kLeastProbeBytes, kMostProbeBytes);
   if (absl::Status s = Send(static_cast<PageCount>(bytes / kPageBytes)); !s.ok()) return s;
   if (!pending_.empty()) return absl::OkStatus();  // back-pressure marks the sample by itself
@@ -175,8 +176,8 @@ absl::Status SourceSync::Collect() {
   return absl::OkStatus();
 }
 
-// Lets the policy choose up to `pages` sendable pages, arms them and queues the writes. The order is the
-// invariant: armed first, read afterwards.
+// Lets the policy choose up to `pages` sendable pages, arms them and queues the writes. The order
+// is the invariant: armed first, read afterwards.
 absl::Status SourceSync::Send(PageCount pages) {
   if (pages == 0) return absl::OkStatus();
   policy_->Choose(ledger_.sendable(), pages, &chosen_);
@@ -188,8 +189,9 @@ absl::Status SourceSync::Send(PageCount pages) {
   return PostPending();
 }
 
-// Turns one armed run into writes: holes and zero pages without payload (or without any write where the
-// target is zero already), the rest in pieces. Reading a hole would allocate it, so holes come first.
+// Turns one armed run into writes: holes and zero pages without payload (or without any write where
+// the target is zero already), the rest in pieces. Reading a hole would allocate it, so holes come
+// first.
 absl::Status SourceSync::Prepare(PageRun run) {
   maybe_.clear();
   maybe_holes_.AppendRunsWithin(run, &maybe_);

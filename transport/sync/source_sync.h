@@ -1,5 +1,5 @@
-// The source's engine: joins dirty log, policy, pacer and link so that the target's copy of a running
-// guest's memory stays close behind, and can be brought level at a launch.
+// The source's engine: joins dirty log, policy, pacer and link so that the target's copy of a
+// running guest's memory stays close behind, and can be brought level at a launch.
 #pragma once
 
 #include <deque>
@@ -26,7 +26,7 @@ struct SourceSyncOptions {
   absl::Duration scan_interval = absl::Milliseconds(100);
   absl::Duration max_launch_time = absl::Milliseconds(100);  // the promise
   absl::Duration fixed_cost = absl::Milliseconds(45);  // of a handover, until one was measured here
-  uint64_t max_bytes_per_s = 0;                         // of the background sync; 0 = no cap
+  uint64_t max_bytes_per_s = 0;                        // of the background sync; 0 = no cap
   std::string policy = "ewma";
   std::function<absl::Time()> now = absl::Now;
 };
@@ -36,20 +36,22 @@ struct SyncProgress {
   PageCount pages = 0;
   PageCount residual = 0;
   PageCount set_point = 0;
-  bool first_pass_done = false;  // every page was synced once, but for those that wait in the set-point
+  bool first_pass_done =
+      false;  // every page was synced once, but for those that wait in the set-point
   absl::Duration predicted_launch = absl::InfiniteDuration();
-  uint64_t rate_bytes_per_s = 0;   // wire bytes, over the last second
+  uint64_t rate_bytes_per_s = 0;     // wire bytes, over the last second
   uint64_t allowed_bytes_per_s = 0;  // by the pacer
-  uint64_t link_bytes_per_s = 0;   // measured goodput, 0 = not yet
+  uint64_t link_bytes_per_s = 0;     // measured goodput, 0 = not yet
   uint64_t wire_bytes = 0;
-  uint64_t pages_sent = 0;         // with payload
-  uint64_t pages_zero = 0;         // as zero runs
-  uint64_t write_faults = 0;       // armed pages that were written: what tracking cost the guest
-  double dirty_pages_per_s = 0;    // pages seen written, over the last second
+  uint64_t pages_sent = 0;       // with payload
+  uint64_t pages_zero = 0;       // as zero runs
+  uint64_t write_faults = 0;     // armed pages that were written: what tracking cost the guest
+  double dirty_pages_per_s = 0;  // pages seen written, over the last second
 };
 
-// One thread at a time may use it. It owns no thread and does not block, except where it takes a deadline.
-// Errors: UNAVAILABLE from the link means "detach it, attach another"; the dirty log's errors are final.
+// One thread at a time may use it. It owns no thread and does not block, except where it takes a
+// deadline. Errors: UNAVAILABLE from the link means "detach it, attach another"; the dirty log's
+// errors are final.
 class SourceSync {
  public:
   // `memory` and `log` must outlive it. INVALID_ARGUMENT: no such policy.
@@ -72,10 +74,12 @@ class SourceSync {
   // Whether the link has accepted work that waits for completion or back-pressure to end.
   bool busy() const { return !pending_.empty() || ledger_.in_flight() > 0; }
 
-  // For a launch. ------------------------------------------------------------------------------------
-  // Looks now, whatever the interval says.
+  // For a launch.
+  // ------------------------------------------------------------------------------------ Looks now,
+  // whatever the interval says.
   absl::Status Scan();
-  // Finds pages that left the guest's memory (holes) and are not zero on the target: they become stale.
+  // Finds pages that left the guest's memory (holes) and are not zero on the target: they become
+  // stale.
   absl::Status FindDiscarded();
   // Sends every stale page, past set-point and pacer, and waits until the target confirmed all
   // of it. DEADLINE_EXCEEDED: not all confirmed in time.
@@ -122,8 +126,8 @@ class SourceSync {
   PageLedger ledger_;
   SourceLink* link_ = nullptr;
 
-  // Pages that may be holes: those that were at the last look. A page outside it that has become one since
-  // is only sent as zeros, at the price of a page that it takes up again.
+  // Pages that may be holes: those that were at the last look. A page outside it that has become
+  // one since is only sent as zeros, at the price of a page that it takes up again.
   PageBitmap maybe_holes_;
   std::deque<PageWrite> pending_;  // armed, in flight for the ledger, not yet taken by the link
   absl::Time next_scan_ = absl::InfinitePast();

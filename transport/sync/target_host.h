@@ -1,4 +1,5 @@
-// What the target's host offers to guests that come: decided by its own configuration, never by a peer.
+// What the target's host offers to guests that come: decided by its own configuration, never by a
+// peer.
 #pragma once
 
 #include <memory>
@@ -20,8 +21,8 @@ struct RegionRequest {
 };
 
 // One guest's place on this host: its memory, and the process that waits for its device state.
-// Destroying a place ends the process and removes the memory that were made for it, unless Keep was called.
-// One thread at a time may use it.
+// Destroying a place ends the process and removes the memory that were made for it, unless Keep was
+// called. One thread at a time may use it.
 class TargetPlace {
  public:
   virtual ~TargetPlace() = default;
@@ -31,9 +32,9 @@ class TargetPlace {
   // Whether the memory was fresh and zero when this place was made.
   virtual bool memory_was_zero() const = 0;
 
-  // The waiting guest, started (or, after a handover that was called off, started again) if need be.
-  // The pointer is good until the next call. FAILED_PRECONDITION: it does not fit the memory, with what
-  // to change; UNAVAILABLE: it did not start, with its last words.
+  // The waiting guest, started (or, after a handover that was called off, started again) if need
+  // be. The pointer is good until the next call. FAILED_PRECONDITION: it does not fit the memory,
+  // with what to change; UNAVAILABLE: it did not start, with its last words.
   virtual absl::StatusOr<TargetGuest*> Waiting(absl::Time deadline) = 0;
 
   // Ok while the waiting guest's process lives.
@@ -57,7 +58,8 @@ class TargetHost {
 
   // Makes a place for `guest`. Errors are told to the source's operator: NOT_FOUND: this host's
   // configuration has no such guest; ALREADY_EXISTS: a file or a running guest is in the way;
-  // RESOURCE_EXHAUSTED: not enough memory; FAILED_PRECONDITION: regions differ from what is configured.
+  // RESOURCE_EXHAUSTED: not enough memory; FAILED_PRECONDITION: regions differ from what is
+  // configured.
   virtual absl::StatusOr<std::unique_ptr<TargetPlace>> MakePlace(
       const std::string& guest, const std::vector<RegionRequest>& regions) = 0;
 

@@ -245,7 +245,8 @@ std::vector<TargetStatus> TargetService::status() const {
 wire::Outcome TargetService::Outcome(const SessionId& session, const std::string& guest) {
   wire::Outcome outcome;
   {
-    // While a conversation still has the guest in hand its fate is open: end it, then read the record.
+    // While a conversation still has the guest in hand its fate is open: end it, then read the
+    // record.
     absl::MutexLock lock(&mutex_);
     const auto in_hand = [&] {
       return std::any_of(slots_.begin(), slots_.end(), [&](const TargetSlot& slot) {

@@ -1,5 +1,5 @@
-// The target's side of all sessions: accepts connections, tells control from data, and keeps the memory of
-// sessions whose connection broke for a while, so that they can go on where they were.
+// The target's side of all sessions: accepts connections, tells control from data, and keeps the
+// memory of sessions whose connection broke for a while, so that they can go on where they were.
 #pragma once
 
 #include <atomic>
@@ -30,7 +30,7 @@ struct TargetServiceOptions {
   uint32_t max_tcp_streams = 16;
   uint32_t max_connections = 256;  // at once, of all kinds; more are closed at once
   absl::Duration preamble_timeout = absl::Seconds(5);
-  absl::Duration idle_timeout = absl::Seconds(15);     // a source pings every second
+  absl::Duration idle_timeout = absl::Seconds(15);  // a source pings every second
   absl::Duration keep_lost_session = absl::Minutes(10);
   // Called with one line whenever an operator would want to know. Any thread.
   std::function<void(bool problem, const std::string& line)> log = [](bool, const std::string&) {};
@@ -79,14 +79,15 @@ class TargetService {
   // Ends all conversations; their sessions are kept for their sources to come back. For tests.
   void CloseConnections() ABSL_LOCKS_EXCLUDED(mutex_);
 
-  // For the conversations ("target_session.cc"). ------------------------------------------------------
+  // For the conversations ("target_session.cc").
+  // ------------------------------------------------------
   const TargetServiceOptions& options() const { return options_; }
   TargetHost* host() { return host_; }
   void Log(bool problem, const std::string& line) const { options_.log(problem, line); }
 
-  // The slot of `session`, made if need be, marked busy. If another conversation of the same session holds
-  // it, that one is ended first (its source has come back before we noticed). ALREADY_EXISTS:
-  // another session mirrors the same guest.
+  // The slot of `session`, made if need be, marked busy. If another conversation of the same
+  // session holds it, that one is ended first (its source has come back before we noticed).
+  // ALREADY_EXISTS: another session mirrors the same guest.
   absl::StatusOr<TargetSlot*> AcquireSlot(const SessionId& session, const std::string& guest,
                                           ControlChannel* channel) ABSL_LOCKS_EXCLUDED(mutex_);
   // Gives it back. `forget`: with all that it holds.
@@ -98,7 +99,8 @@ class TargetService {
   absl::StatusOr<std::vector<UniqueFd>> TakeStreams(const SessionToken& token, absl::Time deadline)
       ABSL_LOCKS_EXCLUDED(mutex_);
 
-  // A session that has no conversation and no slot busy: what the records say. See docs/protocol.md.
+  // A session that has no conversation and no slot busy: what the records say. See
+  // docs/protocol.md.
   wire::Outcome Outcome(const SessionId& session, const std::string& guest)
       ABSL_LOCKS_EXCLUDED(mutex_);
 

@@ -27,8 +27,8 @@ using Body = wire::ControlMessage;
 constexpr absl::Duration kSendTimeout = absl::Seconds(5);
 constexpr absl::Duration kStreamsTimeout = absl::Seconds(10);
 constexpr absl::Duration kGuestTimeout = absl::Seconds(30);
-// In a handover the source is busy with other things than pings: longer than its rounds and the standstill
-// together may take.
+// In a handover the source is busy with other things than pings: longer than its rounds and the
+// standstill together may take.
 constexpr absl::Duration kHandoverTimeout = absl::Minutes(3);
 // A guest's name goes into messages and file names.
 constexpr size_t kMaxNameBytes = 128;
@@ -125,7 +125,8 @@ class Conversation {
   std::string staged_;
   uint64_t state_bytes_ = 0;
   std::thread hasher_;
-  bool loading_ = false;  // bytes saved after the stop were given to the guest: it may have written its RAM
+  bool loading_ =
+      false;  // bytes saved after the stop were given to the guest: it may have written its RAM
   bool loaded_ = false;
   bool forget_ = false;
   bool over_ = false;
@@ -176,12 +177,12 @@ absl::Status Conversation::Open(const wire::OpenSession& open) {
   opened.mutable_session_opened()->set_token(IdToBytes(token));
   opened.mutable_session_opened()->set_tcp_streams(streams);
   const absl::Status sent = Send(opened);
-  absl::StatusOr<std::vector<UniqueFd>> sockets =
-      service_->TakeStreams(token, absl::Now() + (sent.ok() ? kStreamsTimeout : absl::ZeroDuration()));
+  absl::StatusOr<std::vector<UniqueFd>> sockets = service_->TakeStreams(
+      token, absl::Now() + (sent.ok() ? kStreamsTimeout : absl::ZeroDuration()));
   if (!sent.ok()) return sent;
   if (!sockets.ok()) return sockets.status();
-  absl::StatusOr<std::unique_ptr<TcpTargetLink>> link =
-      TcpTargetLink::Create(&slot_->place->memory(), *std::move(sockets), service_->options().socket);
+  absl::StatusOr<std::unique_ptr<TcpTargetLink>> link = TcpTargetLink::Create(
+      &slot_->place->memory(), *std::move(sockets), service_->options().socket);
   if (!link.ok()) return link.status();
   link_ = *std::move(link);
   slot_->content_kept = true;
@@ -207,8 +208,8 @@ absl::StatusOr<wire::SessionOpened::Content> Conversation::PreparePlace(
         service_->host()->MakePlace(open.guest(), regions);
     if (!place.ok()) return place.status();
     slot_->place = *std::move(place);
-    content = slot_->place->memory_was_zero() ? wire::SessionOpened::ZERO
-                                              : wire::SessionOpened::UNKNOWN;
+    content =
+        slot_->place->memory_was_zero() ? wire::SessionOpened::ZERO : wire::SessionOpened::UNKNOWN;
   }
   const absl::Span<const Region> here = slot_->place->memory().regions();
   for (size_t i = 0; i < std::max(here.size(), regions.size()); ++i) {
@@ -227,9 +228,8 @@ absl::StatusOr<wire::SessionOpened::Content> Conversation::PreparePlace(
 
 absl::Status Conversation::Serve() {
   while (!over_) {
-    absl::StatusOr<Body> message =
-        channel_->Receive(absl::Now() + (guest_ == nullptr ? service_->options().idle_timeout
-                                                           : kHandoverTimeout));
+    absl::StatusOr<Body> message = channel_->Receive(
+        absl::Now() + (guest_ == nullptr ? service_->options().idle_timeout : kHandoverTimeout));
     if (!message.ok()) {
       if (!absl::IsDeadlineExceeded(message.status())) return message.status();
       return absl::UnavailableError(absl::StrCat(channel_->peer(), " fell silent"));
@@ -281,13 +281,13 @@ absl::Status Conversation::BeginHandover() {
   if (guest_ != nullptr) return absl::FailedPreconditionError("a handover is already under way");
   absl::StatusOr<TargetGuest*> guest = slot_->place->Waiting(absl::Now() + kGuestTimeout);
   if (!guest.ok()) return guest.status();
-  absl::StatusOr<HandoverRecord> record = HandoverRecord::Open(
-      service_->options().record_folder, {.role = HandoverRole::kTarget,
-                                          .phase = HandoverPhase::kWaiting,
-                                          .guest = slot_->guest,
-                                          .session = slot_->session,
-                                          .peer = channel_->peer(),
-                                          .detail = slot_->place->address()});
+  absl::StatusOr<HandoverRecord> record =
+      HandoverRecord::Open(service_->options().record_folder, {.role = HandoverRole::kTarget,
+                                                               .phase = HandoverPhase::kWaiting,
+                                                               .guest = slot_->guest,
+                                                               .session = slot_->session,
+                                                               .peer = channel_->peer(),
+                                                               .detail = slot_->place->address()});
   if (!record.ok()) return record.status();
   record_ = *std::move(record);
   guest_ = *guest;
@@ -363,7 +363,8 @@ absl::Status Conversation::Load(const wire::Load& load) {
 
 // The source has given the guest up. From the record on it is this host's.
 absl::Status Conversation::RunGuest() {
-  if (!loaded_) return absl::InvalidArgumentError("the order to run came before everything was loaded");
+  if (!loaded_)
+    return absl::InvalidArgumentError("the order to run came before everything was loaded");
   FinishHashing();
   if (absl::Status s = record_->Append(HandoverPhase::kToldToRun); !s.ok()) return s;
   const absl::Time deadline = absl::Now() + kGuestTimeout;
@@ -376,8 +377,8 @@ absl::Status Conversation::RunGuest() {
     record_->Append(HandoverPhase::kRunning).IgnoreError();
     service_->Log(false, absl::StrCat(slot_->guest, ": runs here now"));
   } else if (absl::IsFailedPrecondition(run) && guest_->Discard(deadline).ok()) {
-    // It refused, and now it can't change its mind. If the record can't be written, the answer has to be
-    // enough: after it the source will not ask again.
+    // It refused, and now it can't change its mind. If the record can't be written, the answer has
+    // to be enough: after it the source will not ask again.
     record_->Append(HandoverPhase::kNeverRan).IgnoreError();
     answer.mutable_outcome()->set_value(wire::Outcome::NEVER_RAN);
     answer.mutable_outcome()->set_text(std::string(run.message()));
@@ -385,19 +386,23 @@ absl::Status Conversation::RunGuest() {
     service_->Log(true, absl::StrCat(slot_->guest, ": could not be run: ", run.message()));
   } else {
     slot_->place->Keep();
-    service_->Log(true, absl::StrCat(slot_->guest, ": was told to run, and whether it does is not "
-                                     "known: ", run.message(), ". Look at ", slot_->place->address()));
+    service_->Log(true, absl::StrCat(slot_->guest,
+                                     ": was told to run, and whether it does is not "
+                                     "known: ",
+                                     run.message(), ". Look at ", slot_->place->address()));
   }
   forget_ = over_ = true;
   return absl::OkStatus();
 }
 
-// The guest goes on at the source. The waiting one has eaten a part of the state: a new one must wait.
+// The guest goes on at the source. The waiting one has eaten a part of the state: a new one must
+// wait.
 void Conversation::AbortHandover() {
   over_ = true;
   if (guest_ == nullptr) return;
   guest_ = nullptr;
-  // Only a process that is certainly gone never ran; otherwise the record stays open, and Outcome decides.
+  // Only a process that is certainly gone never ran; otherwise the record stays open, and Outcome
+  // decides.
   const absl::Status ended = slot_->place->EndWaiting();
   if (ended.ok()) {
     record_->Append(HandoverPhase::kNeverRan).IgnoreError();
@@ -420,7 +425,8 @@ void Conversation::End(const absl::Status& why) {
   }
   FinishHashing();
   link_.reset();
-  // Whatever ended the conversation, an order to run can't come any more: the guest never runs here.
+  // Whatever ended the conversation, an order to run can't come any more: the guest never runs
+  // here.
   if (!over_ && guest_ != nullptr) AbortHandover();
   service_->ReleaseSlot(slot_, forget_);
 }

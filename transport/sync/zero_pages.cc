@@ -6,8 +6,8 @@
 namespace presync {
 namespace {
 
-// A page that is zero in its first 16 bytes and equal to itself shifted by 16 is zero throughout; memcmp
-// is the fastest walk that libc has for every CPU.
+// A page that is zero in its first 16 bytes and equal to itself shifted by 16 is zero throughout;
+// memcmp is the fastest walk that libc has for every CPU.
 bool IsZeroPage(const std::byte* page) {
   constexpr size_t kHead = 16;
   static constexpr std::byte kZero[kHead] = {};

@@ -37,7 +37,8 @@ uint32_t LoadLength(const char* p) {
 
 ControlChannel::ControlChannel(UniqueFd socket, std::string peer)
     : socket_(std::move(socket)), peer_(std::move(peer)) {
-  // A handover is a chain of short messages: none may wait for an acknowledgement of the one before.
+  // A handover is a chain of short messages: none may wait for an acknowledgement of the one
+  // before.
   const int on = 1;
   ::setsockopt(socket_.get(), IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
 }
@@ -67,8 +68,8 @@ absl::Status ControlChannel::Send(const wire::ControlMessage& message, absl::Tim
     if (n < 0 && errno == EINTR) continue;
     if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
       if (AwaitReady(socket_.get(), POLLOUT, deadline).ok()) continue;
-      send_status_ = absl::DeadlineExceededError(
-          absl::StrCat(peer_, " does not read its control connection"));
+      send_status_ =
+          absl::DeadlineExceededError(absl::StrCat(peer_, " does not read its control connection"));
       return send_status_;
     }
     send_status_ = absl::UnavailableError(
@@ -102,9 +103,8 @@ absl::StatusOr<wire::ControlMessage> ControlChannel::Receive(absl::Time deadline
   if (absl::Status s = FillTo(4, deadline); !s.ok()) return s;
   const uint32_t length = LoadLength(received_.data());
   if (length > kMaxControlFrameBytes) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(peer_, " sent a control frame of ", length, " bytes; the limit is ",
-                     kMaxControlFrameBytes));
+    return absl::InvalidArgumentError(absl::StrCat(peer_, " sent a control frame of ", length,
+                                                   " bytes; the limit is ", kMaxControlFrameBytes));
   }
   if (absl::Status s = FillTo(4 + length, deadline); !s.ok()) return s;
   wire::ControlMessage message;

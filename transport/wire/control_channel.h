@@ -19,8 +19,8 @@ inline constexpr uint32_t kMaxControlFrameBytes = 1 << 20;
 // Device state travels in pieces of at most this.
 inline constexpr uint32_t kMaxStateChunkBytes = 256 << 10;
 
-// A frame is a u32 little-endian length and that many bytes of a ControlMessage. Any thread may Send;
-// one thread at a time may Receive. Any failure but a deadline in Receive is final.
+// A frame is a u32 little-endian length and that many bytes of a ControlMessage. Any thread may
+// Send; one thread at a time may Receive. Any failure but a deadline in Receive is final.
 class ControlChannel {
  public:
   // Takes a connected stream socket; `peer` names the other side in error texts.
@@ -31,12 +31,13 @@ class ControlChannel {
 
   const std::string& peer() const { return peer_; }
 
-  // Blocks until the message is handed to the kernel, or until `deadline` when the peer does not read.
-  // UNAVAILABLE: the connection is gone. DEADLINE_EXCEEDED: final too, part of a frame may be out.
+  // Blocks until the message is handed to the kernel, or until `deadline` when the peer does not
+  // read. UNAVAILABLE: the connection is gone. DEADLINE_EXCEEDED: final too, part of a frame may be
+  // out.
   absl::Status Send(const wire::ControlMessage& message, absl::Time deadline);
 
-  // Waits for one message. DEADLINE_EXCEEDED: none yet, ask again. UNAVAILABLE: the connection is gone.
-  // INVALID_ARGUMENT: not a frame of this protocol, or one that is too long.
+  // Waits for one message. DEADLINE_EXCEEDED: none yet, ask again. UNAVAILABLE: the connection is
+  // gone. INVALID_ARGUMENT: not a frame of this protocol, or one that is too long.
   absl::StatusOr<wire::ControlMessage> Receive(absl::Time deadline);
 
   // Wakes whoever is blocked in Send or Receive, with UNAVAILABLE. Any thread.

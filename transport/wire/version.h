@@ -5,7 +5,8 @@
 
 namespace presync {
 
-// The newest this build speaks, and the oldest it still understands: its neighbour below, if there is one.
+// The newest this build speaks, and the oldest it still understands: its neighbour below, if there
+// is one.
 inline constexpr uint32_t kNewestProtocolVersion = 1;
 inline constexpr uint32_t kOldestProtocolVersion = 1;
 

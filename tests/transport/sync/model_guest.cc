@@ -43,8 +43,7 @@ class ModelLog final : public DirtyLog {
   absl::Status Peek(std::vector<PageRun>* written) override {
     if (model_->dead_) return absl::UnavailableError("the guest's process is gone");
     absl::MutexLock lock(&model_->mutex_);
-    for (const PageRun& run :
-         model_->memory().SplitAtRegions({0, model_->memory().pages()})) {
+    for (const PageRun& run : model_->memory().SplitAtRegions({0, model_->memory().pages()})) {
       model_->written_.AppendRunsWithin(run, written);
     }
     model_->written_.ClearAll();

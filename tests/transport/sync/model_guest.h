@@ -1,5 +1,5 @@
-// A guest for tests: memory, a dirty log that is exact, and vCPUs that are stopped and resumed. What is
-// checked from outside: how many of the two sides ran at any moment.
+// A guest for tests: memory, a dirty log that is exact, and vCPUs that are stopped and resumed.
+// What is checked from outside: how many of the two sides ran at any moment.
 #pragma once
 
 #include <atomic>
@@ -59,12 +59,13 @@ class World {
   std::atomic<bool> ever_both_ = false;
 };
 
-// Which call of a model guest fails, by name: "prepare-save", "begin-save", "stop", "finish-save", "resume", "quit",
-// "begin-load", "await-loaded", "run". Empty: none.
+// Which call of a model guest fails, by name: "prepare-save", "begin-save", "stop", "finish-save",
+// "resume", "quit", "begin-load", "await-loaded", "run". Empty: none.
 class ModelSourceGuest final : public SourceGuest {
  public:
   // `last_page_written`: written while the state is saved, as device code may. Negative: none.
-  ModelSourceGuest(World* world, ModelMemory* memory, std::string fails, int64_t device_writes_page);
+  ModelSourceGuest(World* world, ModelMemory* memory, std::string fails,
+                   int64_t device_writes_page);
   ~ModelSourceGuest() override;
 
   absl::Status PrepareSave(absl::Time deadline) override;

@@ -1,5 +1,5 @@
-// Source session and target service together, over real sockets on loopback, with model guests: what a
-// handover promises when everything works, and when any one thing does not.
+// Source session and target service together, over real sockets on loopback, with model guests:
+// what a handover promises when everything works, and when any one thing does not.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <stdlib.h>
@@ -41,7 +41,8 @@ class TempFolder {
 // A target host with one model guest, whose memory outlives the places made of it, to look at.
 class ModelHost final : public TargetHost {
  public:
-  explicit ModelHost(World* world) : world_(world), memory_(std::make_unique<ModelMemory>(kRegions)) {}
+  explicit ModelHost(World* world)
+      : world_(world), memory_(std::make_unique<ModelMemory>(kRegions)) {}
 
   absl::StatusOr<std::unique_ptr<TargetPlace>> MakePlace(
       const std::string& guest, const std::vector<RegionRequest>& regions) override {
@@ -67,7 +68,8 @@ class ModelHost final : public TargetHost {
     const GuestMemory& memory() const override { return host_->memory_->memory(); }
     bool memory_was_zero() const override { return host_->places_made_ == 1; }
     absl::StatusOr<TargetGuest*> Waiting(absl::Time) override {
-      if (guest_ == nullptr) guest_ = std::make_unique<ModelTargetGuest>(host_->world_, host_->fails_);
+      if (guest_ == nullptr)
+        guest_ = std::make_unique<ModelTargetGuest>(host_->world_, host_->fails_);
       return guest_.get();
     }
     absl::Status Check() override { return absl::OkStatus(); }
@@ -166,7 +168,8 @@ class SessionTest : public ::testing::Test {
         for (int i = 0; i < 20 && world_.source_running(); ++i) {
           absl::MutexLock lock(&running_mutex_);
           if (!world_.source_running()) break;
-          const PageIndex page = static_cast<PageIndex>(random() % (random() % 4 == 0 ? kPages : 50));
+          const PageIndex page =
+              static_cast<PageIndex>(random() % (random() % 4 == 0 ? kPages : 50));
           source_.Write(page, random() % 9 == 0 ? 0 : random() | 1);
         }
         std::this_thread::sleep_for(std::chrono::microseconds(500));

@@ -109,7 +109,8 @@ TEST(SourceSync, HotPagesAreNotSentAgainAndAgain) {
   Rig rig;
   for (PageIndex page = 0; page < 768; ++page) rig.source_.Write(page, page + 1);
   FakeLinkOptions options;
-  options.bytes_per_s = 100'000'000;  // the set-point is 50 ms of that: 1,220 pages, more than there are
+  options.bytes_per_s =
+      100'000'000;  // the set-point is 50 ms of that: 1,220 pages, more than there are
   rig.Connect(Content::kZero, options);
   rig.sync_->set_max_launch_time(absl::Milliseconds(54));  // now 97 pages
   uint64_t n = 0;
@@ -132,8 +133,7 @@ TEST(SourceSync, ADiscardedPageBecomesZeroOnTheTarget) {
   ASSERT_TRUE(rig.Level().ok());
   // As a balloon does: the page leaves the file, and nothing is reported.
   ASSERT_EQ(::fallocate(rig.source_.memory().regions()[0].fd(),
-                        FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 8 * kPageBytes,
-                        4 * kPageBytes),
+                        FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 8 * kPageBytes, 4 * kPageBytes),
             0);
   ASSERT_TRUE(rig.Level().ok());
   for (PageIndex page = 8; page < 12; ++page) {
@@ -174,8 +174,8 @@ TEST(SourceSync, ADeadGuestIsSaidToBeGone) {
   EXPECT_EQ(rig.Run(absl::Seconds(1), [] {}).code(), absl::StatusCode::kUnavailable);
 }
 
-// The test that matters most: whatever the guest writes and wherever the link breaks, source equals target
-// in the end, byte for byte.
+// The test that matters most: whatever the guest writes and wherever the link breaks, source equals
+// target in the end, byte for byte.
 class RandomFaults : public ::testing::TestWithParam<uint64_t> {};
 
 TEST_P(RandomFaults, SourceEqualsTargetInTheEnd) {

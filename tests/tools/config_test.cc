@@ -1,0 +1,51 @@
+#include "tools/presyncd/config.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <string>
+
+namespace presync {
+namespace {
+
+using ::testing::HasSubstr;
+
+std::string ErrorOf(const char* text) {
+  return std::string(ParseConfig(text, "presyncd.toml").status().message());
+}
+
+TEST(Config, AnEmptyFileGivesTheDefaults) {
+  const absl::StatusOr<Config> config = ParseConfig("", "presyncd.toml");
+  ASSERT_TRUE(config.ok());
+  EXPECT_EQ(config->listen_host, "127.0.0.1");
+  EXPECT_EQ(config->listen_port, kDefaultPort);
+  EXPECT_EQ(config->max_launch_time, absl::Milliseconds(100));
+}
+
+TEST(Config, ReadsEveryKindOfKey) {
+  const absl::StatusOr<Config> config = ParseConfig(
+      "listen = '[::]:7400'\nmax_guest_memory = '4G'\n[defaults]\nmax_launch_time = '80ms'\n"
+      "max_bandwidth = '400Mbit'\ntcp_streams = 2\n[guest.a]\ncommand = ['qemu', '{qmp}']\n"
+      "[guest.b]\nattach = '/run/b.qmp'\n",
+      "presyncd.toml");
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->listen_host, "::");
+  EXPECT_EQ(config->max_guest_bytes, uint64_t{4} << 30);
+  EXPECT_EQ(config->max_bandwidth, 50'000'000u);
+  EXPECT_EQ(config->tcp_streams, 2u);
+  EXPECT_EQ(config->guests.at("a").command.size(), 2u);
+  EXPECT_EQ(config->guests.at("b").attach_qmp, "/run/b.qmp");
+}
+
+TEST(Config, SaysWhereAndWhatIsWrong) {
+  EXPECT_THAT(ErrorOf("listen = 'x'\nlissten = 'y'"), HasSubstr("presyncd.toml:2: lissten"));
+  EXPECT_THAT(ErrorOf("listen = "), HasSubstr("presyncd.toml:1"));
+  EXPECT_THAT(ErrorOf("log_level = 'loud'"), HasSubstr("debug, info, warn, error"));
+  EXPECT_THAT(ErrorOf("[defaults]\ntcp_streams = 99"), HasSubstr("1 to 16"));
+  EXPECT_THAT(ErrorOf("[defaults]\nmax_launch_time = 'soon'"), HasSubstr("100ms"));
+  EXPECT_THAT(ErrorOf("[guest.a]"), HasSubstr("either command"));
+  EXPECT_THAT(ErrorOf("[guest.a]\ncommand = ['a']\nattach = 'b'"), HasSubstr("either command"));
+}
+
+}  // namespace
+}  // namespace presync

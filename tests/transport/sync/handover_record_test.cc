@@ -1,0 +1,89 @@
+#include "transport/sync/handover_record.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <stdlib.h>
+
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <string>
+#include <vector>
+
+namespace presync {
+namespace {
+
+class HandoverRecordTest : public ::testing::Test {
+ protected:
+  HandoverRecordTest() {
+    char name[] = "/tmp/presync-record-test-XXXXXX";
+    folder_ = ::mkdtemp(name);
+  }
+  ~HandoverRecordTest() override { std::filesystem::remove_all(folder_); }
+
+  HandoverEntry Entry(HandoverPhase phase = HandoverPhase::kPreparing) {
+    return {.role = HandoverRole::kSource,
+            .phase = phase,
+            .guest = "a guest/with \"odd\" name",
+            .session = id_,
+            .peer = "b:7350",
+            .detail = "/run/x.qmp"};
+  }
+  std::vector<HandoverEntry> ReadAll() {
+    unreadable_.clear();
+    return HandoverRecord::ReadAll(folder_, &unreadable_);
+  }
+
+  std::string folder_;
+  SessionId id_ = RandomId();
+  std::vector<std::string> unreadable_;
+};
+
+TEST_F(HandoverRecordTest, TheNewestEntryCounts) {
+  absl::StatusOr<HandoverRecord> record = HandoverRecord::Open(folder_, Entry());
+  ASSERT_TRUE(record.ok()) << record.status();
+  EXPECT_EQ(ReadAll().at(0).phase, HandoverPhase::kPreparing);
+  ASSERT_TRUE(record->Append(HandoverPhase::kGivenUp).ok());
+  const std::vector<HandoverEntry> entries = ReadAll();
+  ASSERT_EQ(entries.size(), 1u);
+  EXPECT_EQ(entries[0].phase, HandoverPhase::kGivenUp);
+  EXPECT_EQ(entries[0].guest, Entry().guest);
+  EXPECT_EQ(entries[0].session, id_);
+  EXPECT_EQ(entries[0].detail, "/run/x.qmp");
+}
+
+TEST_F(HandoverRecordTest, ATornWriteLeavesTheEntryBeforeIt) {
+  absl::StatusOr<HandoverRecord> record = HandoverRecord::Open(folder_, Entry());
+  ASSERT_TRUE(record->Append(HandoverPhase::kGivenUp).ok());
+  // The second block as a crash may leave it: only its first half is new.
+  std::fstream file(record->path(), std::ios::in | std::ios::out | std::ios::binary);
+  file.seekp(4096 + 2048);
+  file.write(std::string(2048, '\0').data(), 2048);
+  file.close();
+  EXPECT_EQ(ReadAll().at(0).phase, HandoverPhase::kPreparing);
+}
+
+TEST_F(HandoverRecordTest, ManyHandoversOfOneSessionFit) {
+  for (int i = 0; i < 5; ++i) {
+    absl::StatusOr<HandoverRecord> record = HandoverRecord::Open(folder_, Entry());
+    ASSERT_TRUE(record.ok());
+    for (int j = 0; j < 10; ++j) ASSERT_TRUE(record->Append(HandoverPhase::kGivenUp).ok());
+    ASSERT_TRUE(record->Append(HandoverPhase::kTakenBack).ok());
+  }
+  EXPECT_EQ(ReadAll().at(0).phase, HandoverPhase::kTakenBack);
+}
+
+TEST_F(HandoverRecordTest, GarbageIsNamedAndNotBelieved) {
+  std::ofstream(folder_ + "/x.source") << std::string(10'000, '{');
+  EXPECT_THAT(ReadAll(), ::testing::IsEmpty());
+  EXPECT_EQ(unreadable_.size(), 1u);
+}
+
+TEST_F(HandoverRecordTest, ARemovedRecordIsGone) {
+  absl::StatusOr<HandoverRecord> record = HandoverRecord::Open(folder_, Entry());
+  ASSERT_TRUE(record->Remove().ok());
+  EXPECT_THAT(ReadAll(), ::testing::IsEmpty());
+}
+
+}  // namespace
+}  // namespace presync
