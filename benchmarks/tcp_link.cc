@@ -6,8 +6,11 @@
 #include <sys/resource.h>
 #include <sys/socket.h>
 
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <random>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -161,6 +164,33 @@ BENCHMARK(BM_TcpLink)
                     static_cast<int>(Compression::kAuto)}})
     ->UseRealTime()
     ->Unit(benchmark::kMillisecond);
+
+// iperf3's own goodput over the same loopback, for two seconds: what perftest's users compare with.
+void BM_Iperf3(benchmark::State& state) {
+  const std::string server = "iperf3 -s -1 -B 127.0.0.1 -p 15201 >/dev/null 2>&1 &";
+  const std::string client =
+      "for i in 1 2 3 4 5 6 7 8 9 10; do "
+      "iperf3 -c 127.0.0.1 -p 15201 -t 2 -J -P " +
+      std::to_string(state.range(0)) + " 2>/dev/null && break; sleep 0.2; done";
+  double bytes_per_s = 0;
+  for (auto _ : state) {
+    if (std::system(server.c_str()) != 0) return state.SkipWithError("iperf3 did not start");
+    FILE* out = ::popen(client.c_str(), "r");
+    std::string text;
+    char buffer[4096];
+    for (size_t n; (n = std::fread(buffer, 1, sizeof(buffer), out)) > 0;) text.append(buffer, n);
+    ::pclose(out);
+    const size_t sum = text.find("\"sum_received\"");
+    const size_t rate = text.find("\"bits_per_second\":", sum);
+    if (sum == std::string::npos || rate == std::string::npos) {
+      return state.SkipWithError("iperf3 gave no result: is it installed? (tools/setup)");
+    }
+    bytes_per_s = std::strtod(text.c_str() + rate + 18, nullptr) / 8;
+  }
+  state.counters["bytes_per_second"] =
+      benchmark::Counter(bytes_per_s, benchmark::Counter::kDefaults, benchmark::Counter::kIs1024);
+}
+BENCHMARK(BM_Iperf3)->ArgName("streams")->Arg(1)->Arg(4)->Iterations(1)->UseRealTime();
 
 // What a sample of the automatic choice costs: 64 KiB with both codecs.
 void BM_CodecSample(benchmark::State& state) {

@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
 #include <optional>
 #include <utility>
 
@@ -15,11 +14,10 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_replace.h"
-#include "absl/strings/str_split.h"
 #include "predictor/bitmap.h"
 #include "qemu-glue/discovery.h"
+#include "qemu-glue/guest_notes.h"
 #include "qemu-glue/qemu_guest.h"
-#include "qemu-glue/qmp/json_read.h"
 #include "qemu-glue/qmp/qmp_client.h"
 
 namespace presync {
@@ -210,13 +208,13 @@ class StartedPlace final : public TargetPlace {
  private:
   // For a presyncd that comes after this one: whose files these are.
   void WriteNote() const {
-    Json files = Json::array({paths_.qmp, paths_.glue});
-    for (const std::string& path : paths_.ram) files.push_back(path);
-    const Json note = {{"pid", process_->pid()},
-                       {"start_ticks", process_->start_ticks()},
-                       {"qmp", paths_.qmp},
-                       {"files", std::move(files)}};
-    std::ofstream(paths_.note) << note.dump() << "\n";
+    GuestNote note = {.path = paths_.note,
+                      .pid = process_->pid(),
+                      .start_ticks = process_->start_ticks(),
+                      .qmp = paths_.qmp,
+                      .files = {paths_.qmp, paths_.glue}};
+    note.files.insert(note.files.end(), paths_.ram.begin(), paths_.ram.end());
+    WriteGuestNote(note);
   }
 
   // The QEMU must have mapped the very files that are mirrored into: not just the same path, for a
@@ -324,60 +322,12 @@ absl::StatusOr<std::unique_ptr<TargetPlace>> MakeAttachedPlace(
   return std::make_unique<AttachedPlace>(qmp_path, *std::move(guest), *std::move(memory), zero);
 }
 
-// What an earlier place wrote about the QEMU it started.
-struct Note {
-  std::string path;
-  pid_t pid = 0;
-  uint64_t start_ticks = 0;
-  std::string qmp;
-  std::vector<std::string> files;
-};
-
-std::vector<Note> ReadNotes(const std::string& folder) {
-  std::vector<Note> notes;
-  std::error_code error;
-  for (const auto& file : std::filesystem::directory_iterator(folder, error)) {
-    if (file.path().extension() != ".guest") continue;
-    std::ifstream in(file.path());
-    const Json json = Json::parse(in, nullptr, false);
-    const std::optional<uint64_t> pid = UintAt(json, "pid");
-    if (!pid || *pid == 0 || *pid > INT32_MAX) continue;
-    Note note = {.path = file.path(),
-                 .pid = static_cast<pid_t>(*pid),
-                 .start_ticks = UintAt(json, "start_ticks").value_or(0),
-                 .qmp = StringAt(json, "qmp"),
-                 .files = {}};
-    if (const Json* files = FindMember(json, "files"); files != nullptr && files->is_array()) {
-      for (const Json& path : *files) {
-        if (path.is_string()) note.files.push_back(path.get<std::string>());
-      }
-    }
-    notes.push_back(std::move(note));
-  }
-  return notes;
-}
-
-// Whether the process of the note still lives: the same number and the same start, and no zombie.
-bool IsAlive(const Note& note) {
-  std::ifstream in(absl::StrCat("/proc/", note.pid, "/stat"));
-  const std::string stat((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
-  // Fields from the third on follow the command's name, which is in parentheses: proc(5).
-  const size_t name_end = stat.rfind(')');
-  if (name_end == std::string::npos) return false;
-  const std::vector<std::string> fields =
-      absl::StrSplit(stat.substr(name_end + 1), ' ', absl::SkipEmpty());
-  constexpr size_t kState = 0;
-  constexpr size_t kStartTime = 22 - 3;
-  return fields.size() > kStartTime && fields[kState] != "Z" &&
-         fields[kStartTime] == absl::StrCat(note.start_ticks);
-}
-
 // The QEMU that an earlier presyncd started and that answers at `qmp_path`: the very process of the
 // note, never another one that was given its socket since. NOT_FOUND: it has ended.
 absl::StatusOr<std::unique_ptr<QemuSourceGuest>> OpenOrphan(const std::string& folder,
                                                             const std::string& qmp_path,
                                                             absl::Time deadline) {
-  for (const Note& note : ReadNotes(folder)) {
+  for (const GuestNote& note : ReadGuestNotes(folder)) {
     if (note.qmp != qmp_path || !IsAlive(note)) continue;
     absl::StatusOr<std::unique_ptr<QmpClient>> qmp = QmpClient::Connect(qmp_path, deadline);
     if (!qmp.ok()) return qmp.status();
@@ -472,7 +422,7 @@ absl::Status QemuTargetHost::RunOrphan(const std::string& address) {
 }
 
 void QemuTargetHost::EndWaitingLeftovers() {
-  for (const Note& note : ReadNotes(options_.run_folder)) {
+  for (const GuestNote& note : ReadGuestNotes(options_.run_folder)) {
     absl::StatusOr<std::unique_ptr<QemuSourceGuest>> guest =
         OpenOrphan(options_.run_folder, note.qmp, absl::Now() + kQmpTimeout);
     if (!guest.ok()) continue;
@@ -494,7 +444,7 @@ void QemuTargetHost::RemoveLeftovers() {
     absl::MutexLock lock(&mutex_);
     std::erase_if(running_, [](QemuProcess& process) { return process.HasEnded(); });
   }
-  for (const Note& note : ReadNotes(options_.run_folder)) {
+  for (const GuestNote& note : ReadGuestNotes(options_.run_folder)) {
     if (IsAlive(note)) continue;
     for (const std::string& path : note.files) RemoveFile(path).IgnoreError();
     RemoveFile(note.path).IgnoreError();

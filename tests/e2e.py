@@ -219,6 +219,14 @@ class KillTest(EndToEnd):
         move.wait_synced()
         return move
 
+    def launch_after_reconnect(self, move):
+        deadline = time.monotonic() + 60
+        while move.status()["state"] != "syncing" or move.status()["reconnects"] == 0:
+            self.assertLess(time.monotonic(), deadline, move.status())
+            time.sleep(0.1)
+        move.reader.attach("target", move.target_agent)
+        self.launch(move)
+
     def test_source_presyncd(self):
         move = self.synced()
         move.source_daemon.kill()
@@ -232,23 +240,13 @@ class KillTest(EndToEnd):
         move.target_daemon.kill()
         self.expect_unharmed(move)
         move.target_daemon.start()
-        deadline = time.monotonic() + 60
-        while move.status()["state"] != "syncing" or move.status()["reconnects"] == 0:
-            self.assertLess(time.monotonic(), deadline, move.status())
-            time.sleep(0.1)
-        move.reader.attach("target", move.target_agent)
-        self.launch(move)
+        self.launch_after_reconnect(move)
 
     def test_target_qemu(self):
         move = self.synced()
         os.kill(move.target_daemon.guest_pids()[presync.NAME], signal.SIGKILL)
         self.expect_unharmed(move)
-        deadline = time.monotonic() + 60
-        while move.status()["state"] != "syncing" or move.status()["reconnects"] == 0:
-            self.assertLess(time.monotonic(), deadline, move.status())
-            time.sleep(0.1)
-        move.reader.attach("target", move.target_agent)
-        self.launch(move)
+        self.launch_after_reconnect(move)
 
     def test_link_down_for_a_while(self):
         move = self.synced()

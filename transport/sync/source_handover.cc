@@ -1,21 +1,12 @@
 #include "transport/sync/source_handover.h"
 
-#include <errno.h>
-#include <poll.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <atomic>
-#include <cstring>
 #include <future>
-#include <optional>
-#include <thread>
 
-#include "absl/base/thread_annotations.h"
 #include "absl/functional/function_ref.h"
 #include "absl/strings/str_cat.h"
-#include "absl/synchronization/mutex.h"
 #include "transport/sync/conversation.h"
+#include "transport/sync/guest_switchover.h"
 #include "transport/sync/page_hash.h"
 
 namespace presync {
@@ -33,143 +24,6 @@ constexpr PageCount kPagesPerHashRequest = kPagesPerHash * 32768;
 // only waits for the guest to stop and looks what was written meanwhile.
 constexpr absl::Duration kBusyStep = absl::Milliseconds(1);
 constexpr absl::Duration kRoundStep = absl::Milliseconds(4);
-
-// Reads the device state from the guest's stream and sends it on, in a thread of its own, for the
-// guest waits for its reader while it saves.
-class StateRelay {
- public:
-  StateRelay(UniqueFd stream, ControlChannel* channel, absl::Time deadline)
-      : stream_(std::move(stream)), thread_([this, channel, deadline] {
-          status_ = Relay(channel, deadline);
-          stream_.reset();  // a guest that still saves must not wait for a reader that is gone
-        }) {}
-  ~StateRelay() {
-    cancelled_ = true;
-    if (thread_.joinable()) thread_.join();
-  }
-
-  // What is read from now on must wait at the target until the memory is complete.
-  void StageFromNowOn() { staged_ = true; }
-
-  // Waits for the end of the stream; the bytes that were sent.
-  absl::StatusOr<uint64_t> Finish() {
-    thread_.join();
-    if (!status_.ok()) return status_;
-    return bytes_;
-  }
-
- private:
-  absl::Status Relay(ControlChannel* channel, absl::Time deadline) {
-    std::vector<char> buffer(kMaxStateChunkBytes);
-    while (true) {
-      if (cancelled_) return absl::CancelledError("the relay was cancelled");
-      if (absl::Now() >= deadline) {
-        return absl::DeadlineExceededError("the device state did not come to its end in time");
-      }
-      pollfd p = {.fd = stream_.get(), .events = POLLIN, .revents = 0};
-      if (::poll(&p, 1, /*timeout ms, to notice the above=*/50) <= 0) continue;
-      const ssize_t n = ::read(stream_.get(), buffer.data(), buffer.size());
-      if (n < 0 && errno == EINTR) continue;
-      if (n < 0) {
-        return absl::UnavailableError(absl::StrCat("device state stream: ", std::strerror(errno)));
-      }
-      if (n == 0) return absl::OkStatus();
-      Body message;
-      message.mutable_state_chunk()->set_data(buffer.data(), static_cast<size_t>(n));
-      // After the read: what was read before staging began was saved before it, too.
-      message.mutable_state_chunk()->set_staged(staged_);
-      if (absl::Status s = channel->Send(message, deadline); !s.ok()) return s;
-      bytes_ += static_cast<uint64_t>(n);
-    }
-  }
-
-  UniqueFd stream_;
-  std::atomic<bool> staged_ = false;
-  std::atomic<bool> cancelled_ = false;
-  absl::Status status_;
-  uint64_t bytes_ = 0;
-  std::thread thread_;  // last: it uses all of the above
-};
-
-// The guest's side of the switchover, in a thread of its own, while the session's thread keeps
-// sending memory: prepare, wait for Go, stop the guest, save its device state.
-class GuestSwitchover {
- public:
-  GuestSwitchover(SourceGuest* guest, ControlChannel* channel, absl::Time rounds_deadline,
-                  absl::Duration timeout)
-      : guest_(guest), channel_(channel), timeout_(timeout), thread_([this, rounds_deadline] {
-          absl::Status status = Run(rounds_deadline);
-          absl::MutexLock lock(&mutex_);
-          status_ = std::move(status);
-          stopped_ = true;  // or failed: either way there is nothing to wait for
-        }) {}
-
-  ~GuestSwitchover() {
-    {
-      absl::MutexLock lock(&mutex_);
-      go_ = cancelled_ = true;
-    }
-    if (thread_.joinable()) thread_.join();
-  }
-
-  // Stop the guest now. Idempotent.
-  void Go() {
-    absl::MutexLock lock(&mutex_);
-    go_ = true;
-  }
-
-  // Whether the guest stands still, or the switchover has failed.
-  bool stopped() const {
-    absl::MutexLock lock(&mutex_);
-    return stopped_;
-  }
-  // When; nothing if it has failed.
-  std::optional<absl::Time> stopped_at() const {
-    absl::MutexLock lock(&mutex_);
-    return stopped_at_;
-  }
-
-  // Waits until the device state is saved and sent; its length.
-  absl::StatusOr<uint64_t> Finish() {
-    thread_.join();
-    if (!status_.ok()) return status_;
-    return relay_->Finish();
-  }
-
- private:
-  absl::Status Run(absl::Time rounds_deadline) {
-    if (absl::Status s = guest_->PrepareSave(rounds_deadline); !s.ok()) return s;
-    {
-      absl::MutexLock lock(&mutex_);
-      mutex_.Await(absl::Condition(&go_));
-      if (cancelled_) return absl::CancelledError("the switchover was called off");
-    }
-    const absl::Time deadline = absl::Now() + timeout_;
-    absl::StatusOr<UniqueFd> stream = guest_->BeginSave(deadline);
-    if (!stream.ok()) return stream.status();
-    relay_.emplace(*std::move(stream), channel_, deadline);
-    if (absl::Status s = guest_->Stop(deadline); !s.ok()) return s;
-    relay_->StageFromNowOn();
-    {
-      absl::MutexLock lock(&mutex_);
-      stopped_at_ = absl::Now();
-      stopped_ = true;
-    }
-    return guest_->FinishSave(deadline);
-  }
-
-  SourceGuest* const guest_;
-  ControlChannel* const channel_;
-  const absl::Duration timeout_;
-  mutable absl::Mutex mutex_;
-  bool go_ ABSL_GUARDED_BY(mutex_) = false;
-  bool cancelled_ ABSL_GUARDED_BY(mutex_) = false;
-  bool stopped_ ABSL_GUARDED_BY(mutex_) = false;
-  std::optional<absl::Time> stopped_at_ ABSL_GUARDED_BY(mutex_);
-  std::optional<StateRelay> relay_;  // the thread's, then Finish's
-  absl::Status status_;              // likewise
-  std::thread thread_;               // last: it uses all of the above
-};
 
 class Handover {
  public:

@@ -180,6 +180,7 @@ absl::Status ModelTargetGuest::Run(absl::Time) {
   PRESYNC_CHECK(loaded_ && !gone_);
   if (fails_ == "run") return absl::FailedPreconditionError("run fails as scripted");
   world_->SetRunning(false, true);
+  if (fails_ == "run-unanswered") return absl::UnavailableError("run-unanswered, as scripted");
   return absl::OkStatus();
 }
 

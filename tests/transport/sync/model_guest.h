@@ -60,7 +60,8 @@ class World {
 };
 
 // Which call of a model guest fails, by name: "prepare-save", "begin-save", "stop", "finish-save",
-// "resume", "quit", "begin-load", "await-loaded", "run". Empty: none.
+// "resume", "quit", "begin-load", "await-loaded", "run" (refused) and "run-unanswered" (it runs,
+// and nobody is told). Empty: none.
 class ModelSourceGuest final : public SourceGuest {
  public:
   // `last_page_written`: written while the state is saved, as device code may. Negative: none.

@@ -283,6 +283,18 @@ TEST_P(FailingTarget, TheGuestGoesOnHereAndALaterLaunchWorks) {
 INSTANTIATE_TEST_SUITE_P(Steps, FailingTarget,
                          ::testing::Values("begin-load", "await-loaded", "run"));
 
+TEST_F(SessionTest, GivenUpAndUnansweredTheSourceAsksAndDoesNotResume) {
+  host_.set_fails("run-unanswered");
+  StartWriting();
+  ASSERT_TRUE(StartSession().ok());
+  const absl::StatusOr<HandoverReport> report = Launch();
+  EXPECT_TRUE(report.ok()) << report.status();
+  EXPECT_EQ(session_->status().state, SessionState::kMoved);
+  EXPECT_TRUE(world_.target_running());
+  EXPECT_FALSE(world_.source_running());
+  EXPECT_THAT(Differences(), ::testing::IsEmpty());
+}
+
 TEST_F(SessionTest, APageThatDiffersIsFoundAndTheGuestStays) {
   ASSERT_TRUE(StartSession().ok());
   ASSERT_TRUE(Await([&] { return session_->status().progress.residual == 0; }));

@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <functional>
 #include <memory>
 #include <random>
 #include <string>
@@ -156,6 +157,44 @@ TEST(SourceSync, KeepsWhatWasConfirmedOverALostLink) {
   ASSERT_TRUE(rig.Level().ok());
   EXPECT_EQ(rig.sync_->progress().pages_sent, sent + 10);
   EXPECT_THAT(rig.Differences(), ::testing::IsEmpty());
+}
+
+// Lets the guest write a page at the last moment before it is armed.
+class WriteBeforeArm final : public DirtyLog {
+ public:
+  WriteBeforeArm(DirtyLog* log, std::function<void(PageIndex)> write)
+      : log_(log), write_(std::move(write)) {}
+  std::string_view name() const override { return "write-before-arm"; }
+  absl::Status Peek(std::vector<PageRun>* written) override { return log_->Peek(written); }
+  absl::Status Arm(absl::Span<const PageRun> runs) override {
+    for (const PageRun& run : runs) write_(run.first);
+    return log_->Arm(runs);
+  }
+
+ private:
+  DirtyLog* const log_;
+  const std::function<void(PageIndex)> write_;
+};
+
+// Invariant "arm before read": what is written just before arming is never reported, so it must be
+// in the bytes that are read afterwards. A sync that read first would take the page for zero.
+TEST(SourceSync, APageIsArmedBeforeItsBytesAreRead) {
+  ModelMemory source({64}), target({64});
+  auto exact = source.MakeLog();
+  bool written = false;
+  WriteBeforeArm log(exact.get(), [&](PageIndex page) {
+    if (page == 0 && !written) source.Write(page, 77);
+    written |= page == 0;
+  });
+  auto sync = SourceSync::Create(&source.memory(), &log, SourceSyncOptions());
+  ASSERT_TRUE(sync.ok());
+  auto link = FakeLink::Create(&source.memory(), &target.memory(), FakeLinkOptions());
+  ASSERT_TRUE(link.ok());
+  (*sync)->AttachLink(link->source.get(), Content::kZero);
+  ASSERT_TRUE((*sync)->Flush(absl::Now() + absl::Seconds(20)).ok());
+  ASSERT_TRUE(written);
+  EXPECT_THAT(source.scratch().Differences(target.scratch()), ::testing::IsEmpty());
+  (*sync)->DetachLink();
 }
 
 TEST(SourceSync, AnUnknownPolicyIsRefused) {

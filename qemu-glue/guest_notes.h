@@ -1,0 +1,31 @@
+// Notes about the QEMUs that presyncd starts, for the presyncd that comes after it: whose files lie
+// about, and which process was meant.
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace presync {
+
+// One QEMU. The file NAME.guest in presyncd's run folder, JSON.
+struct GuestNote {
+  std::string path;
+  pid_t pid = 0;
+  uint64_t start_ticks = 0;
+  std::string qmp;
+  std::vector<std::string> files;
+};
+
+// Replaces the file `note.path`.
+void WriteGuestNote(const GuestNote& note);
+
+// All notes in `folder`; files that are none are passed over.
+std::vector<GuestNote> ReadGuestNotes(const std::string& folder);
+
+// Whether the process of the note still lives: the same number and the same start, and no zombie.
+bool IsAlive(const GuestNote& note);
+
+}  // namespace presync
