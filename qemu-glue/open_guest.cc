@@ -97,7 +97,7 @@ absl::StatusOr<OpenedGuest> OpenGuest(const OpenGuestOptions& options, absl::Tim
   absl::StatusOr<std::vector<RegionFile>> files = DescribeRegions(*memory);
   if (!files.ok()) return files.status();
   absl::StatusOr<ProbedLog> probed =
-      ProbeDirtyLog({.glue_socket = glue_path, .regions = *std::move(files), .mode = *mode});
+      ProbeDirtyLog({.glue_socket = glue_path, .regions = *files, .mode = *mode});
   if (!probed.ok()) return probed.status();
   for (const RefusedLog& refused : probed->refused) {
     findings->notes.push_back(absl::StrCat("dirty log ", std::string(refused.name),
@@ -110,7 +110,10 @@ absl::StatusOr<OpenedGuest> OpenGuest(const OpenGuestOptions& options, absl::Tim
                      .memory = *std::move(memory),
                      .log = std::move(probed->log),
                      .guest = *std::move(guest),
-                     .notes = std::move(findings->notes)};
+                     .notes = std::move(findings->notes),
+                     .stop_tracking = [glue_path, files = *std::move(files)] {
+                       return StopTracking(glue_path, files, absl::Now() + absl::Seconds(5));
+                     }};
 }
 
 }  // namespace presync

@@ -1,6 +1,7 @@
 // Everything that a sync needs of a running QEMU guest, from its monitor's socket alone.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -27,6 +28,9 @@ struct OpenedGuest {
   std::unique_ptr<DirtyLog> log;
   std::unique_ptr<SourceGuest> guest;
   std::vector<std::string> notes;  // worth telling the operator
+  // Takes QEMU's userfaultfd off its memory again, so that background snapshots and post-copy work.
+  // Call it when the sync was stopped for good and `log` is gone. Blocks for some seconds at most.
+  std::function<absl::Status()> stop_tracking;
 };
 
 // Opens a guest as a source. The guest runs on untouched, whatever comes out. FAILED_PRECONDITION:

@@ -223,6 +223,7 @@ absl::StatusOr<Json> Daemon::Start(const Json& request) {
   if (!options.ok()) return options.status();
   if (absl::Status s = Claim(name); !s.ok()) return s;
 
+  std::function<absl::Status()> stop_tracking;
   const auto start = [&]() -> absl::StatusOr<std::unique_ptr<SourceSession>> {
     absl::StatusOr<OpenedGuest> opened =
         OpenGuest({.qmp_path = options->guest_address,
@@ -231,6 +232,7 @@ absl::StatusOr<Json> Daemon::Start(const Json& request) {
                   absl::Now() + absl::Seconds(20));
     if (!opened.ok()) return opened.status();
     for (const std::string& note : opened->notes) spdlog::info("{}: {}", name, note);
+    stop_tracking = std::move(opened->stop_tracking);
     return SourceSession::Start(*options, std::move(dialer), std::move(opened->memory),
                                 std::move(opened->log), std::move(opened->guest));
   };
@@ -245,6 +247,7 @@ absl::StatusOr<Json> Daemon::Start(const Json& request) {
                (*session)->status().dirty_log);
   absl::MutexLock lock(&mutex_);
   sources_[name] = *std::move(session);
+  stop_tracking_[name] = std::move(stop_tracking);
   return answer;
 }
 
@@ -276,14 +279,26 @@ absl::StatusOr<Json> Daemon::Launch(const Json& request) {
 
 absl::StatusOr<Json> Daemon::Stop(const Json& request) {
   const std::string name = TextOr(request, "name", "");
-  const std::shared_ptr<SourceSession> session = Find(name);
+  std::shared_ptr<SourceSession> session = Find(name);
   if (session == nullptr) {
     return absl::NotFoundError(absl::StrCat(name, " is not kept in sync from this host"));
   }
   if (absl::Status s = session->Stop(); !s.ok()) return s;
   spdlog::info("{}: sync stopped", name);
-  absl::MutexLock lock(&mutex_);
-  sources_.erase(name);
+  std::function<absl::Status()> stop_tracking;
+  {
+    absl::MutexLock lock(&mutex_);
+    sources_.erase(name);
+    stop_tracking = std::move(stop_tracking_[name]);
+    stop_tracking_.erase(name);
+  }
+  session.reset();  // and with it the dirty log, unless a status request still looks at it
+  if (stop_tracking != nullptr) {
+    if (absl::Status s = stop_tracking(); !s.ok()) {
+      spdlog::info("{}: its QEMU keeps the userfaultfd on its memory: {}", name,
+                   std::string(s.message()));
+    }
+  }
   return Json::object();
 }
 

@@ -2,6 +2,7 @@
 // sync here, and the commands that an operator gives.
 #pragma once
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -56,6 +57,8 @@ class Daemon {
 
   mutable absl::Mutex mutex_;
   std::map<std::string, std::shared_ptr<SourceSession>> sources_ ABSL_GUARDED_BY(mutex_);
+  // For each of them: what gives its QEMU's memory free of tracking again.
+  std::map<std::string, std::function<absl::Status()>> stop_tracking_ ABSL_GUARDED_BY(mutex_);
   std::vector<std::string> open_matters_ ABSL_GUARDED_BY(mutex_);  // what recovery could not settle
 };
 
