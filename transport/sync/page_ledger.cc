@@ -12,7 +12,8 @@ PageLedger::PageLedger(PageCount pages, bool target_is_zero)
       in_flight_(pages),
       since_commit_(pages),
       in_commit_(pages),
-      target_nonzero_(pages, !target_is_zero) {}
+      target_nonzero_(pages, !target_is_zero),
+      never_sent_(pages, true) {}
 
 void PageLedger::MarkStale(absl::Span<const PageRun> runs) {
   std::vector<PageRun> flying;
@@ -29,6 +30,7 @@ void PageLedger::MarkInFlight(PageRun run) {
   stale_.Clear(run);
   in_flight_.Set(run);
   target_nonzero_.Set(run);
+  never_sent_.Clear(run);
 }
 
 void PageLedger::OnPosted(PageRun run) { since_commit_.Set(run); }
@@ -45,6 +47,7 @@ void PageLedger::MarkSynced(PageRun run) {
   PRESYNC_CHECK(in_flight_.CountWithin(run) == 0);
   stale_.Clear(run);
   sendable_.Clear(run);
+  never_sent_.Clear(run);
 }
 
 void PageLedger::OnCommitPosted(CommitId id) {
@@ -78,6 +81,7 @@ void PageLedger::OnTargetReset(bool target_is_zero) {
   OnLinkLost();
   stale_.SetAll();
   sendable_.SetAll();
+  never_sent_.SetAll();
   target_is_zero ? target_nonzero_.ClearAll() : target_nonzero_.SetAll();
 }
 

@@ -16,7 +16,7 @@ namespace presync {
 //   stale        the target may not hold its bytes; it has to be sent
 //   unconfirmed  its bytes were written by the link, the target has not confirmed them yet
 //   synced       the target holds its bytes
-// Not thread-safe. Six bits a page.
+// Not thread-safe. Seven bits a page.
 class PageLedger {
  public:
   // At first every page is stale. `target_is_zero`: the target's memory is fresh, so a page that
@@ -61,6 +61,9 @@ class PageLedger {
   PageCount in_flight() const { return in_flight_.count(); }
   // What a launch would still have to wait for: stale, in flight or unconfirmed.
   PageCount residual() const;
+  // Whether every page has been sent, or was found synced, since the target's memory was last
+  // empty.
+  bool first_pass_done() const { return never_sent_.empty(); }
   // Whether every page is synced.
   bool all_synced() const { return residual() == 0; }
 
@@ -76,6 +79,7 @@ class PageLedger {
   PageBitmap since_commit_;  // posted, and not covered by any commit
   PageBitmap in_commit_;     // covered by the commit that is under way
   PageBitmap target_nonzero_;
+  PageBitmap never_sent_;
   CommitId commit_under_way_ = 0;
 };
 

@@ -96,9 +96,8 @@ absl::Status SourceSync::Tick() {
   const PageCount set_point = SetPointPages(options_.max_launch_time, cost());
   const PageCount sendable = ledger_.sendable().count();
   const PageCount above = PagesToSend(sendable, set_point, UINT64_MAX);
-  if (above == 0) {
-    first_pass_done_ = true;
-  } else if (pending_.empty()) {
+  first_pass_done_ |= above == 0 || ledger_.first_pass_done();
+  if (above > 0 && pending_.empty()) {
     const PageCount allowed = PagesToSend(sendable, set_point, pacer_.AvailableBytes(now));
     starved_ |= allowed < above;
     // A few writes at a time keep the choice fresh; the link takes more at the next step.
@@ -307,8 +306,10 @@ void SourceSync::AdaptPace(absl::Time now) {
   PacerSignals signals = {.link_bytes_per_s = link_rate_.bytes_per_s(), .demand = starved_};
   if (link_ != nullptr) {
     const LinkStats stats = link_->stats();
-    signals.completion_latency = stats.completion_latency;
-    // A queue worth a whole interval of the link is full: what waits there came too early.
+    // Not the completion latency: over TCP it says when the kernel took the bytes, and on a busy
+    // host that jitters by far more than any network delay; the rate fell to its floor by it
+    // (2026-11-22). A queue worth a whole interval of the link is full: what waits there came too
+    // early.
     const double interval_bytes = std::max<double>(
         1 << 20, signals.link_bytes_per_s * absl::ToDoubleSeconds(options_.scan_interval));
     signals.queue_fill = std::min(1.0, stats.queued_bytes / interval_bytes);

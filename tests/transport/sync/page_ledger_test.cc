@@ -110,6 +110,21 @@ TEST(PageLedger, AZeroWriteThatWasNotConfirmedMayNotHaveHappened) {
   EXPECT_EQ(Nonzero(ledger), (std::vector<PageRun>{{0, 4}}));
 }
 
+TEST(PageLedger, TheFirstPassEndsWhenEveryPageWasSentOnce) {
+  PageLedger ledger(4, /*target_is_zero=*/true);
+  ledger.MarkInFlight({0, 2});
+  ledger.OnPosted({0, 2});
+  const PageRun again = {0, 1};
+  ledger.MarkStale({&again, 1});  // written again: it was sent once all the same
+  EXPECT_FALSE(ledger.first_pass_done());
+  ledger.MarkSynced({2, 2});
+  EXPECT_TRUE(ledger.first_pass_done());
+  ledger.OnLinkLost();
+  EXPECT_TRUE(ledger.first_pass_done());
+  ledger.OnTargetReset(/*target_is_zero=*/true);
+  EXPECT_FALSE(ledger.first_pass_done());
+}
+
 TEST(PageLedger, AResetTargetHoldsNothing) {
   PageLedger ledger = SyncedLedger(8);
   ledger.OnTargetReset(/*target_is_zero=*/true);
