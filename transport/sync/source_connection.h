@@ -9,6 +9,7 @@
 #include "absl/time/time.h"
 #include "transport/link.h"
 #include "transport/memory.h"
+#include "transport/rdma/rdma_options.h"
 #include "transport/sync/dialer.h"
 #include "transport/sync/session_id.h"
 #include "transport/sync/source_sync.h"
@@ -18,6 +19,9 @@
 
 namespace presync {
 
+// Which kind of link carries the pages. kAuto: RDMA where both hosts have it, else TCP.
+enum class Transport { kAuto, kRdma, kTcp };
+
 // What the source asks for when it connects.
 struct SessionRequest {
   SessionId session = {};
@@ -25,12 +29,16 @@ struct SessionRequest {
   uint32_t tcp_streams = 4;
   TcpSourceOptions tcp;
   SocketOptions socket;
+  Transport transport = Transport::kAuto;
+  RdmaSourceOptions rdma;
 };
 
 struct SourceConnection {
   std::unique_ptr<ControlChannel> channel;
   std::unique_ptr<SourceLink> link;
   SourceSync::TargetContent content = SourceSync::TargetContent::kUnknown;
+  std::vector<std::string> devices;  // of the link, by name; none for TCP
+  std::string why;                   // why it is this kind of link, for people
 };
 
 // Connects, agrees on a version, opens the session and brings up the link. Blocks until then or
