@@ -49,11 +49,16 @@ struct RdmaSource {
   std::vector<std::string> devices;  // those of this host, by name
 };
 
+// How long bringing a link up may take: registering memory takes some 0.1 s a GiB.
+inline absl::Duration RdmaTimeout(const GuestMemory& memory) {
+  return absl::Seconds(20) + absl::Seconds(1) * (PagesToBytes(memory.pages()) >> 30);
+}
+
 // Whether this build and this host can do RDMA at all. UNIMPLEMENTED with what was looked for.
 absl::Status CheckRdma(const std::vector<std::string>& devices);
 
-// The source's end, over `memory`, which must outlive the link. Blocks: registers all memory first,
-// which takes about 0.1 s a GiB. UNIMPLEMENTED: no device for it, or one that lacks what was asked.
+// The source's end, over `memory`, which must outlive the link. Blocks: registers all memory first.
+// UNIMPLEMENTED: no device for it, or one that lacks what was asked.
 // RESOURCE_EXHAUSTED: too little may be locked, with the limit and the remedy.
 // PERMISSION_DENIED: the target refused the connection. UNAVAILABLE, DEADLINE_EXCEEDED: it can't be
 // reached. CANCELLED: `options.progress` said so. INVALID_ARGUMENT: an offer that makes no sense.

@@ -179,9 +179,8 @@ absl::StatusOr<std::string> Handover::TakeHashes(PageRun run, PageCount pages_pe
   while (true) {
     absl::StatusOr<Body> reply = channel_->Receive(deadline_);
     if (!reply.ok()) return reply.status();
+    if (IsAside(*reply)) continue;
     switch (reply->body_case()) {
-      case Body::kPong:
-        continue;
       case Body::kRefused:
         return RefusedStatus(reply->refused(), channel_->peer());
       case Body::kLoaded:
@@ -289,7 +288,7 @@ HandoverEnd Handover::AfterGivingUp() {
   absl::Status sent = SendBody(run);
   if (!sent.ok()) return End(HandoverResult::kInDoubt, std::move(sent));
   absl::StatusOr<Body> answer = channel_->Receive(deadline_);
-  while (answer.ok() && answer->body_case() == Body::kPong) answer = channel_->Receive(deadline_);
+  while (answer.ok() && IsAside(*answer)) answer = channel_->Receive(deadline_);
   if (!answer.ok()) return End(HandoverResult::kInDoubt, answer.status());
 
   const bool never_ran = answer->body_case() == Body::kOutcome &&

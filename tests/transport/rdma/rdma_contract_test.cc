@@ -34,7 +34,7 @@ std::vector<LinkKind> Kinds() {
 
 GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(LinkContract);
 INSTANTIATE_TEST_SUITE_P(Rdma, LinkContract, ::testing::ValuesIn(Kinds()),
-                         [](const auto& info) { return info.param.name; });
+                         [](const auto& kind) { return kind.param.name; });
 
 TEST(RdmaContract, HasADevice) { PRESYNC_NEEDS_RDMA(); }
 
