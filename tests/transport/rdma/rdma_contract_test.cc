@@ -17,7 +17,8 @@ LinkKind Kind(const std::string& name, std::vector<std::string> addresses, uint3
             link.source = std::move(pair->source);
             link.target = std::move(pair->target);
             return link;
-          }};
+          },
+          /*fills_holes=*/true};
 }
 
 std::vector<LinkKind> Kinds() {

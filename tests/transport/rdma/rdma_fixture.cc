@@ -1,10 +1,10 @@
 #include "tests/transport/rdma/rdma_fixture.h"
 
 #include <arpa/inet.h>
+#include <gtest/gtest.h>
 #include <ifaddrs.h>
 #include <stdlib.h>
 
-#include <future>
 #include <utility>
 
 #include "absl/time/clock.h"
@@ -39,7 +39,34 @@ std::vector<TestDevice> FindDevices() {
   return devices;
 }
 
+// The network device that has this IPv4 address.
+std::string NetdevOf(const std::string& address) {
+  std::string name;
+  ifaddrs* all = nullptr;
+  if (getifaddrs(&all) != 0) return name;
+  for (const ifaddrs* each = all; each != nullptr; each = each->ifa_next) {
+    if (each->ifa_addr == nullptr || each->ifa_addr->sa_family != AF_INET) continue;
+    char text[INET_ADDRSTRLEN];
+    const auto* in = reinterpret_cast<const sockaddr_in*>(each->ifa_addr);
+    inet_ntop(AF_INET, &in->sin_addr, text, sizeof(text));
+    if (address == text) name = each->ifa_name;
+  }
+  freeifaddrs(all);
+  return name;
+}
+
+void SetLink(const std::string& netdev, const char* state) {
+  const std::string command = "ip link set dev " + netdev + " " + state;
+  EXPECT_EQ(::system(command.c_str()), 0) << command;
+}
+
 }  // namespace
+
+PathCut::PathCut(const TestDevice& device) : netdev_(NetdevOf(device.address)) {
+  SetLink(netdev_, "down");
+}
+
+PathCut::~PathCut() { SetLink(netdev_, "up"); }
 
 const std::vector<TestDevice>& TestDevices() {
   static const auto* const devices = new std::vector<TestDevice>(FindDevices());

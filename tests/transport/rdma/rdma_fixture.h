@@ -5,6 +5,7 @@
 #pragma once
 
 #include <memory>
+#include <ostream>
 #include <string>
 #include <vector>
 
@@ -18,6 +19,8 @@ struct TestDevice {
   std::string name;     // "rxe0"
   std::string address;  // of its network device
 };
+
+inline void PrintTo(const TestDevice& device, std::ostream* out) { *out << device.name; }
 
 // Devices that have an IPv4 address which they can be found by; looked for once.
 const std::vector<TestDevice>& TestDevices();
@@ -33,6 +36,17 @@ struct RdmaPair {
 inline constexpr absl::Duration kTestStall = absl::Seconds(30);
 
 RdmaSourceOptions TestOptions(uint32_t queue_pairs);
+
+// The device's network device is down while this lives. Only where RdmaIsRequired: it needs root,
+// and a machine of its own.
+class PathCut {
+ public:
+  explicit PathCut(const TestDevice& device);
+  ~PathCut();
+
+ private:
+  std::string netdev_;
+};
 
 // Both ends in this process, over these addresses.
 absl::StatusOr<RdmaPair> ConnectPair(const std::vector<std::string>& addresses,
