@@ -52,12 +52,6 @@ absl::Status RdmaTargetLink::ListenOn(const std::string& address, const RdmaList
   if (absl::Status s = ListenAt(*id, address); !s.ok()) return s;
   absl::StatusOr<RdmaAdapter> adapter = MakeAdapter(*id);
   if (!adapter.ok()) return adapter.status();
-  const uint32_t each = 2 * kMessageWindow + kAnswerBuffers;
-  if (absl::Status s = AddQueues(&*adapter, offer_.queue_pairs * each,
-                                 size_t{offer_.queue_pairs} * (kMessageWindow + kAnswerBuffers));
-      !s.ok()) {
-    return s;
-  }
   uint64_t guest_bytes = 0;
   for (const Region& region : memory_->regions()) guest_bytes += region.size_bytes();
   const uint64_t all_bytes = guest_bytes * listen.addresses.size();
@@ -71,6 +65,12 @@ absl::Status RdmaTargetLink::ListenOn(const std::string& address, const RdmaList
                      /*on_demand_paging=*/false, all_bytes, progress);
   if (!chunks.ok()) return chunks.status();
   adapter->memory = *std::move(chunks);
+  const uint32_t each = 2 * kMessageWindow + kAnswerBuffers;
+  if (absl::Status s = AddQueues(&*adapter, offer_.queue_pairs * each,
+                                 size_t{offer_.queue_pairs} * (kMessageWindow + kAnswerBuffers));
+      !s.ok()) {
+    return s;
+  }
   RdmaEndpoint endpoint = {.address = address,
                            .port = ntohs(rdma_get_src_port(id->get())),
                            .device = adapter->name};

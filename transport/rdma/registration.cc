@@ -19,15 +19,21 @@ static_assert(kRegistrationChunkBytes % kShardBytes == 0);
 
 std::string MiB(uint64_t bytes) { return absl::StrFormat("%.1f MiB", bytes / 1048576.0); }
 
-// Whether this thread may lock any amount of memory.
-bool MayLockAnything() {
+struct LockState {
+  bool unlimited = false;     // this thread may lock any amount of memory
+  uint64_t locked_bytes = 0;  // by devices, for this process, now
+};
+
+LockState ReadLockState() {
+  LockState state;
   std::ifstream status("/proc/thread-self/status");
   constexpr uint64_t kIpcLock = uint64_t{1} << 14;  // CAP_IPC_LOCK
   for (std::string word; status >> word;) {
-    uint64_t effective = 0;
-    if (word == "CapEff:" && status >> std::hex >> effective) return (effective & kIpcLock) != 0;
+    uint64_t value = 0;
+    if (word == "CapEff:" && status >> std::hex >> value) state.unlimited = value & kIpcLock;
+    if (word == "VmPin:" && status >> std::dec >> value) state.locked_bytes = value << 10;
   }
-  return false;
+  return state;
 }
 
 absl::StatusOr<int> AccessFlags(ibv_pd* pd, MemoryRights rights, bool on_demand_paging) {
@@ -61,15 +67,17 @@ uint64_t ChunkBytes(ibv_pd* pd) {
 absl::Status LockedMemoryError(const std::string& device, uint64_t needed_bytes) {
   rlimit limit = {};
   ::getrlimit(RLIMIT_MEMLOCK, &limit);
-  if (limit.rlim_cur == RLIM_INFINITY || MayLockAnything()) {
+  const LockState state = ReadLockState();
+  if (limit.rlim_cur == RLIM_INFINITY || state.unlimited) {
     return absl::ResourceExhaustedError(absl::StrCat(
         "rdma link: ", device, " could not register guest memory (", MiB(needed_bytes),
         " in all): out of memory on this host or of entries on the device"));
   }
   return absl::ResourceExhaustedError(absl::StrCat(
       "rdma link: ", device, " could not register guest memory: the limit of locked memory ",
-      "(RLIMIT_MEMLOCK) is ", MiB(limit.rlim_cur), ", and ", MiB(needed_bytes),
-      " have to be locked. Raise it: LimitMEMLOCK=infinity in presyncd's unit, or ulimit -l "
+      "(RLIMIT_MEMLOCK) is ", MiB(limit.rlim_cur), ", ",
+      MiB(state.locked_bytes), " of it are in use, and ", MiB(needed_bytes),
+      " have to be locked in all for this link. Raise it: LimitMEMLOCK=infinity in presyncd's unit, or ulimit -l "
       "unlimited before presyncd is started, or give presyncd CAP_IPC_LOCK"));
 }
 

@@ -1,6 +1,9 @@
 // Source session and target service together, over real sockets on loopback, with model guests:
 // what a handover promises when everything works, and when any one thing does not.
+#include <sys/socket.h>
+
 #include "tests/transport/sync/session_fixture.h"
+#include "transport/sync/link_messages.h"
 
 namespace presync {
 namespace {
@@ -187,6 +190,41 @@ TEST_F(SessionTest, RdmaThatWasAskedForAndIsNotThereIsAnError) {
   source_options_.transport = Transport::kRdma;
   const absl::Status status = StartSession();
   EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented) << status;
+}
+
+// What the failed link had under way may still be written until the target has closed it.
+TEST(FallToTcp, AFailedLinkIsClosedBeforeTheNextIsOpened) {
+  int fds[2];
+  ASSERT_EQ(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds), 0);
+  const ModelMemory memory(kRegions);
+  SourceConnection connection;
+  connection.channel = std::make_unique<ControlChannel>(UniqueFd(fds[0]), "the target");
+  connection.version = 2;
+  connection.link_number = connection.links_opened = 3;
+  ControlChannel target(UniqueFd(fds[1]), "the source");
+  const absl::Time deadline = absl::Now() + absl::Seconds(20);
+  TcpDialer nowhere("127.0.0.1", 1);
+  absl::Status status;
+  std::thread source([&] {
+    std::unique_ptr<SourceLink> failed;
+    status = FallToTcp(&nowhere, &memory.memory(), SessionRequest(), &connection, &failed, deadline);
+  });
+  const absl::StatusOr<wire::ControlMessage> close = target.Receive(deadline);
+  EXPECT_EQ(close.ok() ? close->close_link().link() : 0, 3u);
+  // Nothing more until it is closed; what is said about other links does not count.
+  EXPECT_TRUE(absl::IsDeadlineExceeded(
+      target.Receive(absl::Now() + absl::Milliseconds(100)).status()));
+  EXPECT_TRUE(target.Send(MakeLinkClosed(2), deadline).ok());
+  EXPECT_TRUE(absl::IsDeadlineExceeded(
+      target.Receive(absl::Now() + absl::Milliseconds(100)).status()));
+  EXPECT_TRUE(target.Send(MakeLinkClosed(3), deadline).ok());
+  const absl::StatusOr<wire::ControlMessage> open = target.Receive(deadline);
+  EXPECT_EQ(open.ok() ? open->open_link().link() : 0, 4u);
+  EXPECT_EQ(open.ok() ? open->open_link().kind() : wire::OpenLink::NONE, wire::OpenLink::TCP);
+  EXPECT_TRUE(
+      target.Send(MakeLinkRefused(4, absl::ResourceExhaustedError("no room")), deadline).ok());
+  source.join();
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << status;
 }
 
 // The conversation as version 1 has it, from the source's side.
