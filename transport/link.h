@@ -8,8 +8,8 @@
 // that was posted later is *confirmed*, the target's memory holds it. No Poll shows a commit before
 // the completions of the writes it covers.
 //
-// Memory is handed to a link when it is made: that is where registration happens, which may be slow,
-// may give memory to holes of the files, and must precede the sync.
+// Memory is handed to a link when it is made: that is where registration happens, which may be
+// slow, may give memory to holes of the files, and must precede the sync.
 #pragma once
 
 #include <cstdint>

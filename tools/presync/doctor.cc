@@ -81,7 +81,9 @@ Finding ExamineMemlock() {
 
 std::string DescribePort(const RdmaDevice& device, const RdmaPort& port) {
   return absl::StrCat(device.name, ": port ", port.number, " ", port.state, ", ",
-                      device.iwarp ? "iWARP" : port.link_layer == "Ethernet" ? "RoCE" : "InfiniBand",
+                      device.iwarp                    ? "iWARP"
+                      : port.link_layer == "Ethernet" ? "RoCE"
+                                                      : "InfiniBand",
                       port.rate.empty() ? "" : ", ", port.rate, port.netdev.empty() ? "" : ", on ",
                       port.netdev);
 }
@@ -92,8 +94,9 @@ std::vector<Finding> ExamineRdma() {
     for (const RdmaPort& port : device.ports) {
       const std::string detail = DescribePort(device, port);
       findings.push_back(port.active ? Good("RDMA", detail)
-                                     : Note("RDMA", detail, "set its network device up, or look at "
-                                                            "the cable and the switch"));
+                                     : Note("RDMA", detail,
+                                            "set its network device up, or look at "
+                                            "the cable and the switch"));
     }
   }
   if (findings.empty()) {

@@ -71,8 +71,8 @@ class TableReader {
 
   void Texts(const std::string& key, std::vector<std::string>* out, size_t most) {
     On(key, [out, most](const toml::node& node) {
-      const absl::Status wrong =
-          absl::InvalidArgumentError(absl::StrCat("must be an array of at most ", most, " strings"));
+      const absl::Status wrong = absl::InvalidArgumentError(
+          absl::StrCat("must be an array of at most ", most, " strings"));
       const toml::array* array = node.as_array();
       if (array == nullptr || array->size() > most) return wrong;
       for (const toml::node& element : *array) {

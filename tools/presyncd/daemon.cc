@@ -63,8 +63,7 @@ absl::StatusOr<Transport> ToTransport(const std::string& name) {
 
 absl::Status SetTransport(const Json& request, const Config& config,
                           SourceSessionOptions* options) {
-  absl::StatusOr<Transport> transport =
-      ToTransport(TextOr(request, "transport", config.transport));
+  absl::StatusOr<Transport> transport = ToTransport(TextOr(request, "transport", config.transport));
   if (!transport.ok()) return transport.status();
   options->transport = *transport;
   const int64_t queue_pairs = NumberOr(request, "rdma_queue_pairs", config.rdma_queue_pairs);

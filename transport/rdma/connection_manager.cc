@@ -64,9 +64,9 @@ uint8_t AckTimeoutExponent(absl::Duration timeout) {
   return exponent;
 }
 
-constexpr uint8_t kRetries = 7;         // the most there are: 3 bits
-constexpr uint8_t kRetryForReady = 7;   // for ever: a receiver that is not ready is only slow
-constexpr uint8_t kPendingReads = 1;    // we read nothing, but some devices refuse 0
+constexpr uint8_t kRetries = 7;        // the most there are: 3 bits
+constexpr uint8_t kRetryForReady = 7;  // for ever: a receiver that is not ready is only slow
+constexpr uint8_t kPendingReads = 1;   // we read nothing, but some devices refuse 0
 constexpr int kListenBacklog = 64;
 
 }  // namespace
@@ -125,9 +125,8 @@ absl::Status ListenAt(const CmId& id, const std::string& address) {
     return VerbsError("bind to", address, errno);
   }
   if (id->verbs == nullptr) {
-    return absl::UnimplementedError(
-        absl::StrCat("no RDMA device of this host has the address ", address,
-                     " (rdma link and ip address show them)"));
+    return absl::UnimplementedError(absl::StrCat("no RDMA device of this host has the address ",
+                                                 address, " (rdma link and ip address show them)"));
   }
   if (rdma_listen(id.get(), kListenBacklog) != 0) return VerbsError("listen at", address, errno);
   return absl::OkStatus();
@@ -144,9 +143,9 @@ absl::Status Resolve(const CmChannel& channel, const CmId& id, const std::string
   }
   absl::Status status = Expect(channel, id, RDMA_CM_EVENT_ADDR_RESOLVED, what, deadline);
   if (!status.ok() || id->verbs == nullptr) {
-    return absl::UnimplementedError(absl::StrCat(
-        "no RDMA device of this host reaches ", address, ": ",
-        status.ok() ? "the way there is no device's" : std::string(status.message())));
+    return absl::UnimplementedError(
+        absl::StrCat("no RDMA device of this host reaches ", address, ": ",
+                     status.ok() ? "the way there is no device's" : std::string(status.message())));
   }
   // Before the route, which takes it over. iWARP has TCP's timeouts and refuses.
   uint8_t exponent = AckTimeoutExponent(path_timeout / (kRetries + 1));

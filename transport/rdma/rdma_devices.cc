@@ -75,16 +75,15 @@ absl::Status CheckRdmaDevices(const std::vector<std::string>& names, const std::
   return absl::UnimplementedError(absl::StrCat(
       "no usable RDMA device: looked in ", sysfs, " for ",
       names.empty() ? std::string("any") : absl::StrJoin(names, ", "), " with an active port; ",
-      found.empty() ? std::string("there is none") : absl::StrCat("found ",
-                                                                  absl::StrJoin(found, ", "))));
+      found.empty() ? std::string("there is none")
+                    : absl::StrCat("found ", absl::StrJoin(found, ", "))));
 }
 
 uint64_t ReadCongestionMarks(const std::string& device, uint32_t port, const std::string& sysfs) {
   // What a sender's own device counts: mlx5, irdma, bnxt_re. (np_* and ECN marks received count at
   // the other host.)
   static constexpr const char* kCounters[] = {"rp_cnp_handled", "cnpHandled", "rx_cnp_pkts"};
-  const fs::path folder =
-      fs::path(sysfs) / device / "ports" / std::to_string(port) / "hw_counters";
+  const fs::path folder = fs::path(sysfs) / device / "ports" / std::to_string(port) / "hw_counters";
   uint64_t sum = 0;
   for (const char* counter : kCounters) {
     std::ifstream in(folder / counter);

@@ -43,7 +43,7 @@ struct RdmaTargetOptions {
   // Local addresses to listen at, one for each device. Empty: the one where the control connection
   // arrived.
   std::vector<std::string> addresses;
-  bool enabled = true;  // false: every RDMA link is refused
+  bool enabled = true;                            // false: every RDMA link is refused
   uint32_t max_queue_pairs = kMaxRdmaQueuePairs;  // a device
 };
 

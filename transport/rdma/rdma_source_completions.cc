@@ -124,9 +124,9 @@ void RdmaSourceLink::CheckStall(int64_t now_ns) {
   if (!status_.ok() || !Outstanding()) return;
   const absl::Duration still = absl::Nanoseconds(now_ns - last_progress_ns_);
   if (still < options_.stall_timeout) return;
-  Fail(absl::UnavailableError(
-      absl::StrCat("rdma link: nothing was answered for ", absl::ToInt64Milliseconds(still),
-                   " ms: the path or the peer is gone")));
+  Fail(absl::UnavailableError(absl::StrCat("rdma link: nothing was answered for ",
+                                           absl::ToInt64Milliseconds(still),
+                                           " ms: the path or the peer is gone")));
 }
 
 absl::Status RdmaSourceLink::Poll(LinkEvents* events) {
@@ -196,11 +196,11 @@ void RdmaSourceLink::Watch() {
     if (!event.ok() || event->type == RDMA_CM_EVENT_TIMEWAIT_EXIT) continue;
     MutexLock lock(&mu_);
     if (!broken_status_.ok()) continue;
-    broken_status_ = absl::UnavailableError(
-        absl::StrCat("rdma link: ", event->type == RDMA_CM_EVENT_DEVICE_REMOVAL
-                                        ? "a device of this host was removed"
-                                        : "the target closed it or is gone",
-                     " (", rdma_event_str(event->type), ")"));
+    broken_status_ = absl::UnavailableError(absl::StrCat("rdma link: ",
+                                                         event->type == RDMA_CM_EVENT_DEVICE_REMOVAL
+                                                             ? "a device of this host was removed"
+                                                             : "the target closed it or is gone",
+                                                         " (", rdma_event_str(event->type), ")"));
     broken_.store(true, std::memory_order_release);
     const uint64_t one = 1;
     (void)!::write(wake_.get(), &one, sizeof(one));

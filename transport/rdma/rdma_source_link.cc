@@ -233,9 +233,8 @@ absl::StatusOr<size_t> RdmaSourceLink::Post(absl::Span<const PageWrite> writes) 
     const PageRun run = writes[taken].run;
     if (!memory_->IsWithinOneRegion(run)) {
       if (taken > 0) break;
-      return absl::InvalidArgumentError(absl::StrCat("rdma link: run of ", run.count,
-                                                     " pages from ", run.first,
-                                                     " is not within one region"));
+      return absl::InvalidArgumentError(absl::StrCat(
+          "rdma link: run of ", run.count, " pages from ", run.first, " is not within one region"));
     }
     if (!HasRoom(writes[taken])) break;
     Accept(writes[taken]);

@@ -63,8 +63,8 @@ absl::Status RdmaSourceSetup::CheckOptions() const {
       offer_.queue_pairs == 0) {
     return absl::InvalidArgumentError("rdma link: the target's offer names no usable endpoint");
   }
-  if (options_.queue_pairs < 1 || options_.queue_pairs > kMaxRdmaQueuePairs ||
-      options_.depth < 1 || options_.signal_every < 1) {
+  if (options_.queue_pairs < 1 || options_.queue_pairs > kMaxRdmaQueuePairs || options_.depth < 1 ||
+      options_.signal_every < 1) {
     return absl::InvalidArgumentError(
         absl::StrCat("rdma link: 1 to ", kMaxRdmaQueuePairs,
                      " queue pairs a device, and a depth and signal interval of at least 1"));
@@ -161,8 +161,8 @@ absl::Status RdmaSourceSetup::SizeQueues() {
   for (const RdmaSourceLink::Device& device : link_->devices_) {
     link_->depth_ = std::min(link_->depth_, MaxSends(device.adapter) - kMessageSends);
   }
-  link_->max_write_pages_ = static_cast<PageCount>(std::clamp<uint64_t>(
-      options_.max_write_bytes / kPageBytes, 1, kRdmaShardPages));
+  link_->max_write_pages_ = static_cast<PageCount>(
+      std::clamp<uint64_t>(options_.max_write_bytes / kPageBytes, 1, kRdmaShardPages));
   for (RdmaSourceLink::Device& device : link_->devices_) {
     const uint32_t each = link_->depth_ + kMessageSends + kMessageWindow;
     if (absl::Status s = AddQueues(&device.adapter, queues_per_device_ * each,
@@ -219,8 +219,8 @@ absl::Status RdmaSourceSetup::ConnectQueue(size_t index, size_t device_index) {
                                                  " changed from one device to another"));
     }
   }
-  absl::StatusOr<uint32_t> inline_bytes = MakeQueuePair(
-      queue.id, device.adapter, link_->depth_ + kMessageSends, kMessageWindow);
+  absl::StatusOr<uint32_t> inline_bytes =
+      MakeQueuePair(queue.id, device.adapter, link_->depth_ + kMessageSends, kMessageWindow);
   if (!inline_bytes.ok()) return inline_bytes.status();
   queue.inline_bytes = *inline_bytes;
   for (uint32_t i = 0; i < kMessageWindow; ++i) {

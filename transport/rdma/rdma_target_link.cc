@@ -124,8 +124,7 @@ absl::Status RdmaTargetLink::OnMessage(Queue* queue, const ibv_wc& completion) {
 
 absl::Status RdmaTargetLink::Answer(Queue* queue) {
   const RdmaAdapter& adapter = devices_[queue->device].adapter;
-  const size_t buffer =
-      queue->first_buffer + kMessageWindow + queue->answers++ % kAnswerBuffers;
+  const size_t buffer = queue->first_buffer + kMessageWindow + queue->answers++ % kAnswerBuffers;
   const RdmaMessage answer = {.type = MessageType::kAnswer, .number = queue->handled};
   const size_t bytes = EncodeMessage(answer, adapter.buffers.at(buffer));
   queue->answered = queue->handled;

@@ -71,9 +71,8 @@ absl::Status RdmaTargetLink::ListenOn(const std::string& address, const RdmaList
       !s.ok()) {
     return s;
   }
-  RdmaEndpoint endpoint = {.address = address,
-                           .port = ntohs(rdma_get_src_port(id->get())),
-                           .device = adapter->name};
+  RdmaEndpoint endpoint = {
+      .address = address, .port = ntohs(rdma_get_src_port(id->get())), .device = adapter->name};
   devices_.push_back({.adapter = *std::move(adapter), .listener = *std::move(id)});
   DescribeWindows(devices_.back(), &endpoint);
   offer_.endpoints.push_back(std::move(endpoint));
@@ -108,9 +107,9 @@ absl::Status RdmaTargetLink::TakeConnection(const CmEvent& event, CmId id) {
     return refuse("on another device");
   }
   const uint64_t most = uint64_t{offer_.queue_pairs} * devices_.size();
-  const bool known =
-      std::any_of(queues_.begin(), queues_.end(),
-                  [&](const auto& queue) { return queue->peer_index == data->index; });
+  const bool known = std::any_of(queues_.begin(), queues_.end(), [&](const auto& queue) {
+    return queue->peer_index == data->index;
+  });
   if (known || data->index >= data->total || data->total > most ||
       (expected_queues_ != 0 && data->total != expected_queues_) ||
       device->queues >= offer_.queue_pairs) {
@@ -200,9 +199,7 @@ void RdmaTargetLink::Close() {
       "rdma link: a device holds on to the guest's memory; the guest must not run here");
 }
 
-RdmaTargetLink::~RdmaTargetLink() {
-  Close();
-}
+RdmaTargetLink::~RdmaTargetLink() { Close(); }
 
 absl::StatusOr<std::unique_ptr<RdmaTarget>> ListenRdma(const GuestMemory* memory,
                                                        const RdmaListen& listen) {

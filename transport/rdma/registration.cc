@@ -48,9 +48,9 @@ absl::StatusOr<int> AccessFlags(ibv_pd* pd, MemoryRights rights, bool on_demand_
   if (ibv_query_device_ex(pd->context, nullptr, &attributes) != 0 ||
       (attributes.odp_caps.general_caps & IBV_ODP_SUPPORT) == 0 ||
       (attributes.odp_caps.per_transport_caps.rc_odp_caps & IBV_ODP_SUPPORT_WRITE) == 0) {
-    return absl::UnimplementedError(
-        absl::StrCat("rdma link: the device ", ibv_get_device_name(pd->context->device),
-                     " has no on-demand paging for writes"));
+    return absl::UnimplementedError(absl::StrCat("rdma link: the device ",
+                                                 ibv_get_device_name(pd->context->device),
+                                                 " has no on-demand paging for writes"));
   }
   return access | IBV_ACCESS_ON_DEMAND;
 }
@@ -69,15 +69,16 @@ absl::Status LockedMemoryError(const std::string& device, uint64_t needed_bytes)
   ::getrlimit(RLIMIT_MEMLOCK, &limit);
   const LockState state = ReadLockState();
   if (limit.rlim_cur == RLIM_INFINITY || state.unlimited) {
-    return absl::ResourceExhaustedError(absl::StrCat(
-        "rdma link: ", device, " could not register guest memory (", MiB(needed_bytes),
-        " in all): out of memory on this host or of entries on the device"));
+    return absl::ResourceExhaustedError(
+        absl::StrCat("rdma link: ", device, " could not register guest memory (", MiB(needed_bytes),
+                     " in all): out of memory on this host or of entries on the device"));
   }
   return absl::ResourceExhaustedError(absl::StrCat(
       "rdma link: ", device, " could not register guest memory: the limit of locked memory ",
-      "(RLIMIT_MEMLOCK) is ", MiB(limit.rlim_cur), ", ",
-      MiB(state.locked_bytes), " of it are in use, and ", MiB(needed_bytes),
-      " have to be locked in all for this link. Raise it: LimitMEMLOCK=infinity in presyncd's unit, or ulimit -l "
+      "(RLIMIT_MEMLOCK) is ", MiB(limit.rlim_cur), ", ", MiB(state.locked_bytes),
+      " of it are in use, and ", MiB(needed_bytes),
+      " have to be locked in all for this link. Raise it: LimitMEMLOCK=infinity in presyncd's "
+      "unit, or ulimit -l "
       "unlimited before presyncd is started, or give presyncd CAP_IPC_LOCK"));
 }
 
@@ -102,7 +103,8 @@ absl::StatusOr<std::vector<RegisteredChunk>> RegisterMemory(
                         .offset_bytes = offset,
                         .size_bytes = size,
                         .mr = OwnedMr(mr, {"memory registration"})});
-      if (!progress(size)) return absl::CancelledError("rdma link: the registration was called off");
+      if (!progress(size))
+        return absl::CancelledError("rdma link: the registration was called off");
     }
   }
   return chunks;

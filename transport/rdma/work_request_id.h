@@ -14,9 +14,7 @@ constexpr uint64_t RequestId(RequestKind kind, uint32_t queue, uint32_t number) 
 constexpr uint64_t WriteId(uint32_t queue, uint32_t pieces) {
   return RequestId(RequestKind::kWrite, queue, pieces);
 }
-constexpr uint64_t MessageId(uint32_t queue) {
-  return RequestId(RequestKind::kMessage, queue, 0);
-}
+constexpr uint64_t MessageId(uint32_t queue) { return RequestId(RequestKind::kMessage, queue, 0); }
 // `buffer`: which message buffer the receive fills.
 constexpr uint64_t ReceiveId(uint32_t queue, uint32_t buffer) {
   return RequestId(RequestKind::kReceive, queue, buffer);

@@ -81,9 +81,8 @@ absl::StatusOr<Body> Expect(ControlChannel* channel, Body::BodyCase wanted, absl
       return RefusedStatus(message->refused(), channel->peer());
     }
     if (!IsAside(*message)) {
-      return absl::InvalidArgumentError(absl::StrCat(channel->peer(), " sent message ",
-                                                     message->body_case(), " where ", wanted,
-                                                     " was due"));
+      return absl::InvalidArgumentError(absl::StrCat(
+          channel->peer(), " sent message ", message->body_case(), " where ", wanted, " was due"));
     }
   }
 }

@@ -49,8 +49,7 @@ absl::StatusOr<RdmaOffer> OfferFromWire(const wire::LinkOffer& offer) {
   if (!token.ok()) return OfferError("a bad token");
   out.token = *token;
   out.queue_pairs = offer.queue_pairs();
-  if (offer.endpoints_size() < 1 ||
-      offer.endpoints_size() > static_cast<int>(kMaxRdmaDevices)) {
+  if (offer.endpoints_size() < 1 || offer.endpoints_size() > static_cast<int>(kMaxRdmaDevices)) {
     return OfferError("a bad number of endpoints");
   }
   for (const wire::RdmaEndpoint& from : offer.endpoints()) {
@@ -133,9 +132,8 @@ absl::StatusOr<Body> ExpectAbout(ControlChannel* channel, Body::BodyCase wanted,
       return RefusedStatus(refused, channel->peer());
     }
     if (!IsAside(*message)) {
-      return absl::InvalidArgumentError(absl::StrCat(channel->peer(), " sent message ",
-                                                     message->body_case(), " where ", wanted,
-                                                     " was due"));
+      return absl::InvalidArgumentError(absl::StrCat(
+          channel->peer(), " sent message ", message->body_case(), " where ", wanted, " was due"));
     }
   }
 }

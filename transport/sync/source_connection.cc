@@ -120,9 +120,8 @@ class LinkOpening {
 };
 
 // RDMA if it may be and can be, else TCP.
-absl::Status OpenFirstLink(Dialer* dialer, const GuestMemory* memory,
-                           const SessionRequest& request, SourceConnection* connection,
-                           absl::Time deadline) {
+absl::Status OpenFirstLink(Dialer* dialer, const GuestMemory* memory, const SessionRequest& request,
+                           SourceConnection* connection, absl::Time deadline) {
   LinkOpening opening(dialer, memory, request, connection);
   if (request.transport == Transport::kTcp) {
     connection->why = "TCP was asked for";
@@ -145,11 +144,11 @@ absl::Status OpenOnlyLink(Dialer* dialer, const GuestMemory* memory, const Sessi
                           absl::Time deadline) {
   connection->why = "TCP, for the presync of the target knows no other link: upgrade it";
   if (request.transport == Transport::kRdma) {
-    return absl::UnimplementedError(absl::StrCat(
-        "the presync of ", dialer->peer(), " is too old for RDMA: upgrade it, or use TCP"));
+    return absl::UnimplementedError(absl::StrCat("the presync of ", dialer->peer(),
+                                                 " is too old for RDMA: upgrade it, or use TCP"));
   }
-  absl::StatusOr<std::unique_ptr<SourceLink>> link = DialTcpLink(
-      dialer, memory, request, opened.token(), opened.tcp_streams(), deadline);
+  absl::StatusOr<std::unique_ptr<SourceLink>> link =
+      DialTcpLink(dialer, memory, request, opened.token(), opened.tcp_streams(), deadline);
   if (!link.ok()) return link.status();
   connection->link = *std::move(link);
   return Expect(connection->channel.get(), Body::kLinkReady, deadline).status();
@@ -177,8 +176,7 @@ absl::StatusOr<SourceConnection> ConnectSource(Dialer* dialer, const GuestMemory
     spec->set_size_bytes(region.size_bytes());
   }
   if (absl::Status s = connection.channel->Send(message, deadline); !s.ok()) return s;
-  absl::StatusOr<Body> opened =
-      Expect(connection.channel.get(), Body::kSessionOpened, deadline);
+  absl::StatusOr<Body> opened = Expect(connection.channel.get(), Body::kSessionOpened, deadline);
   if (!opened.ok()) return opened.status();
   connection.content = ToContent(opened->session_opened().content());
   const absl::Status linked =

@@ -241,8 +241,8 @@ absl::Status SourceSession::Connect() {
     rdma_problem_ = connection_.why;
     PostponeRdma();
   }
-  options_.log(false, absl::StrCat(options_.guest, ": ", std::string(connection_.link->name()), " link to ",
-                                   dialer_->peer(), ": ", connection_.why));
+  options_.log(false, absl::StrCat(options_.guest, ": ", std::string(connection_.link->name()),
+                                   " link to ", dialer_->peer(), ": ", connection_.why));
   return absl::OkStatus();
 }
 

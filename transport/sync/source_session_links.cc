@@ -32,8 +32,8 @@ bool SourceSession::FallBack(const absl::Status& why) {
   PostponeRdma();
   sync_->DetachLink();
   std::unique_ptr<SourceLink> failed;
-  const absl::Status fell = FallToTcp(dialer_.get(), &memory_, Request(), &connection_, &failed,
-                                      began + kFallTimeout);
+  const absl::Status fell =
+      FallToTcp(dialer_.get(), &memory_, Request(), &connection_, &failed, began + kFallTimeout);
   Retire(std::move(failed));
   if (!fell.ok()) {
     problem_ = absl::StrCat(why.message(), "; and TCP in its place: ", fell.message());
@@ -42,11 +42,11 @@ bool SourceSession::FallBack(const absl::Status& why) {
   sync_->AttachLink(connection_.link.get(), SourceSync::TargetContent::kKept);
   connection_.why = absl::StrCat("TCP, for RDMA failed: ", rdma_problem_);
   problem_.clear();
-  options_.log(true, absl::StrCat(options_.guest, ": moved from RDMA to TCP within ",
-                                  absl::FormatDuration(absl::Trunc(absl::Now() - began,
-                                                                   absl::Milliseconds(1))),
-                                  ": ", why.message(), ". RDMA is tried again in ",
-                                  absl::FormatDuration(rdma_wait_)));
+  options_.log(
+      true, absl::StrCat(
+                options_.guest, ": moved from RDMA to TCP within ",
+                absl::FormatDuration(absl::Trunc(absl::Now() - began, absl::Milliseconds(1))), ": ",
+                why.message(), ". RDMA is tried again in ", absl::FormatDuration(rdma_wait_)));
   Publish();
   return true;
 }
@@ -97,8 +97,8 @@ void SourceSession::SwitchToRdma() {
   connection_.channel->Send(MakeCloseLink(old_number), absl::Now() + absl::Seconds(1))
       .IgnoreError();  // if it is gone the next Ping says so
   Retire(std::move(old));
-  connection_.why = absl::StrCat("RDMA works again, over ",
-                                 absl::StrJoin(connection_.devices, ", "));
+  connection_.why =
+      absl::StrCat("RDMA works again, over ", absl::StrJoin(connection_.devices, ", "));
   rdma_since_ = absl::Now();
   options_.log(false, absl::StrCat(options_.guest, ": moved from TCP back to RDMA"));
   Publish();
@@ -110,8 +110,7 @@ void SourceSession::EndReturn() {
   if (return_ == nullptr) return;
   return_->Abandon();
   if (connection_.channel != nullptr) {
-    connection_.channel
-        ->Send(MakeCloseLink(return_->number()), absl::Now() + absl::Seconds(1))
+    connection_.channel->Send(MakeCloseLink(return_->number()), absl::Now() + absl::Seconds(1))
         .IgnoreError();
   }
   // Its thread may be in the middle of a registration: not waited for here.

@@ -18,8 +18,8 @@ constexpr absl::Duration kStreamsTimeout = absl::Seconds(10);
 
 }  // namespace
 
-TargetLinks::TargetLinks(TargetService* service, ControlChannel* channel,
-                         const GuestMemory* memory, std::string guest, std::function<void()> on_up)
+TargetLinks::TargetLinks(TargetService* service, ControlChannel* channel, const GuestMemory* memory,
+                         std::string guest, std::function<void()> on_up)
     : service_(service),
       channel_(channel),
       memory_(memory),
@@ -43,9 +43,8 @@ void TargetLinks::Adopt(std::unique_ptr<TargetLink> link) {
 }
 
 absl::Status TargetLinks::Open(const wire::OpenLink& open) {
-  const bool known = std::any_of(entries_.begin(), entries_.end(), [&](const Entry& entry) {
-    return entry.number == open.link();
-  });
+  const bool known = std::any_of(entries_.begin(), entries_.end(),
+                                 [&](const Entry& entry) { return entry.number == open.link(); });
   if (open.link() == 0 || known || entries_.size() >= kMaxLinks) {
     return absl::InvalidArgumentError(
         absl::StrCat("link ", open.link(), " can't be opened: its number is taken, or there are ",
@@ -70,8 +69,8 @@ void TargetLinks::Bring(Entry* entry, const wire::OpenLink& open) {
       status = absl::UnimplementedError("this presync has no such kind of link");
   }
   if (status.ok() || entry->cancelled) return;
-  service_->Log(true, absl::StrCat(guest_, ": link ", entry->number, " did not come up: ",
-                                   status.message()));
+  service_->Log(
+      true, absl::StrCat(guest_, ": link ", entry->number, " did not come up: ", status.message()));
   Send(MakeLinkRefused(entry->number, status)).IgnoreError();
 }
 
@@ -106,8 +105,8 @@ absl::Status TargetLinks::BringTcp(Entry* entry, uint32_t streams) {
   if (!link.ok()) return link.status();
   if (absl::Status s = Publish(entry, *std::move(link)); !s.ok()) return s;
   on_up_();
-  service_->Log(false, absl::StrCat(guest_, ": link ", entry->number, " is up: tcp, ", streams,
-                                    " streams"));
+  service_->Log(
+      false, absl::StrCat(guest_, ": link ", entry->number, " is up: tcp, ", streams, " streams"));
   return Send(MakeLinkReady(entry->number));
 }
 
@@ -118,8 +117,7 @@ absl::Status TargetLinks::BringRdma(Entry* entry, uint32_t queue_pairs) {
   }
   RdmaListen listen = {.addresses = options.addresses,
                        .token = RandomId(),
-                       .queue_pairs = std::clamp<uint32_t>(queue_pairs, 1,
-                                                           options.max_queue_pairs),
+                       .queue_pairs = std::clamp<uint32_t>(queue_pairs, 1, options.max_queue_pairs),
                        .progress = [entry](uint64_t, uint64_t) { return !entry->cancelled; }};
   if (listen.addresses.empty()) listen.addresses.push_back(channel_->local_address());
   absl::StatusOr<std::unique_ptr<RdmaTarget>> made = ListenRdma(memory_, listen);

@@ -175,9 +175,9 @@ absl::Status Conversation::Open(const wire::OpenSession& open) {
     forget_ = true;
     return content.status();
   }
-  service_->Log(false, absl::StrCat(slot_->guest, ": mirroring from ", channel_->peer(), ", ",
-                                    slot_->place->memory().pages() * (kPageBytes >> 10) >> 10,
-                                    " MiB"));
+  service_->Log(false,
+                absl::StrCat(slot_->guest, ": mirroring from ", channel_->peer(), ", ",
+                             slot_->place->memory().pages() * (kPageBytes >> 10) >> 10, " MiB"));
   links_ = std::make_unique<TargetLinks>(service_, channel_, &slot_->place->memory(), slot_->guest,
                                          [slot = slot_] { slot->content_kept = true; });
   Body opened;

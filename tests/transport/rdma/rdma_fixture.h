@@ -56,10 +56,10 @@ absl::StatusOr<RdmaPair> ConnectPair(const std::vector<std::string>& addresses,
 }  // namespace presync
 
 // First line of a test that needs a device.
-#define PRESYNC_NEEDS_RDMA()                                                                \
-  do {                                                                                      \
-    if (::presync::TestDevices().empty()) {                                                 \
+#define PRESYNC_NEEDS_RDMA()                                                                 \
+  do {                                                                                       \
+    if (::presync::TestDevices().empty()) {                                                  \
       if (::presync::RdmaIsRequired()) FAIL() << "no RDMA device, and one is required here"; \
-      GTEST_SKIP() << "no RDMA device with an IPv4 address on this machine";                \
-    }                                                                                       \
+      GTEST_SKIP() << "no RDMA device with an IPv4 address on this machine";                 \
+    }                                                                                        \
   } while (false)

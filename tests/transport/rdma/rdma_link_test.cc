@@ -37,8 +37,7 @@ class RdmaLinkTest : public ::testing::TestWithParam<TestDevice> {
   }
 
   absl::StatusOr<RdmaPair> Connect(const RdmaSourceOptions& options) {
-    return ConnectPair({GetParam().address}, options, source_ram_->memory(),
-                       target_ram_->memory());
+    return ConnectPair({GetParam().address}, options, source_ram_->memory(), target_ram_->memory());
   }
 
   absl::StatusOr<std::unique_ptr<RdmaTarget>> Listen(uint32_t queue_pairs = 2) {
@@ -81,8 +80,8 @@ class RdmaLinkTest : public ::testing::TestWithParam<TestDevice> {
 TEST_P(RdmaLinkTest, NamesItsDevice) {
   absl::StatusOr<std::unique_ptr<RdmaTarget>> target = Listen();
   ASSERT_TRUE(target.ok()) << target.status();
-  const absl::StatusOr<RdmaSource> source = ConnectRdma(
-      &source_ram_->memory(), (*target)->offer(), TestOptions(2), absl::Now() + kPatience);
+  const absl::StatusOr<RdmaSource> source = ConnectRdma(&source_ram_->memory(), (*target)->offer(),
+                                                        TestOptions(2), absl::Now() + kPatience);
   ASSERT_TRUE(source.ok()) << source.status();
   EXPECT_EQ(source->devices, std::vector<std::string>{GetParam().name});
   EXPECT_EQ((*target)->offer().endpoints[0].device, GetParam().name);
@@ -93,9 +92,9 @@ TEST_P(RdmaLinkTest, ADeviceThatIsNotAskedForIsNotUsed) {
   ASSERT_TRUE(target.ok()) << target.status();
   RdmaSourceOptions options = TestOptions(2);
   options.devices = {"mlx5_17"};
-  const absl::Status status = ConnectRdma(&source_ram_->memory(), (*target)->offer(), options,
-                                          absl::Now() + kPatience)
-                                  .status();
+  const absl::Status status =
+      ConnectRdma(&source_ram_->memory(), (*target)->offer(), options, absl::Now() + kPatience)
+          .status();
   EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented);
   EXPECT_THAT(std::string(status.message()), HasSubstr(GetParam().name));
 }
@@ -109,8 +108,8 @@ TEST_P(RdmaLinkTest, AWrongTokenIsRefusedAndTheRightOneStillWorks) {
       ConnectRdma(&source_ram_->memory(), wrong, TestOptions(2), absl::Now() + kPatience).status();
   EXPECT_EQ(refused.code(), absl::StatusCode::kPermissionDenied) << refused;
   EXPECT_TRUE((*target)->health().ok());
-  const absl::StatusOr<RdmaSource> source = ConnectRdma(
-      &source_ram_->memory(), (*target)->offer(), TestOptions(2), absl::Now() + kPatience);
+  const absl::StatusOr<RdmaSource> source = ConnectRdma(&source_ram_->memory(), (*target)->offer(),
+                                                        TestOptions(2), absl::Now() + kPatience);
   ASSERT_TRUE(source.ok()) << source.status();
   EXPECT_TRUE((*target)->AwaitSource(absl::Now() + kPatience).ok());
 }
@@ -118,8 +117,8 @@ TEST_P(RdmaLinkTest, AWrongTokenIsRefusedAndTheRightOneStillWorks) {
 TEST_P(RdmaLinkTest, NobodyConnectsOnceAllQueuePairsAreThere) {
   absl::StatusOr<std::unique_ptr<RdmaTarget>> target = Listen();
   ASSERT_TRUE(target.ok()) << target.status();
-  const absl::StatusOr<RdmaSource> source = ConnectRdma(
-      &source_ram_->memory(), (*target)->offer(), TestOptions(2), absl::Now() + kPatience);
+  const absl::StatusOr<RdmaSource> source = ConnectRdma(&source_ram_->memory(), (*target)->offer(),
+                                                        TestOptions(2), absl::Now() + kPatience);
   ASSERT_TRUE(source.ok()) << source.status();
   const absl::Status second = ConnectRdma(&source_ram_->memory(), (*target)->offer(),
                                           TestOptions(2), absl::Now() + kPatience)
@@ -132,8 +131,8 @@ class OutsideTheWindow : public RdmaLinkTest {
  protected:
   void ExpectRefused(const RdmaOffer& offer, std::unique_ptr<RdmaTarget> target,
                      const ScratchMemory& spared) {
-    const absl::StatusOr<RdmaSource> source = ConnectRdma(
-        &source_ram_->memory(), offer, TestOptions(1), absl::Now() + kPatience);
+    const absl::StatusOr<RdmaSource> source =
+        ConnectRdma(&source_ram_->memory(), offer, TestOptions(1), absl::Now() + kPatience);
     ASSERT_TRUE(source.ok()) << source.status();
     for (PageIndex page = 0; page < kPages; ++page) source_ram_->FillPage(page, 1);
     LinkEvents events;
@@ -199,8 +198,8 @@ std::string ProbeWithLimit(const std::string& address, rlim_t limit_bytes) {
     ::setrlimit(RLIMIT_MEMLOCK, &low);
     ::prctl(PR_CAPBSET_DROP, CAP_IPC_LOCK, 0, 0, 0);  // or root would get it back by the exec
     ::dup2(fds[1], STDOUT_FILENO);
-    const std::string probe = std::filesystem::read_symlink("/proc/self/exe").parent_path() /
-                              "rdma_probe";
+    const std::string probe =
+        std::filesystem::read_symlink("/proc/self/exe").parent_path() / "rdma_probe";
     ::execl(probe.c_str(), probe.c_str(), address.c_str(), nullptr);
     ::_exit(127);
   }
@@ -246,11 +245,11 @@ TEST_P(RdmaLinkTest, RegistrationTellsItsProgressAndCanBeCalledOff) {
     done.push_back(bytes);
     return done.size() < 2;
   };
-  EXPECT_EQ(ConnectRdma(&source_ram_->memory(), (*target)->offer(), options,
-                        absl::Now() + kPatience)
-                .status()
-                .code(),
-            absl::StatusCode::kCancelled);
+  EXPECT_EQ(
+      ConnectRdma(&source_ram_->memory(), (*target)->offer(), options, absl::Now() + kPatience)
+          .status()
+          .code(),
+      absl::StatusCode::kCancelled);
   EXPECT_THAT(done, ::testing::ElementsAre(PagesToBytes(kPages - 100), PagesToBytes(kPages)));
 }
 
@@ -259,9 +258,9 @@ TEST_P(RdmaLinkTest, AGuestWhosePagesComeAndGoIsNotPinned) {
   ASSERT_TRUE(target.ok()) << target.status();
   RdmaSourceOptions options = TestOptions(2);
   options.memory_may_be_discarded = true;
-  const absl::Status status = ConnectRdma(&source_ram_->memory(), (*target)->offer(), options,
-                                          absl::Now() + kPatience)
-                                  .status();
+  const absl::Status status =
+      ConnectRdma(&source_ram_->memory(), (*target)->offer(), options, absl::Now() + kPatience)
+          .status();
   EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
   EXPECT_THAT(std::string(status.message()), HasSubstr("balloon"));
 }
@@ -294,9 +293,9 @@ TEST_P(RdmaLinkTest, AfterCloseTheKeysAreWorthNothing) {
   const RdmaOffer offer = pair->target->offer();
   pair->target->Close();
   EXPECT_EQ(pair->target->health().code(), absl::StatusCode::kCancelled);
-  const absl::Status again = ConnectRdma(&source_ram_->memory(), offer, TestOptions(2),
-                                         absl::Now() + absl::Seconds(10))
-                                 .status();
+  const absl::Status again =
+      ConnectRdma(&source_ram_->memory(), offer, TestOptions(2), absl::Now() + absl::Seconds(10))
+          .status();
   EXPECT_FALSE(again.ok());
   for (PageIndex page = 0; page < kPages; ++page) ASSERT_TRUE(target_ram_->IsZeroPage(page));
 }
@@ -327,8 +326,7 @@ TEST_P(RdmaLinkTest, APeerThatIsKilledIsNoticedAndNothingMoreIsConfirmed) {
   offer.endpoints[0].windows.resize(2);
   ASSERT_EQ(::read(pipe_fds[0], &offer.endpoints[0].port, 2), 2);
   for (RdmaWindow& window : offer.endpoints[0].windows) {
-    ASSERT_EQ(::read(pipe_fds[0], &window, sizeof(window)),
-              static_cast<ssize_t>(sizeof(window)));
+    ASSERT_EQ(::read(pipe_fds[0], &window, sizeof(window)), static_cast<ssize_t>(sizeof(window)));
   }
   RdmaSourceOptions options = TestOptions(1);
   options.stall_timeout = absl::Seconds(5);

@@ -1,9 +1,9 @@
-#include "transport/rdma/message.h"
-
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <random>
+
+#include "transport/rdma/message.h"
 
 namespace presync {
 namespace {
@@ -35,8 +35,18 @@ TEST(RdmaMessage, RefusesEveryFieldThatIsOutOfPlace) {
     int value;
   };
   // Type, number of runs, message number, and a commit id where none belongs.
-  for (const Change change : {Change{0, 0}, {0, 2}, {0, 3}, {0, 4}, {1, 1}, {4, 0}, {4, 1}, {4, 3},
-                              {5, 1}, {7, 255}, {8, 0}, {16, 1}}) {
+  for (const Change change : {Change{0, 0},
+                              {0, 2},
+                              {0, 3},
+                              {0, 4},
+                              {1, 1},
+                              {4, 0},
+                              {4, 1},
+                              {4, 3},
+                              {5, 1},
+                              {7, 255},
+                              {8, 0},
+                              {16, 1}}) {
     auto bytes = good;
     bytes[change.offset] = static_cast<std::byte>(change.value);
     EXPECT_FALSE(DecodeMessage(absl::MakeConstSpan(bytes).first(size)).ok())

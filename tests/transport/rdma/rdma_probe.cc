@@ -18,9 +18,9 @@ int main(int argc, char** argv) {
       presync::ListenRdma(&(*target_ram)->memory(), {.addresses = {argv[1]}, .queue_pairs = 1});
   std::printf("target: %s\n", target.status().ToString().c_str());
   if (!target.ok()) return 0;
-  const auto source = presync::ConnectRdma(&(*source_ram)->memory(), (*target)->offer(),
-                                           presync::RdmaSourceOptions(),
-                                           absl::Now() + absl::Seconds(60));
+  const auto source =
+      presync::ConnectRdma(&(*source_ram)->memory(), (*target)->offer(),
+                           presync::RdmaSourceOptions(), absl::Now() + absl::Seconds(60));
   std::printf("source: %s\n", source.status().ToString().c_str());
   return 0;
 }

@@ -207,16 +207,17 @@ TEST(FallToTcp, AFailedLinkIsClosedBeforeTheNextIsOpened) {
   absl::Status status;
   std::thread source([&] {
     std::unique_ptr<SourceLink> failed;
-    status = FallToTcp(&nowhere, &memory.memory(), SessionRequest(), &connection, &failed, deadline);
+    status =
+        FallToTcp(&nowhere, &memory.memory(), SessionRequest(), &connection, &failed, deadline);
   });
   const absl::StatusOr<wire::ControlMessage> close = target.Receive(deadline);
   EXPECT_EQ(close.ok() ? close->close_link().link() : 0, 3u);
   // Nothing more until it is closed; what is said about other links does not count.
-  EXPECT_TRUE(absl::IsDeadlineExceeded(
-      target.Receive(absl::Now() + absl::Milliseconds(100)).status()));
+  EXPECT_TRUE(
+      absl::IsDeadlineExceeded(target.Receive(absl::Now() + absl::Milliseconds(100)).status()));
   EXPECT_TRUE(target.Send(MakeLinkClosed(2), deadline).ok());
-  EXPECT_TRUE(absl::IsDeadlineExceeded(
-      target.Receive(absl::Now() + absl::Milliseconds(100)).status()));
+  EXPECT_TRUE(
+      absl::IsDeadlineExceeded(target.Receive(absl::Now() + absl::Milliseconds(100)).status()));
   EXPECT_TRUE(target.Send(MakeLinkClosed(3), deadline).ok());
   const absl::StatusOr<wire::ControlMessage> open = target.Receive(deadline);
   EXPECT_EQ(open.ok() ? open->open_link().link() : 0, 4u);
@@ -232,8 +233,8 @@ class OldSource : public SessionTest {
  protected:
   std::unique_ptr<ControlChannel> Begin() {
     const absl::StatusOr<uint16_t> port = port_;
-    absl::StatusOr<UniqueFd> socket = TcpDialer("127.0.0.1", *port).Dial(
-        {.kind = Preamble::Kind::kControl}, deadline_);
+    absl::StatusOr<UniqueFd> socket =
+        TcpDialer("127.0.0.1", *port).Dial({.kind = Preamble::Kind::kControl}, deadline_);
     EXPECT_TRUE(socket.ok()) << socket.status();
     auto channel = std::make_unique<ControlChannel>(*std::move(socket), "the target");
     wire::ControlMessage hello;
@@ -263,10 +264,11 @@ TEST_F(OldSource, GetsItsOneTcpLink) {
   const absl::StatusOr<wire::ControlMessage> opened = channel->Receive(deadline_);
   ASSERT_TRUE(opened.ok()) << opened.status();
   ASSERT_EQ(opened->session_opened().tcp_streams(), 1u) << opened->refused().text();
-  const absl::StatusOr<UniqueFd> stream = TcpDialer("127.0.0.1", port_).Dial(
-      {.kind = Preamble::Kind::kData,
-       .token = *IdFromBytes(opened->session_opened().token())},
-      deadline_);
+  const absl::StatusOr<UniqueFd> stream =
+      TcpDialer("127.0.0.1", port_)
+          .Dial({.kind = Preamble::Kind::kData,
+                 .token = *IdFromBytes(opened->session_opened().token())},
+                deadline_);
   ASSERT_TRUE(stream.ok());
   const absl::StatusOr<wire::ControlMessage> ready = channel->Receive(deadline_);
   ASSERT_TRUE(ready.ok());
@@ -277,10 +279,11 @@ TEST_F(OldSource, MayNotOpenLinks) {
   const std::unique_ptr<ControlChannel> channel = Begin();
   const absl::StatusOr<wire::ControlMessage> opened = channel->Receive(deadline_);
   ASSERT_TRUE(opened.ok());
-  const absl::StatusOr<UniqueFd> stream = TcpDialer("127.0.0.1", port_).Dial(
-      {.kind = Preamble::Kind::kData,
-       .token = *IdFromBytes(opened->session_opened().token())},
-      deadline_);
+  const absl::StatusOr<UniqueFd> stream =
+      TcpDialer("127.0.0.1", port_)
+          .Dial({.kind = Preamble::Kind::kData,
+                 .token = *IdFromBytes(opened->session_opened().token())},
+                deadline_);
   ASSERT_TRUE(channel->Receive(deadline_).ok());
   wire::ControlMessage open;
   open.mutable_open_link()->set_link(1);
