@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <netdb.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <sys/socket.h>
 
@@ -29,6 +30,14 @@ absl::StatusOr<sockaddr_storage> ParseAddress(const std::string& address, uint16
   sockaddr_storage out = {};
   std::memcpy(&out, found->ai_addr, found->ai_addrlen);
   return out;
+}
+
+bool IsLoopback(const sockaddr_storage& address) {
+  if (address.ss_family == AF_INET) {
+    const auto& in = reinterpret_cast<const sockaddr_in&>(address);
+    return ntohl(in.sin_addr.s_addr) >> 24 == 127;
+  }
+  return IN6_IS_ADDR_LOOPBACK(&reinterpret_cast<const sockaddr_in6&>(address).sin6_addr);
 }
 
 int MillisUntil(absl::Time deadline) {
@@ -120,6 +129,13 @@ absl::StatusOr<CmEvent> CmChannel::Next(absl::Time deadline) const {
 absl::Status ListenAt(const CmId& id, const std::string& address) {
   absl::StatusOr<sockaddr_storage> at = ParseAddress(address, 0);
   if (!at.ok()) return at.status();
+  // The kernel would bind it to some device; no other host reaches that.
+  if (IsLoopback(*at)) {
+    return absl::UnimplementedError(
+        absl::StrCat(address,
+                     " is on loopback, which is no RDMA device's: connect to an address "
+                     "of one, or name them in rdma_addresses"));
+  }
   if (rdma_bind_addr(id.get(), reinterpret_cast<sockaddr*>(&*at)) != 0 && errno != ENODEV &&
       errno != EADDRNOTAVAIL) {
     return VerbsError("bind to", address, errno);

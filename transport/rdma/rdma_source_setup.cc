@@ -255,6 +255,9 @@ absl::StatusOr<std::unique_ptr<RdmaSourceLink>> RdmaSourceSetup::Run() {
   }
   if (absl::Status s = SizeQueues(); !s.ok()) return s;
   for (size_t i = 0; i < link_->queues_.size(); ++i) {
+    if (options_.progress != nullptr && !options_.progress(done_bytes_, all_bytes_)) {
+      return absl::CancelledError("rdma link: it was called off");
+    }
     if (absl::Status s = ConnectQueue(i, link_->queues_[i].device); !s.ok()) return s;
   }
   link_->Start();

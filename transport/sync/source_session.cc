@@ -252,7 +252,9 @@ void SourceSession::LoseLink(const absl::Status& why) {
     Settle(SessionState::kFailed, why);
     return;
   }
-  if (FallBack(why)) return;
+  const bool rdma_failed = RdmaFailed();
+  if (rdma_failed) NoteRdmaFailure(why);
+  if (rdma_failed && FallBack(why)) return;
   sync_->DetachLink();
   EndReturn();
   Retire(std::move(connection_.link));

@@ -120,6 +120,8 @@ class SourceSession {
   absl::Status Connect();
   SessionRequest Request() const;
   void LoseLink(const absl::Status& why);
+  bool RdmaFailed() const;
+  void NoteRdmaFailure(const absl::Status& why);
   bool FallBack(const absl::Status& why);
   void PostponeRdma();
   void TryRdmaAgain();

@@ -20,16 +20,21 @@ constexpr absl::Duration kSoundAfter = absl::Minutes(5);
 
 }  // namespace
 
-// RDMA failed, the control connection did not: TCP goes on with everything that was confirmed.
-bool SourceSession::FallBack(const absl::Status& why) {
-  if (options_.transport != Transport::kAuto || connection_.link->name() != "rdma" ||
-      state_ == SessionState::kLaunching || connection_.link->Post({}).ok()) {
-    return false;
-  }
-  const absl::Time began = absl::Now();
-  if (began - rdma_since_ > kSoundAfter) rdma_wait_ = absl::ZeroDuration();
+bool SourceSession::RdmaFailed() const {
+  return connection_.link != nullptr && connection_.link->name() == "rdma" &&
+         !connection_.link->Post({}).ok();
+}
+
+void SourceSession::NoteRdmaFailure(const absl::Status& why) {
+  if (absl::Now() - rdma_since_ > kSoundAfter) rdma_wait_ = absl::ZeroDuration();
   rdma_problem_ = std::string(why.message());
   PostponeRdma();
+}
+
+// RDMA failed; if the control connection did not, TCP goes on with everything that was confirmed.
+bool SourceSession::FallBack(const absl::Status& why) {
+  if (options_.transport != Transport::kAuto || state_ == SessionState::kLaunching) return false;
+  const absl::Time began = absl::Now();
   sync_->DetachLink();
   std::unique_ptr<SourceLink> failed;
   const absl::Status fell =
