@@ -12,6 +12,7 @@
 
 #include <filesystem>
 #include <memory>
+#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -187,33 +188,51 @@ TEST_P(RdmaLinkTest, AnOfferThatDoesNotFitTheGuestIsRefused) {
   refused([](Windows* windows) { (*windows)[1].region = 4711; });
 }
 
-// What a presyncd without rights hears, whose limit of locked memory is so low: the words of
-// rdma_probe, a process of its own, for devices heed the rights with which they were opened.
-std::string ProbeWithLimit(const std::string& address, rlim_t limit_bytes) {
-  int fds[2];
-  if (::pipe(fds) != 0) return "no pipe";
-  const pid_t child = ::fork();
-  if (child == 0) {
-    const rlimit low = {.rlim_cur = limit_bytes, .rlim_max = limit_bytes};
-    ::setrlimit(RLIMIT_MEMLOCK, &low);
-    ::prctl(PR_CAPBSET_DROP, CAP_IPC_LOCK, 0, 0, 0);  // or root would get it back by the exec
-    ::dup2(fds[1], STDOUT_FILENO);
+// rdma_probe as a child: what devices may be used for is decided by the rights that a process had
+// when it opened them, and a process that dies must not be this one.
+class Probe {
+ public:
+  // With `limit_bytes` above 0 it may lock no more than that.
+  Probe(const std::string& address, const char* mode, rlim_t limit_bytes) {
     const std::string probe =
         std::filesystem::read_symlink("/proc/self/exe").parent_path() / "rdma_probe";
-    ::execl(probe.c_str(), probe.c_str(), address.c_str(), nullptr);
-    ::_exit(127);
+    int fds[2];
+    EXPECT_EQ(::pipe(fds), 0);
+    pid_ = ::fork();
+    if (pid_ == 0) {
+      if (limit_bytes > 0) {
+        const rlimit low = {.rlim_cur = limit_bytes, .rlim_max = limit_bytes};
+        ::setrlimit(RLIMIT_MEMLOCK, &low);
+        ::prctl(PR_CAPBSET_DROP, CAP_IPC_LOCK, 0, 0, 0);  // or root would get it by the exec
+      }
+      ::dup2(fds[1], STDOUT_FILENO);
+      ::close(fds[0]);
+      ::close(fds[1]);
+      ::execl(probe.c_str(), probe.c_str(), address.c_str(), mode, nullptr);
+      ::_exit(127);
+    }
+    ::close(fds[1]);
+    char buffer[4096];
+    for (ssize_t n; (n = ::read(fds[0], buffer, sizeof(buffer))) > 0;) {
+      text_.append(buffer, static_cast<size_t>(n));
+    }
+    ::close(fds[0]);
   }
-  ::close(fds[1]);
-  std::string text;
-  char buffer[4096];
-  for (ssize_t n; (n = ::read(fds[0], buffer, sizeof(buffer))) > 0;) {
-    text.append(buffer, static_cast<size_t>(n));
+  ~Probe() { Kill(); }
+
+  // What it has printed until it closed its output.
+  const std::string& text() const { return text_; }
+  void Kill() {
+    if (pid_ <= 0) return;
+    ::kill(pid_, SIGKILL);
+    ::waitpid(pid_, nullptr, 0);
+    pid_ = -1;
   }
-  ::close(fds[0]);
-  int status = 0;
-  ::waitpid(child, &status, 0);
-  return WIFEXITED(status) && WEXITSTATUS(status) == 0 ? text : "the probe failed: " + text;
-}
+
+ private:
+  pid_t pid_ = -1;
+  std::string text_;
+};
 
 // The probe's guest has 600 pages, for each end.
 TEST_P(RdmaLinkTest, TooLittleLockableMemoryIsSaidWithItsLimitAndTheRemedy) {
@@ -225,14 +244,15 @@ TEST_P(RdmaLinkTest, TooLittleLockableMemoryIsSaidWithItsLimitAndTheRemedy) {
   };
   // The second is enough for the target's end, and not for both.
   for (const Case& each : {Case{"target", 1 << 20, "1.0 MiB"}, {"source", 4 << 20, "4.0 MiB"}}) {
-    const std::string text = ProbeWithLimit(GetParam().address, each.limit_bytes);
+    const Probe probe(GetParam().address, nullptr, each.limit_bytes);
+    const std::string& text = probe.text();
     EXPECT_THAT(text, HasSubstr(std::string(each.end) + ": RESOURCE_EXHAUSTED"));
     for (const char* part : {"RLIMIT_MEMLOCK", each.limit, "2.3 MiB have to be locked",
                              "LimitMEMLOCK", "ulimit -l", "CAP_IPC_LOCK"}) {
       EXPECT_THAT(text, HasSubstr(part));
     }
   }
-  EXPECT_THAT(ProbeWithLimit(GetParam().address, 64 << 20), HasSubstr("source: OK"));
+  EXPECT_THAT(Probe(GetParam().address, nullptr, 64 << 20).text(), HasSubstr("source: OK"));
 }
 
 TEST_P(RdmaLinkTest, RegistrationTellsItsProgressAndCanBeCalledOff) {
@@ -302,32 +322,18 @@ TEST_P(RdmaLinkTest, AfterCloseTheKeysAreWorthNothing) {
 
 // The target is a process of its own, and dies without a word.
 TEST_P(RdmaLinkTest, APeerThatIsKilledIsNoticedAndNothingMoreIsConfirmed) {
-  int pipe_fds[2];
-  ASSERT_EQ(::pipe(pipe_fds), 0);
-  const pid_t child = ::fork();
-  ASSERT_GE(child, 0);
-  if (child == 0) {
-    const auto ram = *ScratchMemory::Create({kPages - 100, 100});
-    RdmaListen listen = {.addresses = {GetParam().address}, .queue_pairs = 1};
-    listen.token.fill(0x5a);
-    auto target = ListenRdma(&ram->memory(), listen);
-    if (!target.ok()) ::_exit(1);
-    const RdmaEndpoint& endpoint = (*target)->offer().endpoints[0];
-    (void)!::write(pipe_fds[1], &endpoint.port, sizeof(endpoint.port));
-    for (const RdmaWindow& window : endpoint.windows) {
-      (void)!::write(pipe_fds[1], &window, sizeof(window));
-    }
-    while (true) ::pause();
-  }
+  Probe target(GetParam().address, "serve", 0);
+  std::istringstream said(target.text());
   RdmaOffer offer;
   offer.token.fill(0x5a);
   offer.queue_pairs = 1;
   offer.endpoints.push_back({.address = GetParam().address});
   offer.endpoints[0].windows.resize(2);
-  ASSERT_EQ(::read(pipe_fds[0], &offer.endpoints[0].port, 2), 2);
-  for (RdmaWindow& window : offer.endpoints[0].windows) {
-    ASSERT_EQ(::read(pipe_fds[0], &window, sizeof(window)), static_cast<ssize_t>(sizeof(window)));
+  said >> offer.endpoints[0].port;
+  for (RdmaWindow& w : offer.endpoints[0].windows) {
+    said >> w.region >> w.offset_bytes >> w.size_bytes >> w.address >> w.key;
   }
+  ASSERT_TRUE(said) << target.text();
   RdmaSourceOptions options = TestOptions(1);
   options.stall_timeout = absl::Seconds(5);
   const absl::StatusOr<RdmaSource> source =
@@ -336,8 +342,7 @@ TEST_P(RdmaLinkTest, APeerThatIsKilledIsNoticedAndNothingMoreIsConfirmed) {
   LinkEvents events;
   ASSERT_TRUE(source->link->Post(std::vector<PageWrite>{{{0, 20}}}).ok());
   ASSERT_TRUE(Commit(source->link.get(), &events).ok());
-  ASSERT_EQ(::kill(child, SIGKILL), 0);
-  ::waitpid(child, nullptr, 0);
+  target.Kill();
   size_t posted = 1;
   (void)source->link->PostCommit();
   const absl::Status status = WriteUntilItFails(source->link.get(), &events, &posted);
