@@ -12,9 +12,11 @@
 #include "absl/strings/str_cat.h"
 #include "tools/common/local_api.h"
 #include "tools/common/units.h"
+#include "tools/presync/bench.h"
 #include "tools/presync/doctor.h"
 #include "tools/presync/render.h"
 #include "tools/presyncd/config.h"
+#include "transport/rdma/rdma_options.h"
 
 namespace presync {
 namespace {
@@ -173,6 +175,49 @@ void AddStart(CLI::App* app, Options* o) {
   app->add_flag("--wait", o->wait, "Return when all memory was copied once");
 }
 
+CLI::App* AddBenchLink(CLI::App* app, BenchLinkCommand* o) {
+  CLI::App* bench = app->add_subcommand("bench", "Measure presync's own parts; needs no presyncd");
+  bench->require_subcommand(1);
+  CLI::App* link = bench->add_subcommand(
+      "link",
+      "How fast is the page link? Without HOST: the server, which ends with its first client. With "
+      "HOST: measure the link to the server there, as ib_write_bw does");
+  link->add_option("host", o->peer, "HOST or HOST:PORT of the server");
+  link->add_flag("--json", o->json, "Print JSON");
+  link->add_option("-p,--port", o->port, "The server's port")->capture_default_str();
+  link->add_option("--listen", o->listen, "Server: only on this address");
+  link->add_flag("--keep", o->keep, "Server: serve until interrupted");
+  link->add_option("--memory", o->memory,
+                   "Memory that is written to; server: the most it gives away (256M; server: 4G)");
+  link->add_option("--folder", o->folder, "Where that memory is: on tmpfs or hugetlbfs")
+      ->capture_default_str();
+  link->add_option("--transport", o->transport, "auto, rdma or tcp")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"auto", "rdma", "tcp"}));
+  link->add_option("-s,--size", o->size, "Bytes of a message, 4K to 4M")->capture_default_str();
+  link->add_flag("-a,--all", o->all_sizes, "All sizes from 4K to 4M");
+  link->add_option("--pattern", o->pattern,
+                   "contiguous: messages follow each other in memory; scattered: they lie apart")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"contiguous", "scattered"}));
+  link->add_option("-t,--depth", o->depth, "Messages under way at a time")
+      ->capture_default_str()
+      ->check(CLI::Range(1u, 65536u));
+  link->add_option("-n,--iterations", o->iterations, "Messages of each size (else: --duration)");
+  link->add_option("-D,--duration", o->duration, "Time for each size")->capture_default_str();
+  link->add_option("--tcp-streams", o->tcp_streams, "Connections of the TCP link")
+      ->capture_default_str()
+      ->check(CLI::Range(1u, 64u));
+  link->add_option("-q,--queue-pairs", o->queue_pairs, "Queue pairs on each RDMA device")
+      ->capture_default_str()
+      ->check(CLI::Range(1u, kMaxRdmaQueuePairs));
+  link->add_option("-d,--devices", o->devices, "RDMA devices of this host to use (else any)")
+      ->delimiter(',');
+  link->add_option("--max-write", o->max_write,
+                   "Longest single RDMA write: neighbouring messages are joined up to it (1M)");
+  return link;
+}
+
 int Main(int argc, char** argv) {
   CLI::App app{
       "presync keeps a running guest's memory mirrored on another host, and launches it there.\n"
@@ -207,6 +252,8 @@ int Main(int argc, char** argv) {
   CLI::App* doctor = add("doctor", "Look whether this host, and a guest, are ready");
   doctor->add_option("--qmp", options.qmp, "Also look at the QEMU behind this monitor");
   doctor->add_option("--glue", options.glue, "The plug-in's socket, if it is not found by itself");
+  BenchLinkCommand bench_link;
+  CLI::App* link = AddBenchLink(&app, &bench_link);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
@@ -215,6 +262,7 @@ int Main(int argc, char** argv) {
   }
   ::signal(SIGINT, [](int) { interrupted = true; });
 
+  if (link->parsed()) return RunBenchLink(bench_link);
   if (start->parsed()) return Start(options);
   if (status->parsed()) return Status(options);
   if (launch->parsed()) return Launch(options);
