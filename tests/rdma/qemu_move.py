@@ -57,7 +57,7 @@ def laps(ram):
         return struct.unpack("<I", file.read(4))[0]
 
 
-def wait_for_laps(ram, more_than, seconds=60):
+def wait_for_laps(ram, more_than, seconds=120):
     end = time.monotonic() + seconds
     while (now := laps(ram)) <= more_than:
         if time.monotonic() > end:
@@ -78,7 +78,7 @@ def move(machine, folder):
                 if guest.poll() is not None:
                     raise SystemExit(pathlib.Path(f"{folder}/source.qemu.log").read_text(encoding="utf-8"))
                 time.sleep(0.05)
-            wait_for_laps(source_ram, 2)
+            wait_for_laps(source_ram, 0)
             source.ask("start", presync.NAME, "--qmp", f"{folder}/qmp", "--to", f"10.77.1.1:{presync.PORT}",
                        "--transport", "rdma", "--wait")
             status = source.ask("status", presync.NAME)["guests"][0]
