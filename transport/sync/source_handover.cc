@@ -68,6 +68,7 @@ class Handover {
   absl::Time deadline_;
   bool ready_ = false;   // the target has said so
   bool loaded_ = false;  // likewise
+  absl::Status refusal_;
   std::optional<MemoryComparison> comparison_;
   HandoverReport report_;
 };
@@ -187,7 +188,8 @@ absl::Status Handover::Take(const Body& message) {
       Mark("loaded on target");
       return absl::OkStatus();
     case Body::kRefused:
-      return RefusedStatus(message.refused(), channel_->peer());
+      refusal_ = RefusedStatus(message.refused(), channel_->peer());
+      return refusal_;
     default:
       break;
   }
@@ -290,8 +292,8 @@ HandoverEnd Handover::AfterGivingUp() {
 absl::Status Handover::TargetsReason(absl::Status why) {
   if (!absl::IsUnavailable(why)) return why;
   deadline_ = absl::Now() + kReasonTimeout;
-  const absl::Status said = TakeUntil([] { return false; });
-  return absl::IsDeadlineExceeded(said) || absl::IsUnavailable(said) ? why : said;
+  (void)TakeUntil([&] { return !refusal_.ok(); });
+  return refusal_.ok() ? why : refusal_;
 }
 
 // Gives the guest back to its vCPUs first, then tells the target.
