@@ -6,6 +6,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -98,6 +99,12 @@ class SourceSync {
   // Sends every stale page without waiting for completions.
   absl::Status PushAll();
 
+  // From now on notes which pages of the target's memory are written, those that may be written yet
+  // among them; see noted_writes. Begins anew at each call, and ends with the link.
+  void NoteWrites();
+  // Precondition: NoteWrites was called since the link was attached.
+  const PageBitmap& noted_writes() const { return *noted_writes_; }
+
   PageCount residual() const { return ledger_.residual(); }
   // Of the residual, what the link has not finished with: without what only lacks its confirmation.
   PageCount unsent() const { return ledger_.stale().count() + ledger_.in_flight(); }
@@ -138,6 +145,7 @@ class SourceSync {
   std::string link_kind_;                                // whose rate that is
   std::map<std::string, LinkRateEstimator> kind_rates_;  // of kinds that were used before
   PageLedger ledger_;
+  std::optional<PageBitmap> noted_writes_;
   SourceLink* link_ = nullptr;
 
   // Pages that may be holes: those that were at the last look. A page outside it that has become
