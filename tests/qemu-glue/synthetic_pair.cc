@@ -6,6 +6,7 @@
 #include <cstring>
 #include <utility>
 
+#include "absl/time/clock.h"
 #include "predictor/check.h"
 
 namespace presync::testing {
@@ -56,10 +57,10 @@ absl::StatusOr<UniqueFd> SyntheticSourceGuest::BeginSave(absl::Time) {
   return MakeStream(&stream_);
 }
 
-absl::Status SyntheticSourceGuest::Stop(absl::Time) {
+absl::StatusOr<absl::Time> SyntheticSourceGuest::Stop(absl::Time) {
   StopVcpus(guest_);
   running_ = false;
-  return absl::OkStatus();
+  return absl::Now();
 }
 
 absl::Status SyntheticSourceGuest::FinishSave(absl::Time) {

@@ -32,7 +32,7 @@ class SyntheticSourceGuest final : public SourceGuest {
 
   absl::Status PrepareSave(absl::Time) override { return absl::OkStatus(); }
   absl::StatusOr<UniqueFd> BeginSave(absl::Time deadline) override;
-  absl::Status Stop(absl::Time deadline) override;
+  absl::StatusOr<absl::Time> Stop(absl::Time deadline) override;
   absl::Status FinishSave(absl::Time deadline) override;
   absl::Status Resume(absl::Time deadline) override;
   // Not killed, so that a test can look at its memory.
