@@ -41,6 +41,8 @@ struct Problem {
 struct Findings {
   std::vector<Problem> problems;   // every one that was found; none: the guest can be mirrored
   std::vector<std::string> notes;  // worth knowing, no obstacle
+  // Pages may leave the guest's memory and come back while it runs (balloon, free-page reporting).
+  bool memory_may_be_discarded = false;
 };
 
 // Blocks until answered. Errors as QmpClient::Execute; INVALID_ARGUMENT also for an answer that

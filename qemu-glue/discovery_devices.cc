@@ -55,6 +55,7 @@ bool Judge(const std::string& text, const std::string& where, Findings& findings
       where,
       ": pages that the balloon or free-page reporting takes become holes; presync sends "
       "them as zeros"));
+  findings.memory_may_be_discarded = true;
   return true;
 }
 

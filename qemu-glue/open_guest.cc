@@ -111,6 +111,7 @@ absl::StatusOr<OpenedGuest> OpenGuest(const OpenGuestOptions& options, absl::Tim
                      .log = std::move(probed->log),
                      .guest = *std::move(guest),
                      .notes = std::move(findings->notes),
+                     .memory_may_be_discarded = findings->memory_may_be_discarded,
                      .stop_tracking = [glue_path, files = *std::move(files)] {
                        return StopTracking(glue_path, files, absl::Now() + absl::Seconds(5));
                      }};

@@ -28,6 +28,8 @@ struct OpenedGuest {
   std::unique_ptr<DirtyLog> log;
   std::unique_ptr<SourceGuest> guest;
   std::vector<std::string> notes;  // worth telling the operator
+  // Pages may leave the guest's memory and come back while it runs (balloon, free-page reporting).
+  bool memory_may_be_discarded = false;
   // Takes QEMU's userfaultfd off its memory again, so that background snapshots and post-copy work.
   // Call it when the sync was stopped for good and `log` is gone. Blocks for some seconds at most.
   std::function<absl::Status()> stop_tracking;

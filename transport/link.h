@@ -8,8 +8,8 @@
 // that was posted later is *confirmed*, the target's memory holds it. No Poll shows a commit before
 // the completions of the writes it covers.
 //
-// Memory is handed to a link when it is made: that is where registration happens, which may be slow
-// and must precede the sync.
+// Memory is handed to a link when it is made: that is where registration happens, which may be
+// slow, may give memory to holes of the files, and must precede the sync.
 #pragma once
 
 #include <cstdint>
@@ -52,6 +52,11 @@ struct LinkStats {
   uint64_t queued_bytes = 0;   // of writes that were accepted and have not completed, now
   // Time from post to completion, median of recent writes; zero where nothing was measured.
   absl::Duration completion_latency = absl::ZeroDuration();
+  // The same over writes that hardly waited behind others of this link, so that it tells of the
+  // network alone; zero where a link can't tell (TCP: the kernel takes the bytes long before).
+  absl::Duration network_latency = absl::ZeroDuration();
+  // Congestion notifications that this host's sending caused, as its device counts them.
+  uint64_t congestion_marks = 0;
 };
 
 // The source's end. One thread at a time may use it. Destroying it ends the connection at once.

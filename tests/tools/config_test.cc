@@ -37,6 +37,24 @@ TEST(Config, ReadsEveryKindOfKey) {
   EXPECT_EQ(config->guests.at("b").attach_qmp, "/run/b.qmp");
 }
 
+TEST(Config, ReadsWhatConcernsRdma) {
+  const absl::StatusOr<Config> config = ParseConfig(
+      "rdma = false\nrdma_addresses = ['10.1.0.2', '10.2.0.2']\n[defaults]\ntransport = 'rdma'\n"
+      "rdma_queue_pairs = 8\nrdma_devices = ['mlx5_0']\nrdma_on_demand_paging = true\n",
+      "presyncd.toml");
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_FALSE(config->rdma);
+  EXPECT_EQ(config->rdma_addresses.size(), 2u);
+  EXPECT_EQ(config->transport, "rdma");
+  EXPECT_EQ(config->rdma_queue_pairs, 8u);
+  EXPECT_EQ(config->rdma_devices, std::vector<std::string>{"mlx5_0"});
+  EXPECT_TRUE(config->rdma_on_demand_paging);
+  EXPECT_THAT(ErrorOf("rdma = 'yes'"), HasSubstr("true or false"));
+  EXPECT_THAT(ErrorOf("rdma_addresses = '10.1.0.2'"), HasSubstr("array"));
+  EXPECT_THAT(ErrorOf("[defaults]\nrdma_queue_pairs = 17"), HasSubstr("1 to 16"));
+  EXPECT_THAT(ErrorOf("[defaults]\ntransport = 'ib'"), HasSubstr("auto, rdma, tcp"));
+}
+
 TEST(Config, SaysWhereAndWhatIsWrong) {
   EXPECT_THAT(ErrorOf("listen = 'x'\nlissten = 'y'"), HasSubstr("presyncd.toml:2: lissten"));
   EXPECT_THAT(ErrorOf("listen = "), HasSubstr("presyncd.toml:1"));

@@ -10,15 +10,15 @@
 
 #include <cstdio>
 #include <cstring>
-#include <filesystem>
 #include <nlohmann/json.hpp>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
 #include "qemu-glue/open_guest.h"
 #include "qemu-glue/qmp/qmp_client.h"
 #include "tools/common/local_api.h"
 #include "tools/common/units.h"
+#include "transport/rdma/rdma_devices.h"
+#include "transport/rdma/rdma_link.h"
 #include "transport/unique_fd.h"
 
 namespace presync {
@@ -63,25 +63,55 @@ Finding ExamineUserfaultfd() {
               "uffd-async works without it; for uffd-handler run presyncd as root");
 }
 
+constexpr char kMemlockRemedy[] =
+    "an RDMA link locks all of a guest's memory, once a device: LimitMEMLOCK=infinity in "
+    "presyncd's unit, ulimit -l unlimited before it is started by hand, or CAP_IPC_LOCK for it";
+
 Finding ExamineMemlock() {
   rlimit limit = {};
   ::getrlimit(RLIMIT_MEMLOCK, &limit);
   if (limit.rlim_cur == RLIM_INFINITY || ::geteuid() == 0) {
     return Good("memlock", "no limit for this user");
   }
-  return Note(
-      "memlock", FormatBytes(limit.rlim_cur),
-      "only RDMA needs it: LimitMEMLOCK=infinity in presyncd's unit, or ulimit -l unlimited");
+  const std::string detail =
+      absl::StrCat("this user may lock ", FormatBytes(limit.rlim_cur), " (RLIMIT_MEMLOCK)");
+  if (ListRdmaDevices().empty()) return Good("memlock", detail + "; there is no RDMA device");
+  return Note("memlock", detail, kMemlockRemedy);
 }
 
-Finding ExamineRdma() {
-  std::vector<std::string> devices;
-  std::error_code error;
-  for (const auto& device : std::filesystem::directory_iterator("/sys/class/infiniband", error)) {
-    devices.push_back(device.path().filename());
+std::string DescribePort(const RdmaDevice& device, const RdmaPort& port) {
+  return absl::StrCat(device.name, ": port ", port.number, " ", port.state, ", ",
+                      device.iwarp                    ? "iWARP"
+                      : port.link_layer == "Ethernet" ? "RoCE"
+                                                      : "InfiniBand",
+                      port.rate.empty() ? "" : ", ", port.rate, port.netdev.empty() ? "" : ", on ",
+                      port.netdev);
+}
+
+std::vector<Finding> ExamineRdma() {
+  std::vector<Finding> findings;
+  for (const RdmaDevice& device : ListRdmaDevices()) {
+    for (const RdmaPort& port : device.ports) {
+      const std::string detail = DescribePort(device, port);
+      findings.push_back(port.active ? Good("RDMA", detail)
+                                     : Note("RDMA", detail,
+                                            "set its network device up, or look at "
+                                            "the cable and the switch"));
+    }
   }
-  if (devices.empty()) return Good("RDMA", "no device; TCP is used");
-  return Good("RDMA", absl::StrCat("devices ", absl::StrJoin(devices, ", ")));
+  if (findings.empty()) {
+    return {Good("RDMA", absl::StrCat("no device in ", kRdmaSysfs, "; TCP is used"))};
+  }
+  const UniqueFd manager(::open("/dev/infiniband/rdma_cm", O_RDWR | O_CLOEXEC));
+  if (!manager.valid()) {
+    findings.push_back(Note("RDMA", absl::StrCat("/dev/infiniband/rdma_cm: ", std::strerror(errno)),
+                            "modprobe rdma_ucm; presyncd must be allowed to open it"));
+  }
+  // Without a library both ends refuse; the text says so.
+  if (absl::Status s = CheckRdma({}); !s.ok()) {
+    findings.push_back(Note("RDMA", std::string(s.message()), ""));
+  }
+  return findings;
 }
 
 Finding ExamineShm() {
@@ -114,8 +144,11 @@ const char* LevelName(Level level) {
 }  // namespace
 
 std::vector<Finding> ExamineHost(const std::string& socket) {
-  return {ExamineKernel(), ExamineUserfaultfd(), ExamineMemlock(),
-          ExamineRdma(),   ExamineShm(),         ExamineDaemon(socket)};
+  std::vector<Finding> findings = {ExamineKernel(), ExamineUserfaultfd(), ExamineMemlock()};
+  for (Finding& finding : ExamineRdma()) findings.push_back(std::move(finding));
+  findings.push_back(ExamineShm());
+  findings.push_back(ExamineDaemon(socket));
+  return findings;
 }
 
 std::vector<Finding> ExamineGuest(const std::string& qmp_path, const std::string& glue) {

@@ -31,8 +31,9 @@ struct Options {
   bool json = false;
   std::string name;
   // start
-  std::string qmp, to, max_launch_time, max_bandwidth, transport = "auto", glue, dirty_log,
-                                                       compression;
+  std::string qmp, to, max_launch_time, max_bandwidth, transport, glue, dirty_log, compression,
+      rdma_devices;
+  int rdma_queue_pairs = 0;  // 0: the configuration's
   bool wait = false;
   // status
   bool watch = false;
@@ -104,10 +105,12 @@ int Start(const Options& options) {
                         {"to", options.to},
                         {"max_launch_time", options.max_launch_time},
                         {"max_bandwidth", options.max_bandwidth},
-                        {"transport", options.transport},
                         {"glue", Absolute(options.glue)}};
   Json full = request;
   if (!options.dirty_log.empty()) full["dirty_log"] = options.dirty_log;
+  if (!options.transport.empty()) full["transport"] = options.transport;
+  if (options.rdma_queue_pairs > 0) full["rdma_queue_pairs"] = options.rdma_queue_pairs;
+  if (!options.rdma_devices.empty()) full["rdma_devices"] = options.rdma_devices;
   if (!options.compression.empty()) full["compression"] = options.compression;
   const Answer answer = Ask(options, full, absl::Seconds(90));
   if (answer.exit_code != kOk || !options.wait) return Print(answer, options, RenderGuest);
@@ -158,7 +161,12 @@ void AddStart(CLI::App* app, Options* o) {
                   "100ms (default: the configuration's)");
   app->add_option("--max-bandwidth", o->max_bandwidth,
                   "Cap of the background sync, e.g. 400Mbit; a launch does not heed it");
-  app->add_option("--transport", o->transport, "auto, rdma or tcp")->capture_default_str();
+  app->add_option("--transport", o->transport,
+                  "auto (RDMA where both hosts have it, else TCP), rdma or tcp");
+  app->add_option("--rdma-queue-pairs", o->rdma_queue_pairs, "Queue pairs a device, 1 to 16")
+      ->check(CLI::Range(1, 16));
+  app->add_option("--rdma-devices", o->rdma_devices,
+                  "Only these RDMA devices of this host, e.g. mlx5_0,mlx5_1");
   app->add_option("--compression", o->compression, "none, lz4, zstd or auto (TCP)");
   app->add_option("--glue", o->glue, "The plug-in's socket, if it is not found by itself");
   app->add_option("--dirty-log", o->dirty_log, "auto, uffd-async or uffd-handler");

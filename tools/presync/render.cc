@@ -3,9 +3,12 @@
 #include <unistd.h>
 
 #include <cstdio>
+#include <string>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "predictor/page.h"
 #include "tools/common/local_api.h"
 #include "tools/common/units.h"
@@ -51,6 +54,11 @@ std::string RenderGuest(const Json& guest) {
                                      TextOr(guest, "to", "?"), TextOr(guest, "state", "?"));
   const std::string link = TextOr(guest, "link", "");
   if (!link.empty()) absl::StrAppend(&text, " over ", link);
+  std::vector<std::string> devices;
+  for (const Json& device : guest.value("link_devices", Json::array())) {
+    if (device.is_string()) devices.push_back(device.get<std::string>());
+  }
+  if (!devices.empty()) absl::StrAppend(&text, " (", absl::StrJoin(devices, ", "), ")");
   absl::StrAppendFormat(&text, "\n  launch now = %s (promised %s), %s left of %s, set-point %s\n",
                         Millis(guest, "predicted_launch_ms"), Millis(guest, "max_launch_ms"),
                         Pages(guest, "residual_pages"), Pages(guest, "pages"),
@@ -61,6 +69,8 @@ std::string RenderGuest(const Json& guest) {
       FormatBytes(static_cast<uint64_t>(NumberOr(guest, "wire_bytes", 0))),
       Rate(guest, "link_bytes_per_s"), Real(guest, "dirty_pages_per_s"),
       TextOr(guest, "dirty_log", "?"));
+  const std::string reason = TextOr(guest, "link_reason", "");
+  if (!reason.empty()) absl::StrAppend(&text, "\n  link: ", reason);
   const std::string problem = TextOr(guest, "problem", "");
   if (!problem.empty()) absl::StrAppend(&text, "\n  ! ", problem);
   return text;

@@ -13,6 +13,7 @@
 #include "absl/strings/str_join.h"
 #include "predictor/policy.h"
 #include "tools/common/units.h"
+#include "transport/rdma/rdma_options.h"
 
 namespace presync {
 namespace {
@@ -44,6 +45,41 @@ class TableReader {
             absl::StrCat("must be one of: ", absl::StrJoin(words, ", ")));
       }
       *out = *value;
+      return absl::OkStatus();
+    });
+  }
+
+  void Flag(const std::string& key, bool* out) {
+    On(key, [out](const toml::node& node) {
+      const auto value = node.value_exact<bool>();
+      if (!value) return absl::InvalidArgumentError("must be true or false");
+      *out = *value;
+      return absl::OkStatus();
+    });
+  }
+
+  void Number(const std::string& key, uint32_t* out, int64_t most) {
+    On(key, [out, most](const toml::node& node) {
+      const auto number = node.value_exact<int64_t>();
+      if (!number || *number < 1 || *number > most) {
+        return absl::InvalidArgumentError(absl::StrCat("must be a number from 1 to ", most));
+      }
+      *out = static_cast<uint32_t>(*number);
+      return absl::OkStatus();
+    });
+  }
+
+  void Texts(const std::string& key, std::vector<std::string>* out, size_t most) {
+    On(key, [out, most](const toml::node& node) {
+      const absl::Status wrong = absl::InvalidArgumentError(
+          absl::StrCat("must be an array of at most ", most, " strings"));
+      const toml::array* array = node.as_array();
+      if (array == nullptr || array->size() > most) return wrong;
+      for (const toml::node& element : *array) {
+        const auto text = element.value_exact<std::string>();
+        if (!text) return wrong;
+        out->push_back(*text);
+      }
       return absl::OkStatus();
     });
   }
@@ -124,14 +160,11 @@ absl::Status ReadDefaults(const toml::node& node, const std::string& path, Confi
   std::vector<std::string> policies;
   for (const std::string_view name : PolicyNames()) policies.emplace_back(name);
   reader.Word("policy", &config->policy, std::move(policies));
-  reader.On("tcp_streams", [config](const toml::node& value) {
-    const auto number = value.value_exact<int64_t>();
-    if (!number || *number < 1 || *number > 16) {
-      return absl::InvalidArgumentError("must be a number from 1 to 16");
-    }
-    config->tcp_streams = static_cast<uint32_t>(*number);
-    return absl::OkStatus();
-  });
+  reader.Number("tcp_streams", &config->tcp_streams, 16);
+  reader.Word("transport", &config->transport, {"auto", "rdma", "tcp"});
+  reader.Number("rdma_queue_pairs", &config->rdma_queue_pairs, kMaxRdmaQueuePairs);
+  reader.Texts("rdma_devices", &config->rdma_devices, kMaxRdmaDevices);
+  reader.Flag("rdma_on_demand_paging", &config->rdma_on_demand_paging);
   return OnTable(node, reader);
 }
 
@@ -164,6 +197,8 @@ absl::StatusOr<Config> ParseConfig(absl::string_view text, const std::string& pa
   reader.Text("ram_folder", &config.ram_folder);
   reader.Word("log_level", &config.log_level, {"debug", "info", "warn", "error"});
   reader.Parsed("max_guest_memory", &config.max_guest_bytes, &ParseSize);
+  reader.Flag("rdma", &config.rdma);
+  reader.Texts("rdma_addresses", &config.rdma_addresses, kMaxRdmaDevices);
   reader.On("defaults", [&](const toml::node& node) { return ReadDefaults(node, path, &config); });
   reader.On("guest", [&](const toml::node& node) -> absl::Status {
     TableReader guests(path);

@@ -25,12 +25,18 @@ struct Config {
   std::string ram_folder = "/dev/shm/presync";
   std::string log_level = "info";
   uint64_t max_guest_bytes = 0;
+  bool rdma = true;                         // whether guests may come by RDMA
+  std::vector<std::string> rdma_addresses;  // empty: where the control connection arrives
 
   // What `presync start` uses where its caller says nothing.
   absl::Duration max_launch_time = absl::Milliseconds(100);
   absl::Duration fixed_cost = absl::Milliseconds(45);
   absl::Duration scan_interval = absl::Milliseconds(100);
   uint64_t max_bandwidth = 0;
+  std::string transport = "auto";
+  uint32_t rdma_queue_pairs = 4;
+  std::vector<std::string> rdma_devices;  // empty: any
+  bool rdma_on_demand_paging = false;
   uint32_t tcp_streams = 4;
   std::string compression = "auto";
   std::string dirty_log = "auto";

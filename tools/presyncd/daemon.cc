@@ -11,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
 #include "qemu-glue/open_guest.h"
 #include "tools/common/local_api.h"
 #include "tools/common/units.h"
@@ -50,6 +51,33 @@ absl::StatusOr<Compression> ToCompression(const std::string& name) {
   if (name == "auto") return Compression::kAuto;
   return absl::InvalidArgumentError(
       absl::StrCat("'", name, "' is no compression; there are none, lz4, zstd and auto"));
+}
+
+absl::StatusOr<Transport> ToTransport(const std::string& name) {
+  if (name == "auto") return Transport::kAuto;
+  if (name == "rdma") return Transport::kRdma;
+  if (name == "tcp") return Transport::kTcp;
+  return absl::InvalidArgumentError(
+      absl::StrCat("'", name, "' is no transport; there are auto, rdma and tcp"));
+}
+
+absl::Status SetTransport(const Json& request, const Config& config,
+                          SourceSessionOptions* options) {
+  absl::StatusOr<Transport> transport = ToTransport(TextOr(request, "transport", config.transport));
+  if (!transport.ok()) return transport.status();
+  options->transport = *transport;
+  const int64_t queue_pairs = NumberOr(request, "rdma_queue_pairs", config.rdma_queue_pairs);
+  if (queue_pairs < 1 || queue_pairs > kMaxRdmaQueuePairs) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--rdma-queue-pairs takes 1 to ", kMaxRdmaQueuePairs, ", a device"));
+  }
+  options->rdma.queue_pairs = static_cast<uint32_t>(queue_pairs);
+  options->rdma.devices = config.rdma_devices;
+  const std::string devices = TextOr(request, "rdma_devices", "");
+  if (!devices.empty()) options->rdma.devices = absl::StrSplit(devices, ',', absl::SkipEmpty());
+  options->rdma.on_demand_paging = config.rdma_on_demand_paging;
+  options->log = LogLine;
+  return absl::OkStatus();
 }
 
 // The residual that a promise leaves room for must not be below what one page costs.
@@ -106,6 +134,8 @@ absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Create(Config config) {
   if (!listener.ok()) return listener.status();
   TargetServiceOptions options;
   options.record_folder = c.state_folder;
+  options.rdma.enabled = c.rdma;
+  options.rdma.addresses = c.rdma_addresses;
   options.log = LogLine;
   daemon->service_ =
       TargetService::Start(*std::move(listener), daemon->host_.get(), std::move(options));
@@ -201,14 +231,7 @@ absl::StatusOr<SourceSessionOptions> Daemon::SessionOptions(const Json& request,
       ToCompression(TextOr(request, "compression", config_.compression));
   if (!compression.ok()) return compression.status();
   options.tcp.compression = *compression;
-  const std::string transport = TextOr(request, "transport", "auto");
-  if (transport == "rdma") {
-    return absl::UnimplementedError("this build has no RDMA link; use --transport tcp or auto");
-  }
-  if (transport != "auto" && transport != "tcp") {
-    return absl::InvalidArgumentError(
-        absl::StrCat("'", transport, "' is no transport; there are auto, rdma and tcp"));
-  }
+  if (absl::Status s = SetTransport(request, config_, &options); !s.ok()) return s;
   absl::Status kept = CheckPromise(options.sync.max_launch_time, options.sync.fixed_cost, peer);
   if (!kept.ok()) return kept;
   return options;
@@ -232,6 +255,7 @@ absl::StatusOr<Json> Daemon::Start(const Json& request) {
                   absl::Now() + absl::Seconds(20));
     if (!opened.ok()) return opened.status();
     for (const std::string& note : opened->notes) spdlog::info("{}: {}", name, note);
+    options->rdma.memory_may_be_discarded = opened->memory_may_be_discarded;
     stop_tracking = std::move(opened->stop_tracking);
     return SourceSession::Start(*options, std::move(dialer), std::move(opened->memory),
                                 std::move(opened->log), std::move(opened->guest));

@@ -20,6 +20,8 @@ Json SourceStatusToJson(const SessionStatus& status) {
           {"state", std::string(StateName(status.state))},
           {"to", status.peer},
           {"link", status.link},
+          {"link_devices", status.link_devices},
+          {"link_reason", status.link_reason},
           {"dirty_log", status.dirty_log},
           {"problem", status.problem},
           {"uptime_s", absl::ToDoubleSeconds(status.uptime)},

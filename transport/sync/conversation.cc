@@ -55,6 +55,20 @@ absl::StatusOr<uint32_t> ExchangeHello(ControlChannel* channel, absl::Time deadl
   return version;
 }
 
+bool IsAside(const Body& message) {
+  switch (message.body_case()) {
+    case Body::kPing:
+    case Body::kPong:
+    case Body::kLinkOffer:
+    case Body::kLinkReady:
+    case Body::kLinkRefused:
+    case Body::kLinkClosed:
+      return true;
+    default:
+      return false;
+  }
+}
+
 absl::StatusOr<Body> Expect(ControlChannel* channel, Body::BodyCase wanted, absl::Time deadline) {
   while (true) {
     absl::StatusOr<Body> message = channel->Receive(deadline);
@@ -63,16 +77,12 @@ absl::StatusOr<Body> Expect(ControlChannel* channel, Body::BodyCase wanted, absl
       return absl::DeadlineExceededError(absl::StrCat(channel->peer(), " did not answer in time"));
     }
     if (message->body_case() == wanted) return message;
-    switch (message->body_case()) {
-      case Body::kPing:
-      case Body::kPong:
-        continue;
-      case Body::kRefused:
-        return RefusedStatus(message->refused(), channel->peer());
-      default:
-        return absl::InvalidArgumentError(absl::StrCat(channel->peer(), " sent message ",
-                                                       message->body_case(), " where ", wanted,
-                                                       " was due"));
+    if (message->body_case() == Body::kRefused) {
+      return RefusedStatus(message->refused(), channel->peer());
+    }
+    if (!IsAside(*message)) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          channel->peer(), " sent message ", message->body_case(), " where ", wanted, " was due"));
     }
   }
 }

@@ -17,8 +17,11 @@ absl::StatusOr<uint32_t> ExchangeHello(ControlChannel* channel, absl::Time deadl
 // The version that two ranges have in common, 0 if none: the newest.
 uint32_t CommonVersion(uint32_t newest_a, uint32_t oldest_a, uint32_t newest_b, uint32_t oldest_b);
 
-// Waits for the message `wanted`. Pongs and Pings are passed over; Refused becomes its status;
-// anything else is INVALID_ARGUMENT.
+// Whether a message may come between any others: Ping, Pong, and what is said about data links.
+bool IsAside(const wire::ControlMessage& message);
+
+// Waits for the message `wanted`. Asides are passed over; Refused becomes its status; anything else
+// is INVALID_ARGUMENT.
 absl::StatusOr<wire::ControlMessage> Expect(ControlChannel* channel,
                                             wire::ControlMessage::BodyCase wanted,
                                             absl::Time deadline);

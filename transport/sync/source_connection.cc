@@ -4,21 +4,27 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/time/clock.h"
+#include "transport/rdma/rdma_link.h"
 #include "transport/sync/conversation.h"
+#include "transport/sync/link_messages.h"
 #include "transport/tcp/tcp_source_link.h"
+#include "transport/wire/version.h"
 
 namespace presync {
 namespace {
 
 using Body = wire::ControlMessage;
 
-absl::StatusOr<std::unique_ptr<ControlChannel>> DialControl(Dialer* dialer, absl::Time deadline) {
+absl::StatusOr<std::unique_ptr<ControlChannel>> DialControl(Dialer* dialer, absl::Time deadline,
+                                                            uint32_t* version) {
   absl::StatusOr<UniqueFd> socket = dialer->Dial({.kind = Preamble::Kind::kControl}, deadline);
   if (!socket.ok()) return socket.status();
   auto channel = std::make_unique<ControlChannel>(*std::move(socket), dialer->peer());
-  if (absl::StatusOr<uint32_t> v = ExchangeHello(channel.get(), deadline); !v.ok()) {
-    return v.status();
-  }
+  absl::StatusOr<uint32_t> common = ExchangeHello(channel.get(), deadline);
+  if (!common.ok()) return common.status();
+  *version = *common;
   return channel;
 }
 
@@ -35,15 +41,15 @@ SourceSync::TargetContent ToContent(wire::SessionOpened::Content content) {
 
 absl::StatusOr<std::unique_ptr<SourceLink>> DialTcpLink(Dialer* dialer, const GuestMemory* memory,
                                                         const SessionRequest& request,
-                                                        const wire::SessionOpened& opened,
-                                                        absl::Time deadline) {
-  const absl::StatusOr<SessionId> token = IdFromBytes(opened.token());
-  if (!token.ok() || opened.tcp_streams() == 0 || opened.tcp_streams() > request.tcp_streams) {
+                                                        const std::string& token_bytes,
+                                                        uint32_t streams, absl::Time deadline) {
+  const absl::StatusOr<SessionId> token = IdFromBytes(token_bytes);
+  if (!token.ok() || streams == 0 || streams > request.tcp_streams) {
     return absl::InvalidArgumentError(
         absl::StrCat(dialer->peer(), " opened the session with a bad token or stream count"));
   }
   std::vector<UniqueFd> sockets;
-  for (uint32_t i = 0; i < opened.tcp_streams(); ++i) {
+  for (uint32_t i = 0; i < streams; ++i) {
     absl::StatusOr<UniqueFd> socket =
         dialer->Dial({.kind = Preamble::Kind::kData, .stream = i, .token = *token}, deadline);
     if (!socket.ok()) return socket.status();
@@ -55,12 +61,108 @@ absl::StatusOr<std::unique_ptr<SourceLink>> DialTcpLink(Dialer* dialer, const Gu
   return *std::move(link);
 }
 
+// Asks for a link and takes the target's offer. A link that does not come up is closed there, by
+// CloseLink, whatever was the reason; the conversation goes on.
+class LinkOpening {
+ public:
+  LinkOpening(Dialer* dialer, const GuestMemory* memory, const SessionRequest& request,
+              SourceConnection* connection)
+      : dialer_(dialer), memory_(memory), request_(request), connection_(connection) {}
+
+  absl::Status Open(wire::OpenLink::Kind kind, absl::Time deadline) {
+    number_ = ++connection_->links_opened;
+    absl::Status status = TryOpen(kind, deadline);
+    if (status.ok()) return status;
+    connection_->channel->Send(MakeCloseLink(number_), absl::Now() + absl::Seconds(1))
+        .IgnoreError();
+    return status;
+  }
+
+ private:
+  absl::Status TryOpen(wire::OpenLink::Kind kind, absl::Time deadline) {
+    Body message;
+    message.mutable_open_link()->set_link(number_);
+    message.mutable_open_link()->set_kind(kind);
+    message.mutable_open_link()->set_tcp_streams(request_.tcp_streams);
+    message.mutable_open_link()->set_queue_pairs(request_.rdma.queue_pairs);
+    ControlChannel* const channel = connection_->channel.get();
+    if (absl::Status s = channel->Send(message, deadline); !s.ok()) return s;
+    absl::StatusOr<Body> offer = ExpectAbout(channel, Body::kLinkOffer, number_, deadline);
+    if (!offer.ok()) return offer.status();
+    RdmaSource made;
+    if (kind == wire::OpenLink::RDMA) {
+      absl::StatusOr<RdmaOffer> taken = OfferFromWire(offer->link_offer());
+      if (!taken.ok()) return taken.status();
+      absl::StatusOr<RdmaSource> link = ConnectRdma(memory_, *taken, request_.rdma, deadline);
+      if (!link.ok()) return link.status();
+      made = *std::move(link);
+    } else {
+      absl::StatusOr<std::unique_ptr<SourceLink>> link =
+          DialTcpLink(dialer_, memory_, request_, offer->link_offer().token(),
+                      offer->link_offer().tcp_streams(), deadline);
+      if (!link.ok()) return link.status();
+      made.link = *std::move(link);
+    }
+    if (auto r = ExpectAbout(channel, Body::kLinkReady, number_, deadline); !r.ok()) {
+      return r.status();
+    }
+    connection_->link = std::move(made.link);
+    connection_->devices = std::move(made.devices);
+    connection_->link_number = number_;
+    return absl::OkStatus();
+  }
+
+  Dialer* const dialer_;
+  const GuestMemory* const memory_;
+  const SessionRequest& request_;
+  SourceConnection* const connection_;
+  uint32_t number_ = 0;
+};
+
+// RDMA if it may be and can be, else TCP.
+absl::Status OpenFirstLink(Dialer* dialer, const GuestMemory* memory, const SessionRequest& request,
+                           SourceConnection* connection, absl::Time deadline) {
+  LinkOpening opening(dialer, memory, request, connection);
+  if (request.transport == Transport::kTcp) {
+    connection->why = "TCP was asked for";
+    return opening.Open(wire::OpenLink::TCP, deadline);
+  }
+  absl::Status rdma = CheckRdma(request.rdma.devices);
+  if (rdma.ok()) rdma = opening.Open(wire::OpenLink::RDMA, absl::Now() + RdmaTimeout(*memory));
+  if (rdma.ok()) {
+    connection->why = absl::StrCat("RDMA works, over ", absl::StrJoin(connection->devices, ", "));
+    return rdma;
+  }
+  if (request.transport == Transport::kRdma) return rdma;
+  connection->why = absl::StrCat("TCP, for RDMA can't be used: ", rdma.message());
+  return opening.Open(wire::OpenLink::TCP, std::max(deadline, absl::Now() + absl::Seconds(10)));
+}
+
+// Version 1: the session comes with one TCP link.
+absl::Status OpenOnlyLink(Dialer* dialer, const GuestMemory* memory, const SessionRequest& request,
+                          const wire::SessionOpened& opened, SourceConnection* connection,
+                          absl::Time deadline) {
+  connection->why = "TCP, for the presync of the target knows no other link: upgrade it";
+  if (request.transport == Transport::kRdma) {
+    return absl::UnimplementedError(absl::StrCat("the presync of ", dialer->peer(),
+                                                 " is too old for RDMA: upgrade it, or use TCP"));
+  }
+  absl::StatusOr<std::unique_ptr<SourceLink>> link =
+      DialTcpLink(dialer, memory, request, opened.token(), opened.tcp_streams(), deadline);
+  if (!link.ok()) return link.status();
+  connection->link = *std::move(link);
+  return Expect(connection->channel.get(), Body::kLinkReady, deadline).status();
+}
+
 }  // namespace
 
 absl::StatusOr<SourceConnection> ConnectSource(Dialer* dialer, const GuestMemory* memory,
                                                const SessionRequest& request, absl::Time deadline) {
-  absl::StatusOr<std::unique_ptr<ControlChannel>> channel = DialControl(dialer, deadline);
+  SourceConnection connection;
+  absl::StatusOr<std::unique_ptr<ControlChannel>> channel =
+      DialControl(dialer, deadline, &connection.version);
   if (!channel.ok()) return channel.status();
+  connection.channel = *std::move(channel);
 
   Body message;
   wire::OpenSession* open = message.mutable_open_session();
@@ -73,23 +175,35 @@ absl::StatusOr<SourceConnection> ConnectSource(Dialer* dialer, const GuestMemory
     spec->set_name(region.name());
     spec->set_size_bytes(region.size_bytes());
   }
-  if (absl::Status s = (*channel)->Send(message, deadline); !s.ok()) return s;
-  absl::StatusOr<Body> opened = Expect(channel->get(), Body::kSessionOpened, deadline);
+  if (absl::Status s = connection.channel->Send(message, deadline); !s.ok()) return s;
+  absl::StatusOr<Body> opened = Expect(connection.channel.get(), Body::kSessionOpened, deadline);
   if (!opened.ok()) return opened.status();
+  connection.content = ToContent(opened->session_opened().content());
+  const absl::Status linked =
+      connection.version >= kLinksVersion
+          ? OpenFirstLink(dialer, memory, request, &connection, deadline)
+          : OpenOnlyLink(dialer, memory, request, opened->session_opened(), &connection, deadline);
+  if (!linked.ok()) return linked;
+  return connection;
+}
 
-  absl::StatusOr<std::unique_ptr<SourceLink>> link =
-      DialTcpLink(dialer, memory, request, opened->session_opened(), deadline);
-  if (!link.ok()) return link.status();
-  absl::StatusOr<Body> ready = Expect(channel->get(), Body::kLinkReady, deadline);
-  if (!ready.ok()) return ready.status();
-  return SourceConnection{.channel = *std::move(channel),
-                          .link = *std::move(link),
-                          .content = ToContent(opened->session_opened().content())};
+absl::Status FallToTcp(Dialer* dialer, const GuestMemory* memory, const SessionRequest& request,
+                       SourceConnection* connection, std::unique_ptr<SourceLink>* failed,
+                       absl::Time deadline) {
+  ControlChannel* const channel = connection->channel.get();
+  *failed = std::move(connection->link);
+  connection->devices.clear();
+  // What the failed link had under way may still be written there, until the target has closed it.
+  const uint32_t old = connection->link_number;
+  if (absl::Status s = channel->Send(MakeCloseLink(old), deadline); !s.ok()) return s;
+  if (auto r = ExpectAbout(channel, Body::kLinkClosed, old, deadline); !r.ok()) return r.status();
+  return LinkOpening(dialer, memory, request, connection).Open(wire::OpenLink::TCP, deadline);
 }
 
 absl::StatusOr<wire::Outcome> AskOutcome(Dialer* dialer, const SessionId& session,
                                          const std::string& guest, absl::Time deadline) {
-  absl::StatusOr<std::unique_ptr<ControlChannel>> channel = DialControl(dialer, deadline);
+  uint32_t version = 0;
+  absl::StatusOr<std::unique_ptr<ControlChannel>> channel = DialControl(dialer, deadline, &version);
   if (!channel.ok()) return channel.status();
   Body message;
   message.mutable_query_outcome()->set_session_id(IdToBytes(session));

@@ -1,4 +1,5 @@
-// One conversation of the source with the target: from the first byte to a link that works.
+// One conversation of the source with the target: from the first byte to a link that works, and
+// from one link to the next.
 #pragma once
 
 #include <memory>
@@ -9,6 +10,7 @@
 #include "absl/time/time.h"
 #include "transport/link.h"
 #include "transport/memory.h"
+#include "transport/rdma/rdma_options.h"
 #include "transport/sync/dialer.h"
 #include "transport/sync/session_id.h"
 #include "transport/sync/source_sync.h"
@@ -18,6 +20,9 @@
 
 namespace presync {
 
+// Which kind of link carries the pages. kAuto: RDMA where both hosts have it, else TCP.
+enum class Transport { kAuto, kRdma, kTcp };
+
 // What the source asks for when it connects.
 struct SessionRequest {
   SessionId session = {};
@@ -25,18 +30,35 @@ struct SessionRequest {
   uint32_t tcp_streams = 4;
   TcpSourceOptions tcp;
   SocketOptions socket;
+  Transport transport = Transport::kAuto;
+  RdmaSourceOptions rdma;
 };
 
 struct SourceConnection {
   std::unique_ptr<ControlChannel> channel;
   std::unique_ptr<SourceLink> link;
   SourceSync::TargetContent content = SourceSync::TargetContent::kUnknown;
+  std::vector<std::string> devices;  // of the link, by name; none for TCP
+  std::string why;                   // why it is this kind of link, for people
+  uint32_t version = 0;              // of the conversation
+  uint32_t link_number = 0;          // of `link`
+  uint32_t links_opened = 0;         // the next one's number is one more
 };
 
-// Connects, agrees on a version, opens the session and brings up the link. Blocks until then or
-// `deadline`. Errors: those of Dialer and ControlChannel; whatever the target refused with.
+// Connects, agrees on a version, opens the session and brings up a link. Blocks until then or
+// `deadline`; with RDMA longer by the time that registering the guest's memory takes (RdmaTimeout).
+// kAuto takes TCP when RDMA can't be had, and `why` says so. Errors: those of Dialer and
+// ControlChannel; whatever the target refused with; with kRdma those of ConnectRdma.
 absl::StatusOr<SourceConnection> ConnectSource(Dialer* dialer, const GuestMemory* memory,
                                                const SessionRequest& request, absl::Time deadline);
+
+// Replaces the connection's link, which has failed and must not be in use any more, by a TCP link
+// within the same conversation. The target has closed the failed one, so that nothing late is
+// written through it, before this returns. `failed` becomes the old link: destroying it may take
+// its time. Errors: the conversation is over too.
+absl::Status FallToTcp(Dialer* dialer, const GuestMemory* memory, const SessionRequest& request,
+                       SourceConnection* connection, std::unique_ptr<SourceLink>* failed,
+                       absl::Time deadline);
 
 // Asks the target what became of a session that was given up. Errors as above.
 absl::StatusOr<wire::Outcome> AskOutcome(Dialer* dialer, const SessionId& session,

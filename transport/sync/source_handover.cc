@@ -173,9 +173,8 @@ absl::Status Handover::Drain() {
 // Takes note of one message; only those that the target may send before it is told to run the
 // guest.
 absl::Status Handover::Take(const Body& message) {
+  if (IsAside(message)) return absl::OkStatus();
   switch (message.body_case()) {
-    case Body::kPong:
-      return absl::OkStatus();
     case Body::kHandoverReady:
       ready_ = true;
       Mark("target ready");
@@ -265,7 +264,7 @@ HandoverEnd Handover::AfterGivingUp() {
   absl::Status sent = SendBody(run);
   if (!sent.ok()) return End(HandoverResult::kInDoubt, std::move(sent));
   absl::StatusOr<Body> answer = channel_->Receive(deadline_);
-  while (answer.ok() && answer->body_case() == Body::kPong) answer = channel_->Receive(deadline_);
+  while (answer.ok() && IsAside(*answer)) answer = channel_->Receive(deadline_);
   if (!answer.ok()) return End(HandoverResult::kInDoubt, answer.status());
 
   const bool never_ran = answer->body_case() == Body::kOutcome &&

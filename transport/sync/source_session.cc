@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "transport/sync/conversation.h"
+#include "transport/sync/link_messages.h"
 
 namespace presync {
 namespace {
@@ -167,8 +168,10 @@ void SourceSession::Run() {
   }
   if (record_ != nullptr && !record_->used()) RemoveRecord();
   sync_->DetachLink();
+  EndReturn();
   connection_ = {};
   connected_ = false;
+  if (retiring_.joinable()) retiring_.join();
   Publish();
 }
 
@@ -184,7 +187,9 @@ absl::Status SourceSession::TickConnected() {
     ReserveRecord().IgnoreError();  // a launch tries again, and says so
     Publish();
   }
-  return PollControl();
+  if (absl::Status s = PollControl(); !s.ok()) return s;
+  TryRdmaAgain();
+  return absl::OkStatus();
 }
 
 absl::Status SourceSession::PollControl() {
@@ -201,27 +206,46 @@ absl::Status SourceSession::PollControl() {
     if (message->body_case() == Body::kRefused) {
       return RefusedStatus(message->refused(), dialer_->peer());
     }
-    if (message->body_case() != Body::kPong) {
+    if (return_ != nullptr && LinkOf(*message) == return_->number()) return_->OnMessage(*message);
+    if (!IsAside(*message)) {
       return absl::InvalidArgumentError(
           absl::StrCat(dialer_->peer(), " sent message ", message->body_case(), " unasked"));
     }
   }
 }
 
+SessionRequest SourceSession::Request() const {
+  return {.session = id_,
+          .guest = options_.guest,
+          .tcp_streams = options_.tcp_streams,
+          .tcp = options_.tcp,
+          .socket = options_.socket,
+          .transport = options_.transport,
+          .rdma = options_.rdma};
+}
+
 absl::Status SourceSession::Connect() {
-  const SessionRequest request = {.session = id_,
-                                  .guest = options_.guest,
-                                  .tcp_streams = options_.tcp_streams,
-                                  .tcp = options_.tcp,
-                                  .socket = options_.socket};
+  SessionRequest request = Request();
+  // What failed a moment ago is not tried again with every reconnection.
+  const bool spare = request.transport == Transport::kAuto && absl::Now() < next_rdma_;
+  if (spare) request.transport = Transport::kTcp;
   absl::StatusOr<SourceConnection> connection =
       ConnectSource(dialer_.get(), &memory_, request, absl::Now() + options_.connect_timeout);
   if (!connection.ok()) return connection.status();
   connection_ = *std::move(connection);
+  if (spare) connection_.why = absl::StrCat("TCP, for RDMA failed: ", rdma_problem_);
   sync_->AttachLink(connection_.link.get(), connection_.content);
   connected_ = true;
   problem_.clear();
   state_ = SessionState::kFirstPass;  // the next Tick says if that is already over
+  if (connection_.link->name() == "rdma") {
+    rdma_since_ = absl::Now();
+  } else if (!spare) {
+    rdma_problem_ = connection_.why;
+    PostponeRdma();
+  }
+  options_.log(false, absl::StrCat(options_.guest, ": ", std::string(connection_.link->name()),
+                                   " link to ", dialer_->peer(), ": ", connection_.why));
   return absl::OkStatus();
 }
 
@@ -231,7 +255,12 @@ void SourceSession::LoseLink(const absl::Status& why) {
     Settle(SessionState::kFailed, why);
     return;
   }
+  const bool rdma_failed = RdmaFailed();
+  if (rdma_failed) NoteRdmaFailure(why);
+  if (rdma_failed && FallBack(why)) return;
   sync_->DetachLink();
+  EndReturn();
+  Retire(std::move(connection_.link));
   connection_ = {};
   connected_ = false;
   ++reconnects_;
@@ -277,6 +306,7 @@ void SourceSession::Serve(LaunchOrder* order) {
     return;
   }
   state_ = SessionState::kLaunching;
+  EndReturn();
   Publish();
   absl::Status recorded = ReserveRecord();
   if (recorded.ok()) recorded = record_->Append(HandoverPhase::kPreparing);
@@ -378,6 +408,8 @@ void SourceSession::Publish() {
                           .session = IdToHex(id_),
                           .peer = dialer_->peer(),
                           .link = connected_ ? std::string(connection_.link->name()) : "",
+                          .link_devices = connection_.devices,
+                          .link_reason = connection_.why,
                           .dirty_log = std::string(log_->name()),
                           .problem = problem_,
                           .uptime = absl::Now() - started_,

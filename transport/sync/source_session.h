@@ -2,9 +2,11 @@
 // hands it over when told to.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
@@ -15,6 +17,7 @@
 #include "transport/guest.h"
 #include "transport/memory.h"
 #include "transport/sync/dialer.h"
+#include "transport/sync/link_return.h"
 #include "transport/sync/source_connection.h"
 #include "transport/sync/source_handover.h"
 #include "transport/sync/source_sync.h"
@@ -29,8 +32,15 @@ struct SourceSessionOptions {
   uint32_t tcp_streams = 4;
   TcpSourceOptions tcp;
   SocketOptions socket;
+  Transport transport = Transport::kAuto;
+  RdmaSourceOptions rdma;
   absl::Duration connect_timeout = absl::Seconds(20);
   absl::Duration reconnect_every = absl::Seconds(1);
+  // How soon RDMA is tried again while TCP carries the sync; doubles with each failure.
+  absl::Duration rdma_retry = absl::Seconds(30);
+  absl::Duration rdma_retry_longest = absl::Minutes(8);
+  // Called with one line whenever an operator would want to know. The session's thread.
+  std::function<void(bool problem, const std::string& line)> log = [](bool, const std::string&) {};
 };
 
 enum class SessionState {
@@ -52,7 +62,9 @@ struct SessionStatus {
   std::string guest;
   std::string session;  // the id, in hex
   std::string peer;
-  std::string link;  // "tcp" or empty
+  std::string link;                       // "rdma", "tcp" or empty
+  std::vector<std::string> link_devices;  // of an RDMA link, by name
+  std::string link_reason;                // why it is this kind of link
   std::string dirty_log;
   std::string problem;  // why it is connecting, failed or in doubt; empty if all is well
   absl::Duration uptime = absl::ZeroDuration();
@@ -109,7 +121,16 @@ class SourceSession {
   absl::Status TickConnected();
   absl::Status PollControl();
   absl::Status Connect();
+  SessionRequest Request() const;
   void LoseLink(const absl::Status& why);
+  bool RdmaFailed() const;
+  void NoteRdmaFailure(const absl::Status& why);
+  bool FallBack(const absl::Status& why);
+  void PostponeRdma();
+  void TryRdmaAgain();
+  void SwitchToRdma();
+  void EndReturn();
+  void Retire(std::unique_ptr<SourceLink> link);
   void ResolveDoubt();
   void ResumeHere(const std::string& why);
   void Settle(SessionState state, const absl::Status& why);
@@ -143,6 +164,13 @@ class SourceSession {
   absl::Time next_ping_ = absl::InfinitePast();
   absl::Time next_publish_ = absl::InfinitePast();
   std::unique_ptr<HandoverRecord> record_;  // from the end of the first pass on
+  // The way back to RDMA, while TCP carries the sync.
+  std::unique_ptr<LinkReturn> return_;
+  absl::Time next_rdma_ = absl::InfinitePast();
+  absl::Duration rdma_wait_ = absl::ZeroDuration();
+  absl::Time rdma_since_ = absl::InfinitePast();
+  std::string rdma_problem_;  // as it was last told
+  std::thread retiring_;      // destroys a failed link, which may take its time
 
   mutable absl::Mutex mutex_;
   SessionStatus published_ ABSL_GUARDED_BY(mutex_);

@@ -53,20 +53,39 @@ SourceSync::SourceSync(const GuestMemory* memory, DirtyLog* log, SourceSyncOptio
 
 void SourceSync::AttachLink(SourceLink* link, TargetContent content) {
   PRESYNC_CHECK(link_ == nullptr);
-  link_ = link;
   if (content != TargetContent::kKept) {
     ledger_.OnTargetReset(content == TargetContent::kZero);
     first_pass_done_ = false;
   }
+  BeginWith(link);
+}
+
+void SourceSync::BeginWith(SourceLink* link) {
+  link_ = link;
+  held_ = false;
+  marks_ = link->stats().congestion_marks;
   open_sample_ = {.since = options_.now()};
   last_confirmed_ = absl::InfinitePast();
   next_probe_ = absl::InfinitePast();
+  // Another kind of link has another rate: what was known of it, or nothing.
+  const std::string kind(link->name());
+  if (kind == link_kind_) return;
+  kind_rates_[link_kind_] = link_rate_;
+  link_rate_ = kind_rates_[kind];
+  link_kind_ = kind;
+}
+
+void SourceSync::SwitchLink(SourceLink* link) {
+  PRESYNC_CHECK(quiet());
+  wire_bytes_before_ += link_->stats().wire_bytes;
+  BeginWith(link);
 }
 
 void SourceSync::DetachLink() {
   if (link_ == nullptr) return;
   wire_bytes_before_ += link_->stats().wire_bytes;
   link_ = nullptr;
+  held_ = false;
   pending_.clear();
   noted_writes_.reset();
   ledger_.OnLinkLost();
@@ -95,6 +114,7 @@ absl::Status SourceSync::Tick() {
   if (link_ == nullptr) return absl::OkStatus();
   if (absl::Status s = Collect(); !s.ok()) return s;
   if (absl::Status s = PostPending(); !s.ok()) return s;
+  if (held_) return pending_.empty() ? CommitIfDue(/*now=*/true) : absl::OkStatus();
 
   if (!first_pass_done_ && now >= next_probe_ && options_.max_bytes_per_s == 0) {
     if (absl::Status s = ProbeRate(now); !s.ok()) return s;
@@ -313,10 +333,13 @@ void SourceSync::AdaptPace(absl::Time now) {
   PacerSignals signals = {.link_bytes_per_s = link_rate_.bytes_per_s(), .demand = starved_};
   if (link_ != nullptr) {
     const LinkStats stats = link_->stats();
-    // Not the completion latency: over TCP it says when the kernel took the bytes, and on a busy
-    // host that jitters by far more than any network delay; the rate fell to its floor by it
-    // (2026-11-22). A queue worth a whole interval of the link is full: what waits there came too
-    // early.
+    // The network's latency, and not that of all completions: over TCP those say when the kernel
+    // took the bytes, and on a busy host that jitters by far more than any network delay; the rate
+    // fell to its floor by it (2026-11-22). A queue worth a whole interval of the link is full:
+    // what waits there came too early.
+    signals.completion_latency = stats.network_latency;
+    signals.congestion_marks = stats.congestion_marks > marks_;
+    marks_ = stats.congestion_marks;
     const double interval_bytes = std::max<double>(
         1 << 20, signals.link_bytes_per_s * absl::ToDoubleSeconds(options_.scan_interval));
     signals.queue_fill = std::min(1.0, stats.queued_bytes / interval_bytes);

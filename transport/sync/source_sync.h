@@ -4,6 +4,7 @@
 
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -68,6 +69,16 @@ class SourceSync {
   // Forgets the link and everything it had not confirmed.
   void DetachLink();
 
+  // While held, nothing new is sent, and what was sent is committed: the sync becomes quiet.
+  void set_held(bool held) { held_ = held; }
+  // Whether the link has confirmed everything that was given to it.
+  bool quiet() const {
+    return pending_.empty() && ledger_.in_flight() == 0 && !ledger_.needs_commit() &&
+           !ledger_.commit_under_way();
+  }
+  // Goes on over another link to the same memory. Precondition: quiet(). Ends the hold.
+  void SwitchLink(SourceLink* link);
+
   // One step of the background sync: scans if a scan is due, adapts the pace, sends what is above
   // the set-point. Call it at least every few milliseconds while there is work.
   absl::Status Tick();
@@ -121,6 +132,7 @@ class SourceSync {
   void QueueZero(PageRun run);
   absl::Status PostPending();
   absl::Status CommitIfDue(bool now);
+  void BeginWith(SourceLink* link);
   void AdaptPace(absl::Time now);
   void UpdateMeters(absl::Time now);
 
@@ -130,6 +142,8 @@ class SourceSync {
   std::unique_ptr<SendPolicy> policy_;
   Pacer pacer_;
   LinkRateEstimator link_rate_;
+  std::string link_kind_;                                // whose rate that is
+  std::map<std::string, LinkRateEstimator> kind_rates_;  // of kinds that were used before
   PageLedger ledger_;
   std::optional<PageBitmap> noted_writes_;
   SourceLink* link_ = nullptr;
@@ -142,6 +156,8 @@ class SourceSync {
   absl::Time next_hole_walk_ = absl::InfinitePast();
   absl::Time next_probe_ = absl::InfinitePast();
   bool first_pass_done_ = false;
+  bool held_ = false;
+  uint64_t marks_ = 0;    // the link's congestion marks at the last interval
   bool starved_ = false;  // since the last interval the pacer held something back
 
   // The commit under way, and what it measures.

@@ -141,13 +141,20 @@ absl::StatusOr<std::vector<UniqueFd>> TargetService::TakeStreams(const SessionTo
   absl::MutexLock lock(&mutex_);
   StreamRendezvous& rendezvous = rendezvous_[token];
   const auto complete = [&rendezvous, this] {
-    return rendezvous.arrived == rendezvous.streams.size() || ending_;
+    return rendezvous.arrived == rendezvous.streams.size() || rendezvous.forgotten || ending_;
   };
-  const bool all = mutex_.AwaitWithDeadline(absl::Condition(&complete), deadline) && !ending_;
+  mutex_.AwaitWithDeadline(absl::Condition(&complete), deadline);
+  const bool all = rendezvous.arrived == rendezvous.streams.size() && !ending_;
   std::vector<UniqueFd> streams = std::move(rendezvous.streams);
   rendezvous_.erase(token);
   if (!all) return absl::DeadlineExceededError("the source did not open its data connections");
   return streams;
+}
+
+void TargetService::ForgetStreams(const SessionToken& token) {
+  absl::MutexLock lock(&mutex_);
+  const auto it = rendezvous_.find(token);
+  if (it != rendezvous_.end()) it->second.forgotten = true;
 }
 
 absl::StatusOr<TargetSlot*> TargetService::AcquireSlot(const SessionId& session,

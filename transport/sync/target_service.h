@@ -15,6 +15,7 @@
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "transport/rdma/rdma_options.h"
 #include "transport/sync/session_id.h"
 #include "transport/sync/target_host.h"
 #include "transport/tcp/byte_stream.h"
@@ -27,6 +28,7 @@ namespace presync {
 struct TargetServiceOptions {
   std::string record_folder;
   SocketOptions socket;
+  RdmaTargetOptions rdma;
   uint32_t max_tcp_streams = 16;
   uint32_t max_connections = 256;  // at once, of all kinds; more are closed at once
   absl::Duration preamble_timeout = absl::Seconds(5);
@@ -51,7 +53,7 @@ struct TargetSlot {
   std::string peer;
   std::string state = "mirroring";
   std::unique_ptr<TargetPlace> place;
-  bool content_kept = false;  // the memory holds what this session confirmed
+  std::atomic<bool> content_kept = false;  // the memory holds what this session confirmed
   absl::Time lost_at = absl::InfiniteFuture();
   ControlChannel* channel = nullptr;  // of the conversation that serves it; null when lost
   bool busy = false;                  // a conversation is using `place`
@@ -61,6 +63,7 @@ struct TargetSlot {
 struct StreamRendezvous {
   std::vector<UniqueFd> streams;
   uint32_t arrived = 0;
+  bool forgotten = false;
 };
 
 class TargetService {
@@ -98,6 +101,8 @@ class TargetService {
   SessionToken ExpectStreams(uint32_t count) ABSL_LOCKS_EXCLUDED(mutex_);
   absl::StatusOr<std::vector<UniqueFd>> TakeStreams(const SessionToken& token, absl::Time deadline)
       ABSL_LOCKS_EXCLUDED(mutex_);
+  // Has TakeStreams return at once: nobody wants them any more. Any token.
+  void ForgetStreams(const SessionToken& token) ABSL_LOCKS_EXCLUDED(mutex_);
 
   // A session that has no conversation and no slot busy: what the records say. See
   // docs/protocol.md.

@@ -17,7 +17,9 @@
 #include "transport/sync/conversation.h"
 #include "transport/sync/handover_record.h"
 #include "transport/sync/page_hash.h"
+#include "transport/sync/target_links.h"
 #include "transport/tcp/tcp_target_link.h"
+#include "transport/wire/version.h"
 
 namespace presync {
 namespace {
@@ -54,8 +56,8 @@ absl::Status CheckRequest(const wire::OpenSession& open) {
     return absl::InvalidArgumentError(
         absl::StrCat("pages of ", open.page_bytes(), " bytes; this host has ", kPageBytes));
   }
-  if (open.regions_size() < 1 || open.regions_size() > kMaxRegions || open.tcp_streams() < 1) {
-    return absl::InvalidArgumentError("a session needs memory regions and at least one stream");
+  if (open.regions_size() < 1 || open.regions_size() > kMaxRegions) {
+    return absl::InvalidArgumentError("a session needs memory regions");
   }
   for (const wire::RegionSpec& region : open.regions()) {
     if (!IsPlainName(region.name()) || region.size_bytes() == 0 ||
@@ -97,6 +99,7 @@ class Conversation {
 
  private:
   absl::Status Open(const wire::OpenSession& open);
+  absl::Status OpenTcpLink(uint32_t streams, Body opened);
   absl::StatusOr<wire::SessionOpened::Content> PreparePlace(const wire::OpenSession& open);
   absl::Status ReserveRecord();
   absl::Status Serve();
@@ -117,7 +120,8 @@ class Conversation {
   TargetService* const service_;
   ControlChannel* const channel_;
   TargetSlot* slot_ = nullptr;
-  std::unique_ptr<TcpTargetLink> link_;
+  uint32_t version_ = 0;
+  std::unique_ptr<TargetLinks> links_;  // from the opened session on
 
   // The handover, from BeginHandover on.
   TargetGuest* guest_ = nullptr;
@@ -141,6 +145,7 @@ void Conversation::Run() {
     service_->Log(true, absl::StrCat(channel_->peer(), ": ", version.status().message()));
     return;
   }
+  version_ = *version;
   absl::StatusOr<Body> first = channel_->Receive(deadline);
   if (!first.ok()) return;
   if (first->body_case() == Body::kQueryOutcome) {
@@ -172,10 +177,21 @@ absl::Status Conversation::Open(const wire::OpenSession& open) {
     return content.status();
   }
   if (absl::Status s = ReserveRecord(); !s.ok()) return s;
-  const uint32_t streams = std::min(open.tcp_streams(), service_->options().max_tcp_streams);
-  const SessionToken token = service_->ExpectStreams(streams);
+  service_->Log(false,
+                absl::StrCat(slot_->guest, ": mirroring from ", channel_->peer(), ", ",
+                             slot_->place->memory().pages() * (kPageBytes >> 10) >> 10, " MiB"));
+  links_ = std::make_unique<TargetLinks>(service_, channel_, &slot_->place->memory(), slot_->guest,
+                                         [slot = slot_] { slot->content_kept = true; });
   Body opened;
   opened.mutable_session_opened()->set_content(*content);
+  return version_ >= kLinksVersion ? Send(opened)
+                                   : OpenTcpLink(open.tcp_streams(), std::move(opened));
+}
+
+// Version 1: one TCP link, which comes with the session.
+absl::Status Conversation::OpenTcpLink(uint32_t streams, Body opened) {
+  streams = std::min(streams, service_->options().max_tcp_streams);
+  const SessionToken token = service_->ExpectStreams(streams);
   opened.mutable_session_opened()->set_token(IdToBytes(token));
   opened.mutable_session_opened()->set_tcp_streams(streams);
   const absl::Status sent = Send(opened);
@@ -186,11 +202,8 @@ absl::Status Conversation::Open(const wire::OpenSession& open) {
   absl::StatusOr<std::unique_ptr<TcpTargetLink>> link = TcpTargetLink::Create(
       &slot_->place->memory(), *std::move(sockets), service_->options().socket);
   if (!link.ok()) return link.status();
-  link_ = *std::move(link);
+  links_->Adopt(*std::move(link));
   slot_->content_kept = true;
-  service_->Log(false, absl::StrCat(slot_->guest, ": mirroring from ", channel_->peer(), ", ",
-                                    slot_->place->memory().pages() * (kPageBytes >> 10) >> 10,
-                                    " MiB, ", streams, " streams"));
   Body ready;
   ready.mutable_link_ready();
   return Send(ready);
@@ -251,9 +264,7 @@ absl::Status Conversation::Serve() {
       return absl::UnavailableError(absl::StrCat(channel_->peer(), " fell silent"));
     }
     if (absl::Status s = Handle(*message); !s.ok()) return s;
-    if (link_ != nullptr && !loaded_) {
-      if (absl::Status s = link_->health(); !s.ok()) return s;
-    }
+    if (absl::Status s = links_->Check(); !s.ok()) return s;
   }
   return absl::OkStatus();
 }
@@ -268,6 +279,12 @@ absl::Status Conversation::Handle(const Body& message) {
       pong.mutable_pong()->set_sequence(message.ping().sequence());
       return Send(pong);
     }
+    case Body::kOpenLink:
+      if (version_ < kLinksVersion || guest_ != nullptr) break;
+      return links_->Open(message.open_link());
+    case Body::kCloseLink:
+      if (version_ < kLinksVersion) break;
+      return links_->Close(message.close_link().link());
     case Body::kBeginHandover:
       return BeginHandover();
     case Body::kStateChunk:
@@ -288,9 +305,10 @@ absl::Status Conversation::Handle(const Body& message) {
       forget_ = over_ = true;
       return absl::OkStatus();
     default:
-      return absl::InvalidArgumentError(
-          absl::StrCat("message ", message.body_case(), " does not fit here"));
+      break;
   }
+  return absl::InvalidArgumentError(
+      absl::StrCat("message ", message.body_case(), " does not fit here"));
 }
 
 absl::Status Conversation::BeginHandover() {
@@ -357,7 +375,7 @@ absl::Status Conversation::Load(const wire::Load& load) {
     return absl::InvalidArgumentError("the order to load does not match the device state received");
   }
   // Nothing of the network's may touch the guest's memory from here on.
-  link_->Close();
+  if (absl::Status s = links_->CloseAll(); !s.ok()) return s;
   loading_ = true;
   slot_->content_kept = false;
   const absl::Time deadline = absl::Now() + kGuestTimeout;
@@ -433,7 +451,7 @@ void Conversation::End(const absl::Status& why) {
     Send(MakeRefused(why)).IgnoreError();
   }
   FinishHashing();
-  link_.reset();
+  links_.reset();
   // Whatever ended the conversation, an order to run can't come any more: the guest never runs
   // here.
   if (!over_ && guest_ != nullptr) AbortHandover();

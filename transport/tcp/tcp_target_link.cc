@@ -2,41 +2,14 @@
 
 #include <algorithm>
 #include <array>
-#include <cstring>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "transport/tcp/codec.h"
 #include "transport/tcp/frame.h"
+#include "transport/zero_run.h"
 
 namespace presync {
-namespace {
-
-bool IsZero(const std::byte* page) {
-  // The first byte is zero and each byte equals the one before it.
-  return page[0] == std::byte{0} && memcmp(page, page + 1, kPageBytes - 1) == 0;
-}
-
-// Makes `run` zero without touching what is zero: holes are not even looked at, because that would
-// give them memory.
-void Zero(const GuestMemory& memory, PageRun run) {
-  auto holes = memory.Holes(run);
-  if (!holes.ok()) holes = std::vector<PageRun>();  // then every page is looked at
-  PageIndex page = run.first;
-  auto zero_until = [&](PageIndex end) {
-    for (; page < end; ++page) {
-      std::byte* bytes = memory.Bytes({page, 1}).data();
-      if (!IsZero(bytes)) memset(bytes, 0, kPageBytes);
-    }
-  };
-  for (const PageRun hole : *holes) {
-    zero_until(hole.first);
-    page = hole.end();
-  }
-  zero_until(run.end());
-}
-
-}  // namespace
 
 // Receives one stream.
 class TcpTargetLink::Receiver {
@@ -84,7 +57,7 @@ class TcpTargetLink::Receiver {
     const absl::Span<std::byte> bytes = link_->memory_->Bytes(frame.run);
     if (frame.type == FrameType::kBytes) return ReadPayload(bytes, false);
     if (frame.type == FrameType::kZero) {
-      if (!link_->over_) Zero(*link_->memory_, frame.run);
+      if (!link_->over_) ZeroRun(*link_->memory_, frame.run);
       return absl::OkStatus();
     }
     compressed_.resize(PagesToBytes(kShardPages));  // more than any payload that was let through

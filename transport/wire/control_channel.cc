@@ -1,6 +1,7 @@
 #include "transport/wire/control_channel.h"
 
 #include <errno.h>
+#include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
@@ -44,6 +45,20 @@ ControlChannel::ControlChannel(UniqueFd socket, std::string peer)
 }
 
 ControlChannel::~ControlChannel() = default;
+
+std::string ControlChannel::local_address() const {
+  sockaddr_storage address = {};
+  socklen_t length = sizeof(address);
+  char host[NI_MAXHOST];
+  auto* any = reinterpret_cast<sockaddr*>(&address);
+  if (::getsockname(socket_.get(), any, &length) != 0) return "";
+  if (address.ss_family != AF_INET && address.ss_family != AF_INET6) return "";
+  if (::getnameinfo(any, length, host, sizeof(host), nullptr, 0, NI_NUMERICHOST) != 0) return "";
+  const std::string text = host;
+  // A socket that listens for both takes IPv4 in this form.
+  const std::string mapped = "::ffff:";
+  return text.rfind(mapped, 0) == 0 ? text.substr(mapped.size()) : text;
+}
 
 void ControlChannel::Shutdown() { ::shutdown(socket_.get(), SHUT_RDWR); }
 

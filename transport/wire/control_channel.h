@@ -30,6 +30,8 @@ class ControlChannel {
   ControlChannel& operator=(const ControlChannel&) = delete;
 
   const std::string& peer() const { return peer_; }
+  // The numeric address, without a port, of this end; empty for a socket that is not IP's.
+  std::string local_address() const;
 
   // Blocks until the message is handed to the kernel, or until `deadline` when the peer does not
   // read. UNAVAILABLE: the connection is gone. DEADLINE_EXCEEDED: final too, part of a frame may be

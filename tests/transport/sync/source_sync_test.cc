@@ -197,6 +197,88 @@ TEST(SourceSync, APageIsArmedBeforeItsBytesAreRead) {
   (*sync)->DetachLink();
 }
 
+TEST(SourceSync, GoesOnOverAnotherLinkOnceQuiet) {
+  Rig rig;
+  std::mt19937_64 random(5);
+  const auto write = [&] { rig.source_.Write(static_cast<PageIndex>(random() % 768), random()); };
+  rig.Connect(Content::kZero);
+  ASSERT_TRUE(rig.Run(absl::Milliseconds(300), write).ok());
+  rig.sync_->set_held(true);
+  for (int i = 0; i < 1000 && !rig.sync_->quiet(); ++i) {
+    ASSERT_TRUE(rig.Run(absl::Milliseconds(1), write).ok());
+  }
+  ASSERT_TRUE(rig.sync_->quiet());
+  // Held: the guest goes on writing, and nothing is sent.
+  const uint64_t sent = rig.sync_->progress().pages_sent;
+  const uint64_t wire = rig.sync_->progress().wire_bytes;
+  ASSERT_TRUE(rig.Run(absl::Milliseconds(300), write).ok());
+  EXPECT_EQ(rig.sync_->progress().pages_sent, sent);
+  EXPECT_TRUE(rig.sync_->quiet());
+
+  FakeLink old = std::move(rig.link_);
+  FakeLinkOptions options;
+  options.seed = 2;
+  options.now = [&] { return rig.now_; };
+  options.wait_until = [&](absl::Time until) { rig.now_ = std::max(rig.now_, until); };
+  auto next = FakeLink::Create(&rig.source_.memory(), &rig.target_.memory(), options);
+  ASSERT_TRUE(next.ok());
+  rig.link_ = *std::move(next);
+  const PageCount residual = rig.sync_->residual();
+  rig.sync_->SwitchLink(rig.link_.source.get());
+  EXPECT_EQ(rig.sync_->residual(), residual) << "nothing became stale";
+  old = {};
+  EXPECT_GE(rig.sync_->progress().wire_bytes, wire);
+  ASSERT_TRUE(rig.Run(absl::Milliseconds(300), write).ok());
+  ASSERT_TRUE(rig.Level().ok());
+  EXPECT_THAT(rig.Differences(), ::testing::IsEmpty());
+}
+
+TEST(SourceSyncDeathTest, SwitchingLinksInTheMiddleOfAWriteIsABrokenInvariant) {
+  Rig rig;
+  for (PageIndex page = 0; page < 768; ++page) rig.source_.Write(page, page + 1);
+  rig.Connect(Content::kZero);
+  ASSERT_TRUE(rig.sync_->PushAll().ok());
+  ASSERT_FALSE(rig.sync_->quiet());
+  EXPECT_DEATH(rig.sync_->SwitchLink(rig.link_.source.get()), "quiet");
+}
+
+// A link whose device counts congestion notifications.
+class MarkedLink final : public SourceLink {
+ public:
+  explicit MarkedLink(SourceLink* link) : link_(link) {}
+  std::string_view name() const override { return link_->name(); }
+  absl::StatusOr<size_t> Post(absl::Span<const PageWrite> writes) override {
+    return link_->Post(writes);
+  }
+  absl::StatusOr<CommitId> PostCommit() override { return link_->PostCommit(); }
+  absl::Status Poll(LinkEvents* events) override { return link_->Poll(events); }
+  absl::Status Wait(absl::Time deadline) override { return link_->Wait(deadline); }
+  LinkStats stats() const override {
+    LinkStats stats = link_->stats();
+    stats.congestion_marks = marks;
+    return stats;
+  }
+  void SetPacing(uint64_t bytes_per_s) override { link_->SetPacing(bytes_per_s); }
+  uint64_t marks = 1000;  // from before this link was used
+
+ private:
+  SourceLink* const link_;
+};
+
+TEST(SourceSync, CongestionMarksSlowItDown) {
+  Rig rig({16384});
+  for (PageIndex page = 0; page < 16384; ++page) rig.source_.Write(page, page + 1);
+  rig.Connect(Content::kZero);
+  MarkedLink marked(rig.link_.source.get());
+  rig.sync_->DetachLink();
+  rig.sync_->AttachLink(&marked, Content::kZero);
+  ASSERT_TRUE(rig.Run(absl::Milliseconds(350), [] {}).ok());
+  const uint64_t before = rig.sync_->progress().allowed_bytes_per_s;
+  ASSERT_TRUE(rig.Run(absl::Milliseconds(250), [&] { ++marked.marks; }).ok());
+  EXPECT_LT(rig.sync_->progress().allowed_bytes_per_s, before);
+  rig.sync_->DetachLink();
+}
+
 TEST(SourceSync, AnUnknownPolicyIsRefused) {
   ModelMemory memory({4});
   auto log = memory.MakeLog();

@@ -1,0 +1,232 @@
+// Source session and target service together, over real sockets on loopback, with model guests.
+#pragma once
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <stdlib.h>
+
+#include <atomic>
+#include <filesystem>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "tests/transport/sync/model_guest.h"
+#include "transport/sync/source_session.h"
+#include "transport/sync/target_service.h"
+#include "transport/tcp/socket.h"
+
+namespace presync {
+
+inline const std::vector<PageCount> kRegions = {700, 324};
+inline constexpr PageCount kPages = 1024;
+
+class TempFolder {
+ public:
+  TempFolder() {
+    char name[] = "/tmp/presync-session-test-XXXXXX";
+    path_ = ::mkdtemp(name);
+  }
+  ~TempFolder() { std::filesystem::remove_all(path_); }
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+};
+
+// A target host with one model guest, whose memory outlives the places made of it, to look at.
+class ModelHost final : public TargetHost {
+ public:
+  explicit ModelHost(World* world)
+      : world_(world), memory_(std::make_unique<ModelMemory>(kRegions)) {}
+
+  absl::StatusOr<std::unique_ptr<TargetPlace>> MakePlace(
+      const std::string& guest, const std::vector<RegionRequest>& regions) override {
+    if (guest != "g1") return absl::NotFoundError("guest " + guest + " is not configured here");
+    ++places_made_;
+    (void)regions;
+    return std::make_unique<Place>(this);
+  }
+  absl::Status EndOrphan(const std::string&) override {
+    ++orphans_ended_;
+    return absl::OkStatus();
+  }
+
+  void set_fails(std::string fails) { fails_ = std::move(fails); }
+  ModelMemory& memory() { return *memory_; }
+  int places_made() const { return places_made_; }
+  bool kept() const { return kept_; }
+
+ private:
+  class Place final : public TargetPlace {
+   public:
+    explicit Place(ModelHost* host) : host_(host) {}
+    const GuestMemory& memory() const override { return host_->memory_->memory(); }
+    bool memory_was_zero() const override { return host_->places_made_ == 1; }
+    absl::StatusOr<TargetGuest*> Waiting(absl::Time) override {
+      if (guest_ == nullptr)
+        guest_ = std::make_unique<ModelTargetGuest>(host_->world_, host_->fails_);
+      return guest_.get();
+    }
+    absl::Status Check() override { return absl::OkStatus(); }
+    absl::Status EndWaiting() override {
+      guest_.reset();
+      return absl::OkStatus();
+    }
+    void Keep() override { host_->kept_ = true; }
+    std::string address() const override { return "model"; }
+
+   private:
+    ModelHost* const host_;
+    std::unique_ptr<ModelTargetGuest> guest_;
+  };
+
+  World* const world_;
+  std::unique_ptr<ModelMemory> memory_;
+  std::string fails_;
+  std::atomic<int> places_made_ = 0;
+  std::atomic<int> orphans_ended_ = 0;
+  std::atomic<bool> kept_ = false;
+};
+
+// A dialer whose connections can be cut, all at once, as a dying network does.
+class CuttableDialer final : public Dialer {
+ public:
+  explicit CuttableDialer(uint16_t port, std::shared_ptr<std::atomic<bool>> up)
+      : tcp_("127.0.0.1", port), up_(std::move(up)) {}
+  absl::StatusOr<UniqueFd> Dial(const Preamble& preamble, absl::Time deadline) override {
+    if (!*up_) return absl::UnavailableError("connect: the network is down, as scripted");
+    return tcp_.Dial(preamble, deadline);
+  }
+  const std::string& peer() const override { return tcp_.peer(); }
+
+ private:
+  TcpDialer tcp_;
+  std::shared_ptr<std::atomic<bool>> up_;
+};
+
+class SessionTest : public ::testing::Test {
+ protected:
+  SessionTest() : source_(kRegions), host_(&world_) {
+    for (PageIndex page = 0; page < kPages; page += 2) source_.Write(page, page + 1);
+    StartTarget();
+  }
+
+  ~SessionTest() override {
+    StopWriting();
+    session_.reset();
+    service_.reset();
+    EXPECT_FALSE(world_.ever_both()) << "two guests ran";
+  }
+
+  void StartTarget(uint16_t port = 0) {
+    absl::StatusOr<UniqueFd> listener = Listen("127.0.0.1", port);
+    ASSERT_TRUE(listener.ok()) << listener.status();
+    port_ = *BoundPort(listener->get());
+    TargetServiceOptions options = target_options_;
+    options.record_folder = target_folder_.path();
+    service_ = TargetService::Start(*std::move(listener), &host_, options);
+  }
+
+  absl::Status StartSession(const std::string& source_fails = "", int64_t device_writes = -1,
+                            const std::string& name = "g1") {
+    SourceSessionOptions options = source_options_;
+    options.guest = name;
+    options.guest_address = "model";
+    options.record_folder = source_folder_.path();
+    options.sync.scan_interval = absl::Milliseconds(10);
+    options.sync.max_launch_time = options.sync.fixed_cost;  // a set-point of 0: everything is sent
+    options.reconnect_every = absl::Milliseconds(50);
+    auto session = SourceSession::Start(
+        options, std::make_unique<CuttableDialer>(port_, up_), CopyMemory(), source_.MakeLog(),
+        std::make_unique<ModelSourceGuest>(&world_, &source_, source_fails, device_writes));
+    if (session.ok()) session_ = *std::move(session);
+    return session.status();
+  }
+
+  // The session owns a mapping of its own, as presyncd does.
+  GuestMemory CopyMemory() {
+    std::vector<Region> regions;
+    for (const Region& region : source_.memory().regions()) {
+      absl::StatusOr<Region> again = Region::Adopt(
+          region.name(), "the test's memory", UniqueFd(::dup(region.fd())), region.size_bytes());
+      EXPECT_TRUE(again.ok()) << again.status();
+      regions.push_back(*std::move(again));
+    }
+    return *GuestMemory::Create(std::move(regions));
+  }
+
+  // The guest writes, hard, whenever it runs on the source.
+  void StartWriting() {
+    writer_ = std::thread([this] {
+      std::mt19937_64 random(7);
+      while (!writing_ends_) {
+        for (int i = 0; i < 20 && world_.source_running(); ++i) {
+          absl::MutexLock lock(&running_mutex_);
+          if (!world_.source_running()) break;
+          const PageIndex page =
+              static_cast<PageIndex>(random() % (random() % 4 == 0 ? kPages : 50));
+          source_.Write(page, random() % 9 == 0 ? 0 : random() | 1);
+        }
+        std::this_thread::sleep_for(std::chrono::microseconds(500));
+      }
+    });
+  }
+  void StopWriting() {
+    writing_ends_ = true;
+    if (writer_.joinable()) writer_.join();
+  }
+
+  absl::StatusOr<HandoverReport> Launch(bool verify = true) {
+    HandoverOptions options;
+    options.verify = verify;
+    options.switchover_timeout = absl::Seconds(5);
+    return session_->Launch(options, absl::Seconds(30));
+  }
+
+  // 20 s: long enough for any machine; emulation of one needs more.
+  template <typename Condition>
+  bool Await(Condition condition) {
+    for (int i = 0; i < patience_; ++i) {
+      if (condition()) return true;
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+    return false;
+  }
+  bool AwaitState(SessionState state) {
+    return Await([&] { return session_->status().state == state; });
+  }
+  bool AwaitReconnect() {
+    return Await([&] { return session_->status().reconnects > 0; });
+  }
+
+  std::vector<PageIndex> Differences() {
+    return source_.scratch().Differences(host_.memory().scratch());
+  }
+
+  // Called off, and as if nothing had happened: the guest runs here, and a later launch works.
+  void ExpectUnharmed() {
+    EXPECT_TRUE(world_.source_running());
+    EXPECT_FALSE(world_.target_running());
+  }
+
+  // For tests of links: set before the target, or the session, is started.
+  TargetServiceOptions target_options_;
+  SourceSessionOptions source_options_;
+  World world_;
+  ModelMemory source_;
+  ModelHost host_;
+  TempFolder source_folder_, target_folder_;
+  std::shared_ptr<std::atomic<bool>> up_ = std::make_shared<std::atomic<bool>>(true);
+  int patience_ = 4000;  // times 5 ms
+  uint16_t port_ = 0;
+  std::unique_ptr<TargetService> service_;
+  std::unique_ptr<SourceSession> session_;
+  absl::Mutex running_mutex_;
+  std::atomic<bool> writing_ends_ = false;
+  std::thread writer_;
+};
+
+}  // namespace presync
