@@ -34,7 +34,10 @@ constexpr absl::Duration kMeterEvery = absl::Seconds(1);
 absl::StatusOr<std::unique_ptr<SourceSync>> SourceSync::Create(const GuestMemory* memory,
                                                                DirtyLog* log,
                                                                SourceSyncOptions options) {
-  absl::StatusOr<std::unique_ptr<SendPolicy>> policy = MakePolicy(options.policy, memory->pages());
+  absl::StatusOr<std::unique_ptr<SendPolicy>> policy = MakePolicy(
+      options.policy, memory->pages(),
+      {.scans_per_second =
+           static_cast<uint32_t>(std::max<int64_t>(absl::Seconds(1) / options.scan_interval, 1))});
   if (!policy.ok()) return policy.status();
   return std::unique_ptr<SourceSync>(
       new SourceSync(memory, log, std::move(options), *std::move(policy)));
