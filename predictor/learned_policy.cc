@@ -26,7 +26,7 @@ constexpr uint32_t kStamps = 1 << LearnedPage::kStampBits;
 constexpr uint32_t kCohorts = 256;
 static_assert(Model::kClassAges.back() < kCohorts);
 // Words of candidates in which one Choose looks for pages that were never written.
-constexpr size_t kBulkWords = 64;
+constexpr size_t kBulkWords = 256;
 
 uint32_t AgeClass(uint32_t age) {
   uint32_t age_class = 0;
@@ -181,28 +181,24 @@ class LearnedPolicy final : public SendPolicy {
     clean_at_ = 3 * queue_.size() + kLeastClean;
   }
 
-  // The bulk phase: pages that the queue never heard of. Looks on where the last call ended, until
-  // it has found enough or has seen kBulkWords words without any.
+  // The bulk phase: pages that the queue never heard of. Walks from the first word in which the
+  // last call found some, until it has found enough or has seen kBulkWords words in a row without
+  // any.
   void PickNeverWritten(const PageBitmap& candidates, PageCount pages) {
     const absl::Span<const uint64_t> words = candidates.words();
-    size_t fruitless = 0;
     size_t word = bulk_word_;
+    size_t fruitless = 0;
     for (size_t looked = 0; looked < words.size() && fruitless < kBulkWords; ++looked) {
-      if (word >= words.size()) word = 0;
       const size_t before = picked_.size();
-      for (uint64_t bits = words[word]; bits != 0; bits &= bits - 1) {
+      for (uint64_t bits = words[word]; bits != 0 && picked_.size() < pages; bits &= bits - 1) {
         const PageIndex page = static_cast<PageIndex>(word * 64 + std::countr_zero(bits));
-        if (histories_[page].written()) continue;
-        picked_.push_back(page);
-        if (picked_.size() == pages) {
-          bulk_word_ = word;
-          return;
-        }
+        if (!histories_[page].written()) picked_.push_back(page);
       }
       fruitless = picked_.size() > before ? 0 : fruitless + 1;
-      ++word;
+      if (picked_.size() == pages) break;
+      if (++word == words.size()) word = 0;
     }
-    bulk_word_ = word;
+    bulk_word_ = picked_.empty() ? word : picked_.front() / 64;
   }
 
   // Candidates that were written, but are not in the queue: a lost link made them stale again, or
