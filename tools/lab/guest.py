@@ -17,9 +17,11 @@ trim_kb=0 gives all of it; huge pages need that.
 """
 
 import dataclasses
+import functools
 import glob
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 
@@ -58,13 +60,18 @@ def qemu10():
     return str(binary), ((str(data), "/usr/share/seabios") if data.is_dir() else ())
 
 
+@functools.lru_cache(maxsize=1)
 def kvm_usable():
-    """Whether this process may open /dev/kvm."""
+    """Whether a stock guest runs under KVM here: /dev/kvm may be opened, and the processor has virtualization.
+
+    Without the latter a /dev/kvm is one of the software kind (kvm_pvm), which makes a virtual machine but
+    can't run a kernel that was not built for it (seen 2026-11-24: the guest ends before its first line).
+    """
     try:
         os.close(os.open("/dev/kvm", os.O_RDWR))
-        return True
     except OSError:
         return False
+    return re.search(r"^flags\s*:.*\b(vmx|svm)\b", pathlib.Path("/proc/cpuinfo").read_text(), re.M) is not None
 
 
 @dataclasses.dataclass(frozen=True)
