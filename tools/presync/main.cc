@@ -13,6 +13,7 @@
 #include "tools/common/local_api.h"
 #include "tools/common/units.h"
 #include "tools/presync/doctor.h"
+#include "tools/presync/record.h"
 #include "tools/presync/render.h"
 #include "tools/presyncd/config.h"
 
@@ -39,6 +40,7 @@ struct Options {
   double interval_s = 1;
   // launch
   bool verify = false;
+  RecordOptions record;
 };
 
 int Fail(const absl::Status& status, bool json, ExitCode code = kFailed) {
@@ -165,6 +167,32 @@ void AddStart(CLI::App* app, Options* o) {
   app->add_flag("--wait", o->wait, "Return when all memory was copied once");
 }
 
+void AddRecord(CLI::App* app, Options* o) {
+  app->add_option("name", o->name, "A guest that presyncd keeps in sync; with --qmp any name")
+      ->required();
+  app->add_option("--out", o->record.out, "The trace file; compressed if it ends in .zst")
+      ->required();
+  app->add_option("--qmp", o->qmp,
+                  "Open the guest behind this monitor without presyncd, which must not have it "
+                  "(needs root)");
+  app->add_option("--glue", o->glue, "With --qmp: the plug-in's socket, if it is not found");
+  app->add_option("--seconds", o->record.seconds, "How long (default: until Ctrl-C)")
+      ->check(CLI::Range(0.1, 1e6));
+  app->add_option("--interval", o->record.interval, "Time between two scans, 10ms to 60s")
+      ->capture_default_str();
+}
+
+int Record(const Options& options) {
+  RecordOptions record = options.record;
+  record.name = options.name;
+  record.qmp = options.qmp;
+  record.glue = options.glue;
+  record.socket = options.socket;
+  record.json = options.json;
+  ::signal(SIGTERM, [](int) { interrupted = true; });  // the file is to be whole then, too
+  return RunRecord(record, &interrupted);
+}
+
 int Main(int argc, char** argv) {
   CLI::App app{
       "presync keeps a running guest's memory mirrored on another host, and launches it there.\n"
@@ -196,6 +224,8 @@ int Main(int argc, char** argv) {
   launch->add_flag("--wait", options.wait, "Wait for the first full sync");
   CLI::App* stop = add("stop", "End a sync; the guest goes on here");
   stop->add_option("name", options.name, "The guest's name")->required();
+  CLI::App* record = add("record", "Write down which pages a guest writes, for presync replay");
+  AddRecord(record, &options);
   CLI::App* doctor = add("doctor", "Look whether this host, and a guest, are ready");
   doctor->add_option("--qmp", options.qmp, "Also look at the QEMU behind this monitor");
   doctor->add_option("--glue", options.glue, "The plug-in's socket, if it is not found by itself");
@@ -211,6 +241,7 @@ int Main(int argc, char** argv) {
   if (status->parsed()) return Status(options);
   if (launch->parsed()) return Launch(options);
   if (stop->parsed()) return Stop(options);
+  if (record->parsed()) return Record(options);
   return RunDoctor(
       {.qmp = options.qmp, .glue = options.glue, .json = options.json, .socket = options.socket});
 }
