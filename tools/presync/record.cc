@@ -108,6 +108,19 @@ absl::StatusOr<Totals> Copy(ScanSource* source, TraceFileWriter* file, uint64_t 
   return totals;
 }
 
+absl::StatusOr<Totals> CopyToFile(ScanSource* source, absl::Duration interval,
+                                  const RecordOptions& options,
+                                  const std::atomic<bool>* interrupted) {
+  const auto interval_us = static_cast<uint32_t>(absl::ToInt64Microseconds(interval));
+  absl::StatusOr<TraceFileWriter> file = TraceFileWriter::Create(
+      options.out, {.scan_interval_us = interval_us, .pages = source->pages()});
+  if (!file.ok()) return file.status();
+  const auto scans = static_cast<uint64_t>(options.seconds / absl::ToDoubleSeconds(interval));
+  absl::StatusOr<Totals> totals = Copy(source, &*file, scans, interval, options, interrupted);
+  if (absl::Status s = file->Close(); totals.ok() && !s.ok()) return s;
+  return totals;
+}
+
 int Report(const RecordOptions& options, const Totals& totals, absl::Duration interval) {
   if (options.json) {
     std::printf("%s\n", nlohmann::json{{"ok", totals.ended.empty()},
@@ -148,15 +161,7 @@ int RunRecord(const RecordOptions& options, const std::atomic<bool>* interrupted
     const bool no_daemon = options.qmp.empty() && absl::IsUnavailable(source.status());
     return Fail(source.status(), options, no_daemon ? kNoDaemon : kFailed);
   }
-  const auto interval_us = static_cast<uint32_t>(absl::ToInt64Microseconds(*interval));
-  absl::StatusOr<TraceFileWriter> file = TraceFileWriter::Create(
-      options.out, {.scan_interval_us = interval_us, .pages = (*source)->pages()});
-  absl::StatusOr<Totals> totals = file.status();
-  if (file.ok()) {
-    const auto scans = static_cast<uint64_t>(options.seconds / absl::ToDoubleSeconds(*interval));
-    totals = Copy(source->get(), &*file, scans, *interval, options, interrupted);
-    if (absl::Status s = file->Close(); totals.ok() && !s.ok()) totals = s;
-  }
+  absl::StatusOr<Totals> totals = CopyToFile(source->get(), *interval, options, interrupted);
   const absl::Status stopped = (*source)->Stop();
   if (!totals.ok()) return Fail(totals.status(), options);
   if (!stopped.ok() && totals->ended.empty()) {

@@ -312,7 +312,7 @@ absl::StatusOr<Json> Daemon::Record(const Json& request) {
         absl::StrCat(name, " is not kept in sync from this host; with --qmp presync record opens a "
                      "guest by itself"));
   }
-  return AnswerRecord(session.get(), request);
+  return AnswerRecord(session->recording(), session->pages(), request);
 }
 
 Json Daemon::Status(const Json& request) const {

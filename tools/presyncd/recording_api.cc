@@ -29,14 +29,14 @@ Json ToJson(const RecordedPart& part) {
 
 }  // namespace
 
-absl::StatusOr<Json> AnswerRecord(SourceSession* session, const Json& request) {
-  SessionRecording* recording = session->recording();
+absl::StatusOr<Json> AnswerRecord(SessionRecording* recording, PageCount pages,
+                                  const Json& request) {
   const std::string action = TextOr(request, "action", "");
   if (action == "start") {
     const absl::Duration interval =
         absl::Microseconds(NumberOr(request, "interval_us", 100'000));
     if (absl::Status s = recording->Start(interval); !s.ok()) return s;
-    return Json{{"pages", session->pages()}, {"page_bytes", kPageBytes}};
+    return Json{{"pages", pages}, {"page_bytes", kPageBytes}};
   }
   if (action == "take") {
     absl::StatusOr<RecordedPart> part = recording->Take(kMaxRunsAnAnswer);

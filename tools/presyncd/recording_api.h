@@ -4,12 +4,14 @@
 #include <nlohmann/json.hpp>
 
 #include "absl/status/statusor.h"
-#include "transport/sync/source_session.h"
+#include "predictor/page.h"
+#include "transport/sync/session_recording.h"
 
 namespace presync {
 
-// Answers one "record" request about `session`. INVALID_ARGUMENT: no such action; else the errors
-// of SessionRecording.
-absl::StatusOr<nlohmann::json> AnswerRecord(SourceSession* session, const nlohmann::json& request);
+// Answers one "record" request about a guest of `pages` pages. INVALID_ARGUMENT: no such action;
+// else the errors of SessionRecording.
+absl::StatusOr<nlohmann::json> AnswerRecord(SessionRecording* recording, PageCount pages,
+                                            const nlohmann::json& request);
 
 }  // namespace presync
