@@ -22,6 +22,7 @@ NICE = -10  # so that other work on this machine does not slow the guest
 LOOK_EVERY_S = 10
 WARM_UP_S = 15  # after the workload's first steps
 _index_lock = threading.Lock()
+_leaving = threading.Event()  # this program was told to end
 
 
 class Stands(Exception):
@@ -30,6 +31,12 @@ class Stands(Exception):
 
 def say(text):
     print(f"record-traces: {text}", flush=True)
+
+
+def pause(seconds):
+    """Sleeps, unless this program ends."""
+    if _leaving.wait(seconds):
+        raise hosts.LabError("interrupted")
 
 
 def steps(reader):
@@ -42,8 +49,8 @@ def wait_for_work(reader, workload, seconds=180):
     while workload != "idle" and steps(reader) < 3:
         if time.monotonic() > deadline:
             raise Stands(f"{workload} did not begin within {seconds} s")
-        time.sleep(1)
-    time.sleep(WARM_UP_S)
+        pause(1)
+    pause(WARM_UP_S)
 
 
 def watch(reader, process):
@@ -51,7 +58,7 @@ def watch(reader, process):
     had."""
     grown, moved, looks, last = 0, 0, 0, steps(reader)
     while process.poll() is None:
-        time.sleep(LOOK_EVERY_S)
+        pause(LOOK_EVERY_S)
         now = steps(reader)
         # A phase that begins counts from 0 again.
         grown += now - last if now >= last else now
@@ -86,9 +93,11 @@ def record(workload, options, image):
                     raise hosts.LabError(f"presync record {workload}: {errors.strip()}")
                 if workload != "idle" and progress["looks_with_progress"] == 0:
                     raise Stands(f"{workload} made no step in {options.seconds} s")
+                part.rename(out)
             except (Stands, agent.AgentError) as error:
                 raise hosts.LabError(f"{error}\n{source.last_words()}") from error
-    part.rename(out)
+            finally:
+                part.unlink(missing_ok=True)
     answer = json.loads(said)
     return {"scans": answer["scans"], "interval_us": answer["interval_us"], "pages_written": answer["pages_written"],
             "missed_scans": answer["missed_scans"], "bytes": out.stat().st_size, "seed": options.seed,
@@ -109,6 +118,19 @@ def note(folder, workload, values):
         all_values = json.loads(index.read_text()) if index.exists() else {}
         all_values[workload] = values
         index.write_text(json.dumps(dict(sorted(all_values.items())), indent=1) + "\n")
+
+
+def finish(workload, job, options, image):
+    """Says and notes what became of one recording; returns whether there is one."""
+    try:
+        values = job.result()
+    except hosts.LabError as error:
+        say(f"{workload}: {error}")
+        return False
+    note(options.out, workload, {**values, **versions(image)})
+    say(f"{workload}: {values['scans']} scans, {values['pages_written']} pages written, {values['bytes']} bytes, "
+        f"{values['steps']} steps of its own, {values['missed_scans']} scans missed")
+    return True
 
 
 def main():
@@ -132,17 +154,13 @@ def main():
     failed = 0
     with concurrent.futures.ThreadPoolExecutor(options.at_a_time) as pool:
         jobs = {pool.submit(record, name, options, image): name for name in options.name or WORKLOADS}
-        for job in concurrent.futures.as_completed(jobs):
-            name = jobs[job]
-            try:
-                values = job.result()
-            except hosts.LabError as error:
-                failed += 1
-                say(f"{name}: {error}")
-                continue
-            note(options.out, name, {**values, **versions(image)})
-            say(f"{name}: {values['scans']} scans, {values['pages_written']} pages written, {values['bytes']} bytes, "
-                f"{values['steps']} steps of its own, {values['missed_scans']} scans missed")
+        try:
+            for job in concurrent.futures.as_completed(jobs):
+                failed += not finish(jobs[job], job, options, image)
+        except BaseException:
+            _leaving.set()
+            pool.shutdown(cancel_futures=True)
+            raise
     return 1 if failed else 0
 
 
