@@ -72,13 +72,28 @@ def _timelines(result):
             continue
         seen.add(row["workload"])
         line = row["timeline"]
+        synced = [s for s in line if s["state"] == "syncing"]
+        wire = [(b["t"], (b["wire_bytes"] - a["wire_bytes"]) * 8 / (b["t"] - a["t"]) / 1e6)
+                for a, b in zip(line, line[1:]) if b["t"] > a["t"]]
         parts.append(f"<h3>{row['workload']}</h3>")
-        parts.append(charts.curves({"residual": [(s["t"], s["residual_pages"]) for s in line],
-                                    "set-point": [(s["t"], s["set_point_pages"]) for s in line]}, "pages"))
-        parts.append(charts.curves({"on the wire": [(s["t"], s["rate_bytes_per_s"] * 8 / 1e6) for s in line],
+        parts.append(charts.curves({"residual": [(s["t"], s["residual_pages"]) for s in synced],
+                                    "set-point": [(s["t"], s["set_point_pages"]) for s in synced]},
+                                   "pages, once in sync"))
+        parts.append(charts.curves({"on the wire": wire,
                                     "guest writes": [(s["t"], s["dirty_pages_per_s"] * 4096 * 8 / 1e6) for s in line]},
                                    "Mbit/s"))
     return "".join(parts) if seen else ""
+
+
+def _slowdown(found):
+    rows = "".join(
+        f"<tr><td>{workload}<td>" + (html.escape(cost["error"]) if "error" in cost else
+                                     f"{cost['lost_percent_median']:.1f} %<td>{cost['stall_alone_ms_median']:.0f}"
+                                     f"<td>{cost['stall_synced_ms_median']:.0f}")
+        for workload, cost in found.items())
+    return ("<h2>What a sync costs the guest</h2><p>Its speed (work in a second of its processor) and its longest stall in "
+            "3 s, alone and in sync in turns; medians.</p><table><tr><th>workload<th>speed lost<th>stall alone, ms"
+            f"<th>stall synced, ms{rows}</table>")
 
 
 def _neighbour(found):
@@ -122,6 +137,8 @@ def render(result):
     if result.get("summary"):
         parts.append(_launches(result))
         parts.append(_timelines(result))
+    if "slowdown" in result:
+        parts.append(_slowdown(result["slowdown"]))
     if "neighbour" in result:
         parts.append(_neighbour(result["neighbour"]))
     if "replay" in result:

@@ -67,11 +67,29 @@ def speed(reader, times=3):
     return statistics.median(b["units"] / b["cpu_ns"] * 1e9 for b in bursts)
 
 
-def quiet_stall(reader, seconds):
-    """The longest time without a beat in a stretch in which nothing is launched."""
-    reader.mark()
-    time.sleep(seconds)
-    return reader.result().gap_ms
+def slowdown(plan, folder, rounds=5, watch_s=3):
+    """What the sync costs a guest that is not launched: its speed and its longest stall, alone and in sync in turns,
+    so that what else this machine does falls on both."""
+    turns = []
+    with _hosts.TwoHosts(plan.link_mbit) as two, _presync.Move(two, folder, plan.spec) as move:
+        work_begins(move.reader, plan.spec.workload)
+
+        def look():
+            move.reader.mark()
+            time.sleep(watch_s)
+            return move.reader.result().gap_ms, speed(move.reader)
+
+        for _ in range(rounds):
+            stall_alone, speed_alone = look()
+            move.start("--max-launch-time", plan.promise)
+            move.wait_synced()
+            stall_synced, speed_synced = look()
+            move.source_daemon.ask("stop", _presync.NAME)
+            turns.append({"stall_alone_ms": stall_alone, "speed_alone": speed_alone, "stall_synced_ms": stall_synced,
+                          "speed_synced": speed_synced, "lost_percent": 100 * (1 - speed_synced / speed_alone)})
+    return {"turns": turns, "lost_percent_median": statistics.median(t["lost_percent"] for t in turns),
+            "stall_alone_ms_median": statistics.median(t["stall_alone_ms"] for t in turns),
+            "stall_synced_ms_median": statistics.median(t["stall_synced_ms"] for t in turns)}
 
 
 class Loop:
@@ -132,7 +150,7 @@ def by_presync(plan, folder):
     with _hosts.TwoHosts(plan.link_mbit) as two, _presync.Move(two, folder, plan.spec) as move:
         reader = move.reader
         work_begins(reader, plan.spec.workload)
-        row = {"speed_alone": speed(reader), "stall_alone_ms": quiet_stall(reader, 5)}
+        row = {}
         sent, began, samples = two.bytes_sent("source"), time.monotonic(), []
         move.start("--max-launch-time", plan.promise)
         while move.status()["state"] != "syncing" and time.monotonic() - began < 120:
@@ -142,7 +160,6 @@ def by_presync(plan, folder):
         reader.mark()
         sample(move, max(plan.delay_s, 2), samples, began)
         row["stall_synced_ms"] = reader.result().gap_ms
-        row["speed_synced"] = speed(reader)
         loop = Loop(reader, plan.loop)
         row["bytes_before"] = two.bytes_sent("source") - sent
         row["synced_s"] = time.monotonic() - began - row["first_pass_s"]
@@ -182,12 +199,17 @@ def by_stock(plan, folder, mode):
         return row
 
 
-def launch(method, plan):
-    """One launch; a row of figures, or of {"error": why there are none}."""
+def attempt(what, plan):
+    """`what(plan, folder)` with a data disk of its own; what it returns, or {"error": why there is nothing}."""
     with _presync.run_folder() as folder:
         spec = dataclasses.replace(plan.spec, data_disk=_guest.copy_data_disk(plan.spec.image, folder))
         plan = dataclasses.replace(plan, spec=spec)
         try:
-            return by_presync(plan, folder) if method == PRESYNC else by_stock(plan, folder, method)
+            return what(plan, folder)
         except (_hosts.LabError, _qmp.QmpError, _presync.Refused, _agent.AgentError) as error:
             return {"error": str(error).splitlines()[0]}
+
+
+def launch(method, plan):
+    """One launch; a row of figures, or of an error."""
+    return attempt(by_presync if method == PRESYNC else functools.partial(by_stock, mode=method), plan)
