@@ -46,8 +46,9 @@ absl::Status CheckNotInSync(const RecordOptions& options) {
       CallLocal(options.socket, {{"command", "status"}}, absl::Now() + absl::Seconds(5));
   if (!status.ok()) return absl::OkStatus();  // no presyncd here
   std::error_code error;
+  const auto wanted = std::filesystem::weakly_canonical(options.qmp, error);
   for (const nlohmann::json& guest : status->value("guests", nlohmann::json::array())) {
-    if (std::filesystem::equivalent(TextOr(guest, "qmp", ""), options.qmp, error)) {
+    if (std::filesystem::weakly_canonical(TextOr(guest, "qmp", ""), error) == wanted) {
       const std::string name = TextOr(guest, "name", "");
       return absl::FailedPreconditionError(
           absl::StrCat("presyncd tracks this guest already, as ", name, ": presync record ", name,
