@@ -45,35 +45,25 @@ def show(row):
         f" longest gap {row['gap_ms']:4.0f}, {row['bytes_after'] / 1e6:6.1f} MB after it{left}{lost}; {row['guest']}")
 
 
-def run_launches(options, keep):
-    """All launches; `keep` gets each row as it comes, so that an interrupted run has something to show."""
-    rows = []
+def run_launches(options, rows, keep):
+    """All launches, added to `rows`; `keep` is called after each, so that an interrupted run has something to show."""
     for workload in options.workload:
         image = guest.image_for(workload)
         for method in options.method:
-            # Each method of one workload gets the same moments.
-            moments = random.Random(f"{options.seed}-{workload}")
-            for number in range(options.launches + options.loops):
+            before = sum(row["workload"] == workload and row["method"] == method for row in rows)
+            for number in range(before, before + options.launches + options.loops):
                 spec = guest.GuestSpec(image=image, data_disk="", workload=workload)
-                plan = launches.Plan(spec=spec, link_mbit=options.link, delay_s=moments.uniform(2, 15),
-                                     promise=options.max_launch_time, loop=number >= options.launches)
+                # Each method of one workload gets the same moments.
+                moment = random.Random(f"{options.seed}-{workload}-{number}").uniform(2, 15)
+                plan = launches.Plan(spec=spec, link_mbit=options.link, delay_s=moment, promise=options.max_launch_time,
+                                     loop=number >= before + options.launches)
                 row = {"workload": workload, "method": method, "launch": number + 1, "loop": plan.loop,
-                       "delay_s": round(plan.delay_s, 2), **launches.launch(method, plan)}
+                       "delay_s": round(moment, 2), **launches.launch(method, plan)}
                 rows.append(row)
                 show(row)
-                keep(rows)
+                keep()
                 if "error" in row and number == 0 and method != launches.PRESYNC:
                     break  # it can't work here; the reason is in the row
-    return rows
-
-
-def middle(rows, key):
-    values = [row[key] for row in rows if row.get(key) is not None]
-    return statistics.median(values) if values else None
-
-
-def worst(rows, key):
-    return max((row[key] for row in rows if row.get(key) is not None), default=None)
 
 
 def run_slowdown(options):
@@ -183,6 +173,7 @@ def main():
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6),
                         help="of the moments (default: another each time)")
     parser.add_argument("--json", type=pathlib.Path, default=pathlib.Path("experiment.json"), metavar="FILE")
+    parser.add_argument("--append", action="store_true", help="add to the results that --json holds: an experiment in slices")
     parser.add_argument("--page", type=pathlib.Path, metavar="FILE", help="default: beside --json, as .html")
     parser.add_argument("--page-from", type=pathlib.Path, metavar="FILE",
                         help="run nothing: make the page of results that are there")
@@ -200,12 +191,13 @@ def main():
 def run(options):
     result = {**machine(), "seed": options.seed, "link_mbit": options.link, "promise": options.max_launch_time,
               "left_out": launches.LEFT_OUT, "rows": []}
+    if options.append and options.json.exists():
+        result = {**json.loads(options.json.read_text()), **machine()}
     page = options.page or options.json.with_suffix(".html")
 
-    def keep(rows=None):
-        if rows is not None:
-            result["rows"], result["summary"] = rows, summarize(rows)
-            result["goals"] = goals(result["summary"])
+    def keep():
+        result["summary"] = summarize(result["rows"])
+        result["goals"] = goals(result["summary"])
         options.json.write_text(json.dumps(result, indent=1) + "\n")
         page.write_text(experiment_page.render(result))
 
@@ -214,7 +206,7 @@ def run(options):
     for mode, why in launches.LEFT_OUT.items():
         say(f"  {mode:20} {why}")
     if "launches" in options.part:
-        keep(run_launches(options, keep))
+        run_launches(options, result["rows"], keep)
         print_table(result["summary"])
         say()
         for text, reached in result["goals"]:
