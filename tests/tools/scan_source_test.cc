@@ -56,9 +56,7 @@ std::set<PageIndex> Pages(absl::Span<const PageRun> runs) {
 class RecordedGuest {
  public:
   RecordedGuest()
-      : memory_(kRegions),
-        recorder_(memory_.MakeLog(), &memory_.memory()),
-        thread_([this] {
+      : memory_(kRegions), recorder_(memory_.MakeLog(), &memory_.memory()), thread_([this] {
           while (!ends_) {
             recording_.Step(&recorder_, absl::Now()).IgnoreError();
             absl::SleepFor(absl::Milliseconds(1));
@@ -187,9 +185,9 @@ TEST(RecordBesideSyncTest, AScanThatComesInPartsIsWhole) {
   ASSERT_TRUE(source.ok()) << source.status();
   Scans come;
   ASSERT_TRUE((*source)->Next(absl::ZeroDuration(), &come).ok());
-  EXPECT_THAT(come, ::testing::ElementsAre(Scans::value_type{{5, 1}},
-                                           Scans::value_type{{9, 2}, {20, 1}},
-                                           Scans::value_type{{3, 1}}));
+  EXPECT_THAT(come,
+              ::testing::ElementsAre(Scans::value_type{{5, 1}}, Scans::value_type{{9, 2}, {20, 1}},
+                                     Scans::value_type{{3, 1}}));
 }
 
 TEST(RecordBesideSyncTest, PagesThatCannotBeAreRefused) {

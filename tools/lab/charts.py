@@ -93,7 +93,7 @@ def curves(lines, label, x_label="s", marks=()):
     ys = [y for points in lines.values() for _, y in points]
     if not xs:
         return "<p>No measurements.</p>"
-    end, ticks = max(xs), _ticks(max(ys))
+    end, ticks = max(xs) or 1, _ticks(max(ys))
     across = lambda x: LEFT + x / end * (WIDTH - LEFT - RIGHT)  # noqa: E731
     place = lambda y: HEIGHT - BOTTOM - y / ticks[-1] * (HEIGHT - TOP - BOTTOM)  # noqa: E731
     parts = _y_axis(ticks, place, label)

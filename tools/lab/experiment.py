@@ -66,6 +66,15 @@ def run_launches(options, rows, keep):
                     break  # it can't work here; the reason is in the row
 
 
+def middle(rows, key):
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return statistics.median(values) if values else None
+
+
+def worst(rows, key):
+    return max((row[key] for row in rows if row.get(key) is not None), default=None)
+
+
 def run_slowdown(options):
     """{workload: what a sync costs its guest}."""
     found = {}

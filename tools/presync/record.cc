@@ -50,9 +50,9 @@ absl::Status CheckNotInSync(const RecordOptions& options) {
   for (const nlohmann::json& guest : status->value("guests", nlohmann::json::array())) {
     if (std::filesystem::weakly_canonical(TextOr(guest, "qmp", ""), error) == wanted) {
       const std::string name = TextOr(guest, "name", "");
-      return absl::FailedPreconditionError(
-          absl::StrCat("presyncd tracks this guest already, as ", name, ": presync record ", name,
-                       " without --qmp records it there"));
+      return absl::FailedPreconditionError(absl::StrCat("presyncd tracks this guest already, as ",
+                                                        name, ": presync record ", name,
+                                                        " without --qmp records it there"));
     }
   }
   return absl::OkStatus();
@@ -77,11 +77,10 @@ absl::StatusOr<std::unique_ptr<ScanSource>> OpenSource(const RecordOptions& opti
 }
 
 std::string ProgressLine(const Totals& totals, absl::Duration interval) {
-  return absl::StrFormat("%.1f s recorded, %d pages written, %.0f pages/s",
-                         totals.scans * absl::ToDoubleSeconds(interval), totals.pages,
-                         totals.scans == 0
-                             ? 0.0
-                             : totals.pages / (totals.scans * absl::ToDoubleSeconds(interval)));
+  return absl::StrFormat(
+      "%.1f s recorded, %d pages written, %.0f pages/s",
+      totals.scans * absl::ToDoubleSeconds(interval), totals.pages,
+      totals.scans == 0 ? 0.0 : totals.pages / (totals.scans * absl::ToDoubleSeconds(interval)));
 }
 
 // Until `scans` scans were written (0: no limit), or one of the other ends. Errors: of the file.
@@ -143,7 +142,8 @@ int Report(const RecordOptions& options, const Totals& totals, absl::Duration in
                  static_cast<int>(totals.missed));
   }
   if (totals.ended.empty()) return kOk;
-  std::fprintf(stderr, "presync: record %s ended early: %s; %s holds what was recorded until then\n",
+  std::fprintf(stderr,
+               "presync: record %s ended early: %s; %s holds what was recorded until then\n",
                options.name.c_str(), totals.ended.c_str(), options.out.c_str());
   return kFailed;
 }
@@ -152,8 +152,8 @@ int Report(const RecordOptions& options, const Totals& totals, absl::Duration in
 
 int RunRecord(const RecordOptions& options, const std::atomic<bool>* interrupted) {
   absl::StatusOr<absl::Duration> interval = ParsePositiveDuration(options.interval);
-  if (interval.ok() && (*interval < SessionRecording::kShortest ||
-                        *interval > SessionRecording::kLongest)) {
+  if (interval.ok() &&
+      (*interval < SessionRecording::kShortest || *interval > SessionRecording::kLongest)) {
     interval = absl::OutOfRangeError("--interval is from 10ms to 60s");
   }
   if (!interval.ok()) return Fail(interval.status(), options);

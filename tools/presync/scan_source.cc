@@ -91,7 +91,8 @@ class SyncSource final : public ScanSource {
     absl::StatusOr<Json> answer =
         Ask("start", {{"interval_us", absl::ToInt64Microseconds(interval)}});
     if (!answer.ok()) return answer.status();
-    pages_ = static_cast<PageCount>(std::clamp<int64_t>(NumberOr(*answer, "pages", 0), 0, UINT32_MAX));
+    pages_ =
+        static_cast<PageCount>(std::clamp<int64_t>(NumberOr(*answer, "pages", 0), 0, UINT32_MAX));
     if (pages_ == 0) return absl::InternalError("presyncd named no size of the guest");
     return absl::OkStatus();
   }
@@ -178,8 +179,8 @@ absl::StatusOr<std::unique_ptr<ScanSource>> RecordLog(std::unique_ptr<DirtyLog> 
 absl::StatusOr<std::unique_ptr<ScanSource>> RecordQemu(const std::string& qmp_path,
                                                        const std::string& glue_path,
                                                        absl::Duration interval) {
-  absl::StatusOr<OpenedGuest> guest = OpenGuest({.qmp_path = qmp_path, .glue_path = glue_path},
-                                                absl::Now() + absl::Seconds(20));
+  absl::StatusOr<OpenedGuest> guest =
+      OpenGuest({.qmp_path = qmp_path, .glue_path = glue_path}, absl::Now() + absl::Seconds(20));
   if (!guest.ok()) return guest.status();
   auto source = std::make_unique<QemuSource>(*std::move(guest));
   if (absl::Status s = source->Start(interval); !s.ok()) return s;

@@ -309,7 +309,8 @@ absl::StatusOr<Json> Daemon::Record(const Json& request) {
   const std::shared_ptr<SourceSession> session = Find(name);
   if (session == nullptr) {
     return absl::NotFoundError(
-        absl::StrCat(name, " is not kept in sync from this host; with --qmp presync record opens a "
+        absl::StrCat(name,
+                     " is not kept in sync from this host; with --qmp presync record opens a "
                      "guest by itself"));
   }
   return AnswerRecord(session->recording(), session->pages(), request);

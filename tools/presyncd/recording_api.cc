@@ -33,8 +33,7 @@ absl::StatusOr<Json> AnswerRecord(SessionRecording* recording, PageCount pages,
                                   const Json& request) {
   const std::string action = TextOr(request, "action", "");
   if (action == "start") {
-    const absl::Duration interval =
-        absl::Microseconds(NumberOr(request, "interval_us", 100'000));
+    const absl::Duration interval = absl::Microseconds(NumberOr(request, "interval_us", 100'000));
     if (absl::Status s = recording->Start(interval); !s.ok()) return s;
     return Json{{"pages", pages}, {"page_bytes", kPageBytes}};
   }
@@ -47,8 +46,8 @@ absl::StatusOr<Json> AnswerRecord(SessionRecording* recording, PageCount pages,
     if (absl::Status s = recording->Stop(); !s.ok()) return s;
     return Json::object();
   }
-  return absl::InvalidArgumentError(
-      absl::StrCat("'", action, "' is nothing to do with a recording; there are start, take and stop"));
+  return absl::InvalidArgumentError(absl::StrCat(
+      "'", action, "' is nothing to do with a recording; there are start, take and stop"));
 }
 
 }  // namespace presync

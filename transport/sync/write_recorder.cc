@@ -7,11 +7,7 @@
 namespace presync {
 
 WriteRecorder::WriteRecorder(std::unique_ptr<DirtyLog> log, const GuestMemory* memory)
-    : log_(std::move(log)),
-      memory_(memory),
-      armed_(memory->pages()),
-      reported_(0),
-      scan_(0) {}
+    : log_(std::move(log)), memory_(memory), armed_(memory->pages()), reported_(0), scan_(0) {}
 
 // Without a recording: what the user did not arm is left out. Costs by what was written.
 absl::Status WriteRecorder::PeekArmed(std::vector<PageRun>* written) {

@@ -59,8 +59,7 @@ TEST_F(WriteRecorderTest, RecordsEachPageOnceAScanWhoeverArmedIt) {
   ASSERT_TRUE(recorder_.Arm(runs).ok());
   ASSERT_TRUE(recorder_.StartRecording().ok());
   Write({3, 3, 7, 99, 100});
-  EXPECT_THAT(Scan(),
-              ElementsAre(PageRun{3, 1}, PageRun{7, 1}, PageRun{99, 1}, PageRun{100, 1}));
+  EXPECT_THAT(Scan(), ElementsAre(PageRun{3, 1}, PageRun{7, 1}, PageRun{99, 1}, PageRun{100, 1}));
   Write({7});
   EXPECT_THAT(Scan(), ElementsAre(PageRun{7, 1}));
   EXPECT_THAT(Scan(), IsEmpty());
