@@ -15,6 +15,7 @@
 #include "tools/presync/doctor.h"
 #include "tools/presync/record.h"
 #include "tools/presync/render.h"
+#include "tools/presync/replay.h"
 #include "tools/presyncd/config.h"
 
 namespace presync {
@@ -193,6 +194,29 @@ int Record(const Options& options) {
   return RunRecord(record, &interrupted);
 }
 
+void AddReplay(CLI::App* app, ReplayCommand* r) {
+  app->add_option("--trace", r->traces, "Trace files, plain or zstd-compressed")->required();
+  app->add_option("--policy", r->policies,
+                  "every-scan, once-a-second, skip-if-dirty, oldest, ewma, learned, optimum or all")
+      ->required()
+      ->delimiter(',');
+  auto* set_point = app->add_option("--set-point", r->set_points, "Stale pages to hold at most")
+                        ->delimiter(',')
+                        ->check(CLI::NonNegativeNumber);
+  app->add_option("--max-launch-time", r->max_launch_time,
+                  "Instead: what a launch may take, e.g. 100ms; needs --link")
+      ->excludes(set_point);
+  app->add_option("--link", r->link,
+                  "The link's goodput, e.g. 1Gbit: limits each scan, and predicts launch times");
+  r->fixed_cost = "45ms";
+  app->add_option("--fixed-cost", r->fixed_cost, "What a launch takes besides moving memory")
+      ->capture_default_str();
+  app->add_option("--back-off", r->max_back_off_log2,
+                  "Arming back-off of up to 2^this scans; 0 is off")
+      ->capture_default_str()
+      ->check(CLI::Range(0, 5));
+}
+
 int Main(int argc, char** argv) {
   CLI::App app{
       "presync keeps a running guest's memory mirrored on another host, and launches it there.\n"
@@ -226,6 +250,9 @@ int Main(int argc, char** argv) {
   stop->add_option("name", options.name, "The guest's name")->required();
   CLI::App* record = add("record", "Write down which pages a guest writes, for presync replay");
   AddRecord(record, &options);
+  CLI::App* replay = add("replay", "Play recorded traces through the policies, off line");
+  ReplayCommand replay_command;
+  AddReplay(replay, &replay_command);
   CLI::App* doctor = add("doctor", "Look whether this host, and a guest, are ready");
   doctor->add_option("--qmp", options.qmp, "Also look at the QEMU behind this monitor");
   doctor->add_option("--glue", options.glue, "The plug-in's socket, if it is not found by itself");
@@ -242,6 +269,10 @@ int Main(int argc, char** argv) {
   if (launch->parsed()) return Launch(options);
   if (stop->parsed()) return Stop(options);
   if (record->parsed()) return Record(options);
+  if (replay->parsed()) {
+    replay_command.json = options.json;
+    return RunReplay(replay_command);
+  }
   return RunDoctor(
       {.qmp = options.qmp, .glue = options.glue, .json = options.json, .socket = options.socket});
 }
