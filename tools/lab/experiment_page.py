@@ -1,6 +1,7 @@
 """The experiment's results as one HTML page that needs no network."""
 
 import html
+import math
 
 from . import charts
 from .launches import METHODS, PRESYNC
@@ -14,6 +15,7 @@ table{border-collapse:collapse;width:100%;font-size:13px} td,th{padding:3px 8px;
 td:first-child,th:first-child,td:nth-child(2),th:nth-child(2){text-align:left} .legend span{margin-right:1.2em;font-size:13px}
 .legend i{display:inline-block;width:.8em;height:.8em;margin-right:.4em} .yes{color:#0b6e4f} .no{color:#c00;font-weight:bold}
 """
+LEAST_OPTIMUM_PAGES = 500  # below it a ratio says nothing
 COLUMNS = (("launch ms", "launch_ms", 1), ("over after ms", "done_ms", 1), ("stopped ms", "downtime_ms", 1),
            ("longest gap ms", "gap_ms", 1), ("left at launch, pages", "residual_pages", 1),
            ("MB before", "bytes_before", 1e-6), ("MB after", "bytes_after", 1e-6), ("loop lost ms", "loop_lost_ms", 1))
@@ -112,19 +114,35 @@ def _replay(replay):
     if "error" in replay:
         return f"<h2>Bytes by policy</h2><p>Not measured: {html.escape(replay['error'])}.</p>"
     parts = ["<h2>Bytes by policy</h2><p>presync replay over the traces in the repository: pages sent, as a multiple of "
-             "what the offline optimum sends at the same set-point.</p>"]
+             f"what the offline optimum sends at the same set-point. Where that is below {LEAST_OPTIMUM_PAGES} pages in 5 "
+             "minutes there is no bar.</p>"]
     rows = replay["rows"]
     for set_point in sorted({r["set_point_pages"] for r in rows}):
         mine = {(r["trace"], r["policy"]): r for r in rows if r["set_point_pages"] == set_point}
-        names = sorted({t for t, _ in mine})
-        # The simple ones send up to a hundred times the optimum: in the table, not in the picture.
-        policies = [p for p in ("learned", "ewma", "oldest", "skip-if-dirty") if any(p == q for _, q in mine)]
-        short = {n: n.split("/")[-1].split(".")[0] for n in names}
-        by_name = {short[t]: t for t in names}
-        parts.append(f"<h3>{set_point} pages</h3>" + charts.bars(
-            list(by_name), policies, lambda t, p: mine.get((by_name[t], p), {}).get("optimum_ratio"), "x the optimum",
-            line=(1.3, "1.3")))
-    return "".join(parts)
+        names = [n for n in sorted({t for t, _ in mine})
+                 if mine.get((n, "optimum"), {}).get("pages_sent", 0) >= LEAST_OPTIMUM_PAGES]
+        policies = [p for p in ("learned", "ewma", "oldest") if any(p == q for _, q in mine)]
+        parts.append(f"<h3>Set-point {set_point} pages</h3>" + charts.bars(
+            names, policies, lambda t, p: mine.get((t, p), {}).get("optimum_ratio"), "x the optimum", line=(1.3, "1.3")))
+    return "".join(parts) + _replay_table(rows)
+
+
+def _replay_table(rows):
+    """Geometric mean of the ratio to the optimum, by policy and set-point, and all bytes as a part of once-a-second's."""
+    counted = {(r["trace"], r["set_point_pages"]) for r in rows
+               if r["policy"] == "optimum" and r["pages_sent"] >= LEAST_OPTIMUM_PAGES}
+    set_points = sorted({r["set_point_pages"] for r in rows})
+    lines = ["<tr><th>policy" + "".join(f"<th>{n} pages" for n in set_points) + "<th>all"]
+    for policy in dict.fromkeys(r["policy"] for r in rows):
+        cells = []
+        for chosen in [[n] for n in set_points] + [set_points]:
+            logs = [math.log(r["optimum_ratio"]) for r in rows
+                    if r["policy"] == policy and r["set_point_pages"] in chosen and r.get("optimum_ratio")
+                    and (r["trace"], r["set_point_pages"]) in counted]
+            cells.append(f"<td>{math.exp(sum(logs) / len(logs)):.2f}" if logs else "<td>-")
+        lines.append(f"<tr><td>{html.escape(policy)}{''.join(cells)}")
+    return ("<h3>Geometric means of the ratio</h3><p>Over the traces that have a bar.</p>"
+            f"<table>{''.join(lines)}</table>")
 
 
 def render(result):
