@@ -45,7 +45,7 @@ class QemuSourceGuest final : public SourceGuest {
   // Prepares, if that was not done. FAILED_PRECONDITION as above. The stream's other end belongs to
   // QEMU.
   absl::StatusOr<UniqueFd> BeginSave(absl::Time deadline) override;
-  absl::Status Stop(absl::Time deadline) override;
+  absl::StatusOr<absl::Time> Stop(absl::Time deadline) override;
   absl::Status FinishSave(absl::Time deadline) override;
 
   // A guest that did not run when BeginSave was called stays stopped; QEMU (7.2 always, later ones
@@ -70,6 +70,7 @@ class QemuSourceGuest final : public SourceGuest {
   QemuSourceGuest(std::unique_ptr<QmpClient> qmp, PeerProcess process)
       : qmp_(std::move(qmp)), process_(std::move(process)) {}
   absl::StatusOr<std::string> CheckIdle(absl::Time deadline);
+  std::optional<absl::Time> TakeStopTime();
   absl::StatusOr<UniqueFd> StartMigration(absl::Time deadline);
   absl::Status EndMigration(absl::Time deadline);
   absl::Status RunAgain(absl::Time deadline);
@@ -91,13 +92,18 @@ class QemuTargetGuest final : public TargetGuest {
   static absl::StatusOr<std::unique_ptr<QemuTargetGuest>> Create(std::unique_ptr<QmpClient> qmp,
                                                                  absl::Time deadline);
 
+  // Does what BeginLoad would take time for, at most once. From then on QEMU ends by itself when
+  // this object goes away before it has loaded: its stream has ended.
+  absl::Status PrepareLoad(absl::Time deadline);
+
   absl::StatusOr<UniqueFd> BeginLoad(absl::Time deadline) override;
 
   // INTERNAL: the guest runs although nobody ran it. UNAVAILABLE: QEMU ended, as it does when it
   // can't load the state; its log says why.
   absl::Status AwaitLoaded(absl::Time deadline) override;
 
-  // Also has the guest's network cards announce themselves, without waiting for it.
+  // Ok is QEMU's word that it resumes the vCPUs, given just before it does. Also has the guest's
+  // network cards announce themselves, without waiting for it.
   absl::Status Run(absl::Time deadline) override;
 
   // Asks QEMU to quit and, after half the time, kills it.
@@ -114,7 +120,8 @@ class QemuTargetGuest final : public TargetGuest {
 
   std::unique_ptr<QmpClient> qmp_;
   PeerProcess process_;
-  std::optional<MigrationSettings> settings_;  // set from BeginLoad until Run
+  std::optional<MigrationSettings> settings_;  // set from PrepareLoad until Run
+  UniqueFd stream_;                            // set from PrepareLoad until BeginLoad
   std::vector<GuestStep> steps_;
 };
 

@@ -97,13 +97,14 @@ absl::StatusOr<std::string> QemuSourceGuest::CheckIdle(absl::Time deadline) {
 absl::StatusOr<UniqueFd> QemuSourceGuest::StartMigration(absl::Time deadline) {
   absl::StatusOr<UniqueFd> stream = PassStream(*qmp_, kStreamName, deadline);
   if (!stream.ok()) return stream;
+  (void)TakeStopTime();  // of an earlier stop
   absl::StatusOr<Json> started =
       qmp_->Execute("migrate", {{"uri", absl::StrCat("fd:", kStreamName)}}, deadline);
   if (!started.ok()) return started.status();
   return stream;
 }
 
-absl::Status QemuSourceGuest::Stop(absl::Time deadline) {
+absl::StatusOr<absl::Time> QemuSourceGuest::Stop(absl::Time deadline) {
   const absl::Time start = absl::Now();
   absl::StatusOr<MigrationState> state =
       AwaitMigration(*qmp_, "stop the guest", {"pre-switchover"}, deadline);
@@ -116,7 +117,18 @@ absl::Status QemuSourceGuest::Stop(absl::Time deadline) {
         "switchover: someone resumed it");
   }
   steps_.push_back({"stop", absl::Now() - start});
-  return absl::OkStatus();
+  return std::min(TakeStopTime().value_or(absl::Now()), absl::Now());
+}
+
+// When QEMU last said that it stopped the guest, which is some time before its migration waits;
+// nothing if it did not say so since it was last asked.
+std::optional<absl::Time> QemuSourceGuest::TakeStopTime() {
+  std::optional<absl::Time> last;
+  while (true) {
+    const absl::StatusOr<QmpEvent> stop = qmp_->WaitEvent("STOP", absl::Now());
+    if (!stop.ok()) return last;
+    last = stop->at;
+  }
 }
 
 absl::Status QemuSourceGuest::FinishSave(absl::Time deadline) {

@@ -167,6 +167,10 @@ class StartedPlace final : public TargetPlace {
     if (guest.ok()) {
       if (absl::Status s = CheckFiles(info); !s.ok()) guest = s;
     }
+    // This QEMU has no other use: what can be done before a launch is done now.
+    if (guest.ok()) {
+      if (absl::Status s = (*guest)->PrepareLoad(deadline); !s.ok()) guest = s;
+    }
     if (!guest.ok()) {
       EndWaiting().IgnoreError();
       return absl::Status(guest.status().code(),

@@ -38,8 +38,8 @@ class SourceGuest {
   virtual absl::StatusOr<UniqueFd> BeginSave(absl::Time deadline) = 0;
 
   // The guest is stopped when it returns: none of its vCPUs writes memory. Device code may still,
-  // until FinishSave returns.
-  virtual absl::Status Stop(absl::Time deadline) = 0;
+  // until FinishSave returns. Since when it stands still, by this host's clock.
+  virtual absl::StatusOr<absl::Time> Stop(absl::Time deadline) = 0;
 
   // Lets the rest of the device state through, and returns when all of it was written to the
   // stream. Someone must be reading the stream meanwhile.

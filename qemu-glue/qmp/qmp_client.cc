@@ -98,6 +98,14 @@ ssize_t SendSome(int socket, const char* data, size_t size, int fd_to_pass) {
   return ::sendmsg(socket, &message, MSG_NOSIGNAL);
 }
 
+absl::Time EventTime(const Json& message) {
+  const Json* time = FindMember(message, "timestamp");
+  const std::optional<uint64_t> seconds = time ? UintAt(*time, "seconds") : std::nullopt;
+  if (!seconds) return absl::Now();
+  return absl::FromUnixSeconds(static_cast<int64_t>(*seconds)) +
+         absl::Microseconds(UintAt(*time, "microseconds").value_or(0));
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<QmpClient>> QmpClient::Connect(const std::string& path,
@@ -148,6 +156,25 @@ absl::StatusOr<Json> QmpClient::Execute(const std::string& command, const Json& 
                                         absl::Time deadline, int fd_to_pass) {
   absl::StatusOr<uint64_t> id = SendCommand(command, arguments, deadline, fd_to_pass);
   if (!id.ok()) return id.status();
+  absl::StatusOr<std::optional<Json>> result = AwaitReply(*id, command, /*or_event=*/"", deadline);
+  if (!result.ok()) return result.status();
+  return **std::move(result);
+}
+
+absl::StatusOr<bool> QmpClient::ExecuteUntil(const std::string& command, const Json& arguments,
+                                             std::string_view event, absl::Time deadline) {
+  std::erase_if(events_, [event](const QmpEvent& old) { return old.name == event; });
+  absl::StatusOr<uint64_t> id = SendCommand(command, arguments, deadline, -1);
+  if (!id.ok()) return id.status();
+  absl::StatusOr<std::optional<Json>> result = AwaitReply(*id, command, event, deadline);
+  if (!result.ok()) return result.status();
+  return !result->has_value();
+}
+
+// The result of command `id`; nothing if `or_event` came first.
+absl::StatusOr<std::optional<Json>> QmpClient::AwaitReply(uint64_t id, const std::string& command,
+                                                          std::string_view or_event,
+                                                          absl::Time deadline) {
   while (true) {
     absl::StatusOr<Json> message = ReadMessage(deadline);
     if (absl::IsDeadlineExceeded(message.status())) {
@@ -155,9 +182,10 @@ absl::StatusOr<Json> QmpClient::Execute(const std::string& command, const Json& 
                                                       "' in time; QEMU is busy or stopped"));
     }
     if (!message.ok()) return message.status();
+    if (!or_event.empty() && StringAt(*message, "event") == or_event) return std::nullopt;
     const Json* error = FindMember(*message, "error");
     // Another id belongs to a command that was given up, or posted. Only an error may lack it.
-    if (FindMember(*message, "id") == nullptr ? error == nullptr : UintAt(*message, "id") != *id) {
+    if (FindMember(*message, "id") == nullptr ? error == nullptr : UintAt(*message, "id") != id) {
       continue;
     }
     if (error != nullptr) {
@@ -165,7 +193,7 @@ absl::StatusOr<Json> QmpClient::Execute(const std::string& command, const Json& 
                                                         "': ", StringAt(*error, "desc"), " (",
                                                         StringAt(*error, "class"), ")"));
     }
-    if (const Json* result = FindMember(*message, "return")) return *result;
+    if (const Json* result = FindMember(*message, "return")) return std::optional<Json>(*result);
     return Break(absl::InvalidArgumentError(absl::StrCat(
         "QMP: ", path_, ": the answer to '", command, "' is neither result nor error")));
   }
@@ -284,7 +312,8 @@ absl::StatusOr<std::string> QmpClient::ReadLine(absl::Time deadline) {
 void QmpClient::KeepEvent(const Json& message) {
   if (events_.size() >= kMaxEvents) events_.pop_front();
   const Json* data = FindMember(message, "data");
-  events_.push_back({StringAt(message, "event"), data == nullptr ? Json() : *data});
+  events_.push_back(
+      {StringAt(message, "event"), data == nullptr ? Json() : *data, EventTime(message)});
 }
 
 absl::Status QmpClient::Break(absl::Status why) {

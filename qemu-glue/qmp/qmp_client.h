@@ -10,7 +10,9 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <optional>
 #include <string>
+#include <string_view>
 
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
@@ -30,6 +32,7 @@ struct QmpVersion {
 struct QmpEvent {
   std::string name;  // "MIGRATION", "STOP", ...
   Json data;         // an object; null if the event has none
+  absl::Time at;     // by QEMU's, so by this host's clock
 };
 
 // One connection. One thread at a time may use it; it has no threads of its own. Calls block until
@@ -60,6 +63,12 @@ class QmpClient {
   absl::StatusOr<Json> Execute(const std::string& command, const Json& arguments,
                                absl::Time deadline, int fd_to_pass = -1);
 
+  // Runs one command and returns true as soon as `event` tells that it took effect, which may be
+  // well before the reply (that is dropped then, when it comes); false: the reply came, and no such
+  // event before it. Older events of this name are forgotten. Errors as Execute.
+  absl::StatusOr<bool> ExecuteUntil(const std::string& command, const Json& arguments,
+                                    std::string_view event, absl::Time deadline);
+
   // Sends a command whose result nobody waits for; its reply is dropped when it comes.
   absl::Status Post(const std::string& command, const Json& arguments, absl::Time deadline);
 
@@ -79,6 +88,8 @@ class QmpClient {
       : path_(std::move(path)), socket_(std::move(socket)) {}
   absl::Status Negotiate(absl::Time deadline);
   absl::Status ReadGreeting(absl::Time deadline);
+  absl::StatusOr<std::optional<Json>> AwaitReply(uint64_t id, const std::string& command,
+                                                 std::string_view or_event, absl::Time deadline);
   absl::StatusOr<uint64_t> SendCommand(const std::string& command, const Json& arguments,
                                        absl::Time deadline, int fd_to_pass);
   absl::Status Send(const std::string& line, absl::Time deadline, int fd_to_pass);

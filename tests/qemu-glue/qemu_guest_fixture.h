@@ -105,7 +105,7 @@ class QemuGuestTest : public ::testing::TestWithParam<QemuVersionUnderTest> {
     EXPECT_TRUE(stream.ok()) << stream.status();
     if (!stream.ok()) return "";
     std::future<std::string> state = ReadAll(*std::move(stream));
-    absl::Status stopped = source.Stop(Soon());
+    absl::Status stopped = source.Stop(Soon()).status();
     EXPECT_TRUE(stopped.ok()) << stopped;
     absl::Status finished = source.FinishSave(Soon());
     EXPECT_TRUE(finished.ok()) << finished;

@@ -74,7 +74,7 @@ std::vector<SaveStep> SaveSteps() {
     absl::Status status = begin(guest, stream, state);
     if (!status.ok()) return status;
     *state = ReadAll(std::move(*stream));
-    return guest.Stop(Soon());
+    return guest.Stop(Soon()).status();
   };
   auto finish = [stop](QemuSourceGuest& guest, UniqueFd* stream, std::future<std::string>* state) {
     absl::Status status = stop(guest, stream, state);
@@ -197,7 +197,7 @@ TEST_P(QemuGuestTest, StopGivesUpWhenNobodyReads) {
   auto guest = Source(*qemu);
   absl::StatusOr<UniqueFd> stream = guest->BeginSave(Soon());
   ASSERT_TRUE(stream.ok()) << stream.status();
-  absl::Status stopped = guest->Stop(absl::Now() + kWhile);
+  absl::Status stopped = guest->Stop(absl::Now() + kWhile).status();
   EXPECT_TRUE(absl::IsDeadlineExceeded(stopped)) << stopped;
   EXPECT_TRUE(qemu->CounterMoves(kPatience));
   absl::Status resumed = guest->Resume(Soon());
@@ -208,7 +208,7 @@ TEST_P(QemuGuestTest, StopGivesUpWhenNobodyReads) {
 TEST_P(QemuGuestTest, SaysSoWhenStepsAreOutOfOrder) {
   auto qemu = StartSource();
   auto guest = Source(*qemu);
-  EXPECT_TRUE(absl::IsFailedPrecondition(guest->Stop(Soon())));
+  EXPECT_TRUE(absl::IsFailedPrecondition(guest->Stop(Soon()).status()));
   EXPECT_TRUE(absl::IsFailedPrecondition(guest->FinishSave(Soon())));
   absl::StatusOr<UniqueFd> stream = guest->BeginSave(Soon());
   ASSERT_TRUE(stream.ok());
@@ -244,7 +244,7 @@ TEST_P(QemuGuestTest, ReportsAQemuThatDiesInMidSave) {
     auto guest = Source(*qemu);
     ASSERT_TRUE(SaveSteps()[step].reach(*guest, &stream, &state).ok());
     ASSERT_EQ(::kill(guest->pid(), SIGKILL), 0);
-    absl::Status failed = step == 1 ? guest->Stop(Soon()) : guest->FinishSave(Soon());
+    absl::Status failed = step == 1 ? guest->Stop(Soon()).status() : guest->FinishSave(Soon());
     EXPECT_TRUE(absl::IsUnavailable(failed)) << failed;
     EXPECT_TRUE(absl::IsUnavailable(guest->Resume(Soon())));
     EXPECT_EQ(guest->State(Soon()).value(), RunState::kGone);

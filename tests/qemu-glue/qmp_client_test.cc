@@ -134,6 +134,46 @@ TEST(QmpExecute, PicksItsReplyOutOfEventsAndStrangers) {
   EXPECT_TRUE(event->data.is_null());
 }
 
+TEST(QmpExecuteUntil, TakesTheEventForTheReply) {
+  FakeQmpServer server([](FakeQmpConnection& qemu) {
+    qemu.Greet();
+    qemu.Send("{\"event\": \"RESUME\"}\n");
+    qemu.Reply(qemu.ReadCommand(), 1);
+    const Json cont = qemu.ReadCommand();
+    qemu.Send("{\"event\": \"STOP\"}\n{\"event\": \"RESUME\"}\n");
+    const Json next = qemu.ReadCommand();  // sent although `cont` was not answered yet
+    qemu.Reply(cont, 2);
+    qemu.Reply(next, 3);
+    qemu.AwaitHangUp();
+  });
+  std::unique_ptr<QmpClient> client = ConnectTo(server);
+  ASSERT_TRUE(client->Execute("x", nullptr, Soon()).ok());  // an old event is in the queue
+  absl::StatusOr<bool> resumed = client->ExecuteUntil("cont", nullptr, "RESUME", Soon());
+  ASSERT_TRUE(resumed.ok()) << resumed.status();
+  EXPECT_TRUE(*resumed);
+  absl::StatusOr<Json> next = client->Execute("y", nullptr, Soon());
+  ASSERT_TRUE(next.ok()) << next.status();
+  EXPECT_EQ(*next, 3);
+}
+
+TEST(QmpExecuteUntil, AnOldEventDoesNotCountAndARefusalIsPassedOn) {
+  FakeQmpServer server([](FakeQmpConnection& qemu) {
+    qemu.Greet();
+    qemu.Send("{\"event\": \"RESUME\"}\n");
+    qemu.Reply(qemu.ReadCommand(), 1);
+    qemu.Reply(qemu.ReadCommand(), 2);
+    qemu.Refuse(qemu.ReadCommand(), "the disk is locked");
+    qemu.AwaitHangUp();
+  });
+  std::unique_ptr<QmpClient> client = ConnectTo(server);
+  ASSERT_TRUE(client->Execute("x", nullptr, Soon()).ok());
+  absl::StatusOr<bool> resumed = client->ExecuteUntil("cont", nullptr, "RESUME", Soon());
+  ASSERT_TRUE(resumed.ok()) << resumed.status();
+  EXPECT_FALSE(*resumed);
+  absl::Status refused = client->ExecuteUntil("cont", nullptr, "RESUME", Soon()).status();
+  EXPECT_TRUE(absl::IsFailedPrecondition(refused)) << refused;
+}
+
 TEST(QmpExecute, PassesOnQemusWords) {
   FakeQmpServer server([](FakeQmpConnection& qemu) {
     qemu.Greet();

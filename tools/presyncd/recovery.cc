@@ -111,6 +111,7 @@ absl::Status Close(const std::string& folder, const HandoverEntry& entry) {
 std::vector<std::string> RecoverHandovers(
     const std::string& folder, QemuTargetHost* host,
     const std::function<void(bool problem, const std::string& line)>& log) {
+  HandoverRecord::RemoveUnused(folder);
   std::vector<std::string> open;
   const auto unsettled = [&](const std::string& line) {
     log(true, line);

@@ -46,11 +46,12 @@ absl::Status GuestSwitchover::Run(absl::Time rounds_deadline) {
   absl::StatusOr<UniqueFd> stream = guest_->BeginSave(deadline);
   if (!stream.ok()) return stream.status();
   relay_.emplace(*std::move(stream), channel_, deadline);
-  if (absl::Status s = guest_->Stop(deadline); !s.ok()) return s;
+  const absl::StatusOr<absl::Time> stopped_at = guest_->Stop(deadline);
+  if (!stopped_at.ok()) return stopped_at.status();
   relay_->StageFromNowOn();
   {
     absl::MutexLock lock(&mutex_);
-    stopped_at_ = absl::Now();
+    stopped_at_ = *stopped_at;
     stopped_ = true;
   }
   return guest_->FinishSave(deadline);

@@ -110,6 +110,22 @@ std::string FileName(const HandoverEntry& entry) {
                       entry.role == HandoverRole::kSource ? ".source" : ".target");
 }
 
+std::vector<std::string> RecordFiles(const std::string& folder) {
+  std::vector<std::string> paths;
+  std::error_code error;
+  for (const auto& file : std::filesystem::directory_iterator(folder, error)) {
+    const std::string extension = file.path().extension();
+    if (extension == ".source" || extension == ".target") paths.push_back(file.path());
+  }
+  return paths;
+}
+
+absl::StatusOr<HandoverEntry> ReadNewest(const std::string& path) {
+  const absl::StatusOr<std::string> bytes = ReadFile(path);
+  if (!bytes.ok()) return bytes.status();
+  return HandoverRecord::Parse(*bytes);
+}
+
 }  // namespace
 
 absl::string_view PhaseName(HandoverPhase phase) {
@@ -121,6 +137,15 @@ absl::string_view PhaseName(HandoverPhase phase) {
 
 absl::StatusOr<HandoverRecord> HandoverRecord::Open(const std::string& folder,
                                                     HandoverEntry entry) {
+  const HandoverPhase phase = entry.phase;
+  absl::StatusOr<HandoverRecord> record = Reserve(folder, std::move(entry));
+  if (!record.ok()) return record.status();
+  if (absl::Status s = record->Append(phase); !s.ok()) return s;
+  return record;
+}
+
+absl::StatusOr<HandoverRecord> HandoverRecord::Reserve(const std::string& folder,
+                                                       HandoverEntry entry) {
   HandoverRecord record;
   record.path_ = absl::StrCat(folder, "/", FileName(entry));
   record.fd_.reset(::open(record.path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600));
@@ -145,7 +170,6 @@ absl::StatusOr<HandoverRecord> HandoverRecord::Open(const std::string& folder,
     return FileError("sync", record.path_);
   }
   record.entry_ = std::move(entry);
-  if (absl::Status s = record.Append(record.entry_.phase); !s.ok()) return s;
   return record;
 }
 
@@ -166,6 +190,9 @@ absl::Status HandoverRecord::Append(HandoverPhase phase) {
 }
 
 absl::StatusOr<HandoverEntry> HandoverRecord::Parse(absl::string_view bytes) {
+  if (bytes.find_first_not_of('\0') == absl::string_view::npos) {
+    return absl::NotFoundError("a handover record that was never used");
+  }
   std::optional<HandoverEntry> newest;
   for (size_t at = 0; at + kBlockBytes <= bytes.size(); at += kBlockBytes) {
     if (std::optional<HandoverEntry> entry = DecodeBlock(bytes.substr(at, kBlockBytes))) {
@@ -179,20 +206,21 @@ absl::StatusOr<HandoverEntry> HandoverRecord::Parse(absl::string_view bytes) {
 std::vector<HandoverEntry> HandoverRecord::ReadAll(const std::string& folder,
                                                    std::vector<std::string>* unreadable) {
   std::vector<HandoverEntry> entries;
-  std::error_code error;
-  for (const auto& file : std::filesystem::directory_iterator(folder, error)) {
-    const std::string extension = file.path().extension();
-    if (extension != ".source" && extension != ".target") continue;
-    const absl::StatusOr<std::string> bytes = ReadFile(file.path());
-    const absl::StatusOr<HandoverEntry> entry =
-        bytes.ok() ? Parse(*bytes) : absl::StatusOr<HandoverEntry>(bytes.status());
+  for (const std::string& path : RecordFiles(folder)) {
+    const absl::StatusOr<HandoverEntry> entry = ReadNewest(path);
     if (entry.ok()) {
       entries.push_back(*entry);
-    } else {
-      unreadable->push_back(file.path());
+    } else if (!absl::IsNotFound(entry.status())) {
+      unreadable->push_back(path);
     }
   }
   return entries;
+}
+
+void HandoverRecord::RemoveUnused(const std::string& folder) {
+  for (const std::string& path : RecordFiles(folder)) {
+    if (absl::IsNotFound(ReadNewest(path).status())) ::unlink(path.c_str());
+  }
 }
 
 absl::Status HandoverRecord::Remove() {

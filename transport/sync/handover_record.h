@@ -47,22 +47,33 @@ struct HandoverEntry {
 // One writer, not thread-safe.
 class HandoverRecord {
  public:
-  // Creates (or continues) the record of `entry.session` in `folder` with `entry` as its newest
-  // entry. The folder must exist. Durable on return. UNAVAILABLE: the file system's own words.
+  // Creates (or continues) the record of `entry.session` in `folder`, with room for entries, so
+  // that Append has only one block to write; adds none yet (`entry.phase` does not count). The
+  // folder must exist. Durable on return. UNAVAILABLE: the file system's own words.
+  static absl::StatusOr<HandoverRecord> Reserve(const std::string& folder, HandoverEntry entry);
+
+  // The same with `entry` as its newest entry.
   static absl::StatusOr<HandoverRecord> Open(const std::string& folder, HandoverEntry entry);
 
   // Adds an entry with this phase. Durable on return. UNAVAILABLE: it may or may not be on disk.
   absl::Status Append(HandoverPhase phase);
 
+  // Whether it has an entry; one that has none says nothing about the guest.
+  bool used() const { return blocks_ > 0; }
+
   const HandoverEntry& entry() const { return entry_; }
   const std::string& path() const { return path_; }
 
-  // The newest entry of each record in `folder`; files that can't be read are named in
+  // The newest entry of each record in `folder` that has one; files that can't be read are named in
   // `*unreadable`.
   static std::vector<HandoverEntry> ReadAll(const std::string& folder,
                                             std::vector<std::string>* unreadable);
 
-  // The newest whole entry in a record's bytes. INVALID_ARGUMENT: none.
+  // Removes the records in `folder` that were reserved and never used. Not while sessions run.
+  static void RemoveUnused(const std::string& folder);
+
+  // The newest whole entry in a record's bytes. NOT_FOUND: it was reserved and never used.
+  // INVALID_ARGUMENT: no whole entry.
   static absl::StatusOr<HandoverEntry> Parse(absl::string_view bytes);
 
   // Forgets the record: nothing about this session is open any more.

@@ -52,57 +52,70 @@ void HashRange(const GuestMemory& memory, PageRun range, absl::Span<const PageRu
   StoreHash(state, out);
 }
 
-PageRun RangeAt(PageRun run, PageCount pages_per_hash, size_t index) {
-  const PageIndex first = run.first + static_cast<PageIndex>(index * pages_per_hash);
-  return {first, std::min(pages_per_hash, run.end() - first)};
+absl::Status CheckPlan(const GuestMemory& memory, const HashPlan& plan) {
+  const PageRun run = plan.run;
+  if (run.count == 0 || plan.pages_per_hash == 0 || run.first >= memory.pages() ||
+      run.count > memory.pages() - run.first) {
+    return absl::InvalidArgumentError("hashes were asked for pages that the guest does not have");
+  }
+  const auto not_ascending = std::adjacent_find(plan.only.begin(), plan.only.end(),
+                                                [](uint32_t a, uint32_t b) { return a >= b; });
+  if (not_ascending != plan.only.end() ||
+      (!plan.only.empty() && plan.only.back() >= plan.ranges())) {
+    return absl::InvalidArgumentError("hashes were asked for ranges that are not there");
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace
 
-absl::StatusOr<std::string> HashPages(const GuestMemory& memory, PageRun run,
-                                      PageCount pages_per_hash) {
-  if (run.count == 0 || pages_per_hash == 0 || run.first >= memory.pages() ||
-      run.count > memory.pages() - run.first) {
-    return absl::InvalidArgumentError("hashes were asked for pages that the guest does not have");
-  }
-  const size_t ranges = (size_t{run.count} + pages_per_hash - 1) / pages_per_hash;
-  std::string hashes(ranges * kHashBytes, '\0');
-  const size_t workers =
-      std::clamp<size_t>(std::thread::hardware_concurrency(), 1, std::min<size_t>(4, ranges));
-  absl::StatusOr<std::vector<PageRun>> holes = memory.Holes(run);
+PageRun HashPlan::RangeOf(size_t index) const {
+  const uint64_t range = only.empty() ? index : only[index];
+  const PageIndex first = run.first + static_cast<PageIndex>(range * pages_per_hash);
+  return {first, std::min(pages_per_hash, run.end() - first)};
+}
+
+absl::StatusOr<std::string> HashPages(const GuestMemory& memory, const HashPlan& plan) {
+  if (absl::Status s = CheckPlan(memory, plan); !s.ok()) return s;
+  absl::StatusOr<std::vector<PageRun>> holes = memory.Holes(plan.run);
   if (!holes.ok()) return holes.status();
   PageBitmap hole_pages(memory.pages());
   for (const PageRun& hole : *holes) hole_pages.Set(hole);
-  std::vector<std::thread> threads;
-  for (size_t w = 0; w < workers; ++w) {
-    threads.emplace_back([&, w] {
-      const std::unique_ptr<XXH3_state_t, HashStateDeleter> state(XXH3_createState());
-      std::vector<PageRun> within;
-      char zeros[kHashBytes];  // of a whole range: much of a guest's memory was never touched
-      HashZeros(pages_per_hash, state.get(), zeros);
-      for (size_t i = w; i < ranges; i += workers) {
-        const PageRun range = RangeAt(run, pages_per_hash, i);
-        within.clear();
-        hole_pages.AppendRunsWithin(range, &within);
-        if (CountPages(within) == pages_per_hash) {
-          std::memcpy(&hashes[i * kHashBytes], zeros, kHashBytes);
-          continue;
-        }
-        HashRange(memory, range, within, state.get(), &hashes[i * kHashBytes]);
+  const size_t hashes = plan.hashes();
+  std::string result(hashes * kHashBytes, '\0');
+  const size_t workers =
+      std::clamp<size_t>(std::thread::hardware_concurrency(), 1, std::min<size_t>(4, hashes));
+  const auto work = [&](size_t first) {
+    const std::unique_ptr<XXH3_state_t, HashStateDeleter> state(XXH3_createState());
+    std::vector<PageRun> within;
+    char zeros[kHashBytes];  // of a whole range: much of a guest's memory was never touched
+    HashZeros(plan.pages_per_hash, state.get(), zeros);
+    for (size_t i = first; i < hashes; i += workers) {
+      const PageRun range = plan.RangeOf(i);
+      within.clear();
+      hole_pages.AppendRunsWithin(range, &within);
+      char* const out = &result[i * kHashBytes];
+      if (CountPages(within) == plan.pages_per_hash) {
+        std::memcpy(out, zeros, kHashBytes);
+      } else {
+        HashRange(memory, range, within, state.get(), out);
       }
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-  return hashes;
+    }
+  };
+  std::vector<std::thread> others;
+  for (size_t w = 1; w < workers; ++w) others.emplace_back(work, w);
+  work(0);
+  for (std::thread& thread : others) thread.join();
+  return result;
 }
 
-std::vector<PageRun> DifferingRanges(PageRun run, PageCount pages_per_hash, absl::string_view a,
+std::vector<PageRun> DifferingRanges(const HashPlan& plan, absl::string_view a,
                                      absl::string_view b) {
-  PRESYNC_CHECK(a.size() == b.size());
+  PRESYNC_CHECK(a.size() == b.size() && a.size() == plan.hashes() * kHashBytes);
   std::vector<PageRun> differing;
   for (size_t i = 0; i * kHashBytes < a.size(); ++i) {
     if (a.substr(i * kHashBytes, kHashBytes) != b.substr(i * kHashBytes, kHashBytes)) {
-      differing.push_back(RangeAt(run, pages_per_hash, i));
+      differing.push_back(plan.RangeOf(i));
     }
   }
   return differing;

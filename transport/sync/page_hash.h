@@ -1,6 +1,7 @@
 // Hashes of guest memory, so that two hosts can compare it without sending it.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -13,15 +14,28 @@ namespace presync {
 
 inline constexpr size_t kHashBytes = 16;
 
-// XXH3-128, canonical form, of `run` cut into ranges of `pages_per_hash` pages (the last may be
-// shorter), one after another. Holes count as the zeros that they read as, and stay holes. Uses up
-// to four threads and blocks until done. INVALID_ARGUMENT: the run is empty or outside the memory,
-// or pages_per_hash is 0.
-absl::StatusOr<std::string> HashPages(const GuestMemory& memory, PageRun run,
-                                      PageCount pages_per_hash);
+// What to hash: `run` is cut into ranges of `pages_per_hash` pages, numbered from 0; the last may
+// be shorter. `only` picks some of them, ascending; if it is empty all are meant. A value.
+struct HashPlan {
+  PageRun run;
+  PageCount pages_per_hash = 1;
+  std::vector<uint32_t> only;
 
-// The ranges of `run` whose hashes differ, as page runs. Precondition: equal lengths.
-std::vector<PageRun> DifferingRanges(PageRun run, PageCount pages_per_hash, absl::string_view a,
+  // How many ranges `run` has. Precondition for this and the next ones: pages_per_hash is above 0.
+  uint64_t ranges() const { return (uint64_t{run.count} + pages_per_hash - 1) / pages_per_hash; }
+  // How many hashes the plan asks for, and the range of the index-th of them.
+  uint64_t hashes() const { return only.empty() ? ranges() : only.size(); }
+  PageRun RangeOf(size_t index) const;
+};
+
+// XXH3-128, canonical form, of each range of `plan`, one after another. Holes count as the zeros
+// that they read as, and stay holes. Uses up to four threads and blocks until done.
+// INVALID_ARGUMENT: the run is empty or outside the memory, pages_per_hash is 0, or `only` is not
+// ascending or names ranges that are not there.
+absl::StatusOr<std::string> HashPages(const GuestMemory& memory, const HashPlan& plan);
+
+// The ranges of `plan` whose hashes differ. Precondition: both have plan.hashes() hashes.
+std::vector<PageRun> DifferingRanges(const HashPlan& plan, absl::string_view a,
                                      absl::string_view b);
 
 }  // namespace presync

@@ -63,13 +63,9 @@ void PageLedger::OnCommitted(CommitId id) {
 }
 
 void PageLedger::OnLinkLost() {
-  stale_.Or(in_flight_);
-  stale_.Or(since_commit_);
-  stale_.Or(in_commit_);
+  AddUnconfirmed(&stale_);
   // A zero write that was not confirmed may have happened or not.
-  target_nonzero_.Or(in_flight_);
-  target_nonzero_.Or(since_commit_);
-  target_nonzero_.Or(in_commit_);
+  AddUnconfirmed(&target_nonzero_);
   in_flight_.ClearAll();
   since_commit_.ClearAll();
   in_commit_.ClearAll();
@@ -85,11 +81,15 @@ void PageLedger::OnTargetReset(bool target_is_zero) {
   target_is_zero ? target_nonzero_.ClearAll() : target_nonzero_.SetAll();
 }
 
+void PageLedger::AddUnconfirmed(PageBitmap* pages) const {
+  pages->Or(in_flight_);
+  pages->Or(since_commit_);
+  pages->Or(in_commit_);
+}
+
 PageCount PageLedger::residual() const {
   PageBitmap waiting = stale_;
-  waiting.Or(in_flight_);
-  waiting.Or(since_commit_);
-  waiting.Or(in_commit_);
+  AddUnconfirmed(&waiting);
   return waiting.count();
 }
 

@@ -67,6 +67,9 @@ class PageLedger {
   // Whether every page is synced.
   bool all_synced() const { return residual() == 0; }
 
+  // Adds to `*pages` those that the link was given and the target has not confirmed.
+  void AddUnconfirmed(PageBitmap* pages) const;
+
   // The parts of `run` whose copy on the target may differ from zero.
   void AppendTargetNonzero(PageRun run, std::vector<PageRun>* out) const {
     target_nonzero_.AppendRunsWithin(run, out);

@@ -1,12 +1,12 @@
 #include "transport/sync/source_handover.h"
 
-#include <algorithm>
-#include <future>
+#include <optional>
 
 #include "absl/functional/function_ref.h"
 #include "absl/strings/str_cat.h"
 #include "transport/sync/conversation.h"
 #include "transport/sync/guest_switchover.h"
+#include "transport/sync/memory_comparison.h"
 #include "transport/sync/page_hash.h"
 
 namespace presync {
@@ -14,28 +14,25 @@ namespace {
 
 using Body = wire::ControlMessage;
 
-// Ranges of 256 KiB keep the hashes of 1 GiB within 64 KiB; the pages are told apart only where
-// ranges differ.
-constexpr PageCount kPagesPerHash = 64;
-// One request's hashes fit a control frame with room to spare.
-constexpr PageCount kPagesPerHashRequest = kPagesPerHash * 32768;
-
 // How long a round waits for the link before it goes on: while there is much to send, and once it
 // only waits for the guest to stop and looks what was written meanwhile.
 constexpr absl::Duration kBusyStep = absl::Milliseconds(1);
 constexpr absl::Duration kRoundStep = absl::Milliseconds(4);
 
+// How long a link that broke waits for the target's reason.
+constexpr absl::Duration kReasonTimeout = absl::Milliseconds(200);
+
 class Handover {
  public:
   Handover(ControlChannel* channel, SourceSync* sync, SourceGuest* guest, const GuestMemory& memory,
-           HandoverRecord* record, const HandoverOptions& options)
+           HandoverRecord* record, const HandoverOptions& options, absl::Time ordered_at)
       : channel_(channel),
         sync_(sync),
         guest_(guest),
         memory_(memory),
         record_(record),
         options_(options),
-        start_(absl::Now()) {}
+        start_(ordered_at) {}
 
   HandoverEnd Run();
 
@@ -43,16 +40,13 @@ class Handover {
   absl::Status BeforeGivingUp();
   absl::Status Rounds(GuestSwitchover* guest);
   absl::Status Drain();
-  void StartHashing();
-  absl::Status Verify(bool written_since_stop);
+  absl::Status Take(const Body& message);
+  absl::Status TakeWhatCame();
+  absl::Status TakeUntil(absl::FunctionRef<bool()> done);
+  absl::Status LoadAndCompare(bool written_since_stop);
   absl::Status CountDiffering(const std::vector<PageRun>& ranges);
-  absl::StatusOr<std::string> TakeHashes(PageRun run, PageCount pages_per_hash);
-  absl::StatusOr<std::vector<PageRun>> CompareHashes(PageRun run, PageCount pages_per_hash,
-                                                     absl::FunctionRef<absl::Status()> meanwhile);
-  absl::Status OrderLoad();
-  absl::Status AwaitLoaded();
-  absl::Status LoadOnTarget();
   HandoverEnd AfterGivingUp();
+  absl::Status TargetsReason(absl::Status why);
   HandoverEnd CallOff(absl::Status why);
   HandoverEnd End(HandoverResult result, absl::Status why) {
     return {.result = result, .why = std::move(why), .report = report_};
@@ -72,13 +66,15 @@ class Handover {
   const absl::Time start_;
   absl::Time stopped_at_;
   absl::Time deadline_;
-  bool loaded_ = false;
-  std::future<absl::StatusOr<std::string>> hashing_;
+  bool ready_ = false;   // the target has said so
+  bool loaded_ = false;  // likewise
+  absl::Status refusal_;
+  std::optional<MemoryComparison> comparison_;
   HandoverReport report_;
 };
 
 HandoverEnd Handover::Run() {
-  deadline_ = start_ + options_.rounds_timeout;
+  deadline_ = absl::Now() + options_.rounds_timeout;
   const uint64_t wire_bytes_before = sync_->progress().wire_bytes;
   if (absl::Status s = BeforeGivingUp(); !s.ok()) return CallOff(std::move(s));
   report_.wire_bytes = sync_->progress().wire_bytes - wire_bytes_before;
@@ -96,6 +92,10 @@ absl::Status Handover::BeforeGivingUp() {
   Body begin;
   begin.mutable_begin_handover();
   if (absl::Status s = SendBody(begin); !s.ok()) return s;
+  if (options_.verify) {
+    comparison_.emplace(&memory_, sync_);
+    if (absl::Status s = SendBody(comparison_->HashAhead()); !s.ok()) return s;
+  }
   {
     GuestSwitchover guest(guest_, channel_, deadline_, options_.switchover_timeout);
     if (absl::Status s = Rounds(&guest); !s.ok()) return s;
@@ -103,7 +103,7 @@ absl::Status Handover::BeforeGivingUp() {
     stopped_at_ = *guest.stopped_at();
     deadline_ = absl::Now() + options_.switchover_timeout;
     Mark("stopped");
-    StartHashing();
+    if (comparison_) comparison_->OnGuestStopped();
     // The residual travels while the device state is saved.
     const absl::Status drained = Drain();
     absl::StatusOr<uint64_t> state_bytes = guest.Finish();
@@ -118,13 +118,12 @@ absl::Status Handover::BeforeGivingUp() {
   const bool written = sync_->progress().write_faults != writes_before;
   if (absl::Status s = sync_->Flush(deadline_); !s.ok()) return s;
   Mark("last scan");
-  if (!options_.verify) return LoadOnTarget();
-  // The target hashes its memory while it loads the device state.
-  return Verify(written);
+  return LoadAndCompare(written);
 }
 
-// Sends what is stale, again and again, while the guest runs. The guest is told to stop when little
-// enough is left or another round would not make it less; sending goes on until it stands still.
+// Sends what is stale, again and again, while the guest runs. The guest is told to stop when the
+// target is ready and little enough is left or another round would not make it less; sending goes
+// on until it stands still.
 absl::Status Handover::Rounds(GuestSwitchover* guest) {
   if (absl::Status s = sync_->Scan(); !s.ok()) return s;
   report_.residual_at_launch = sync_->residual();
@@ -133,31 +132,28 @@ absl::Status Handover::Rounds(GuestSwitchover* guest) {
                             absl::ToDoubleSeconds(options_.overlapped_transfer));
   const auto little = [&] { return PagesToBytes(sync_->unsent()) <= free_bytes; };
   PageCount before = UINT32_MAX;
-  bool ready = false;
+  const auto target_ready = [&] { return ready_ && !(comparison_ && comparison_->awaits_reply()); };
   bool gone = false;
   while (!guest->stopped()) {
     if (absl::Now() >= deadline_) {
-      return absl::DeadlineExceededError("the memory could not be sent in time");
+      return absl::DeadlineExceededError(target_ready() ? "the memory could not be sent in time"
+                                                        : "the target did not get ready in time");
     }
+    if (absl::Status s = TakeWhatCame(); !s.ok()) return s;
     if (absl::Status s = sync_->PushAll(); !s.ok()) return s;
     if (little()) {  // what was known is nearly out: look again
       if (absl::Status s = sync_->Scan(); !s.ok()) return s;
       if (absl::Status s = sync_->PushAll(); !s.ok()) return s;
       ++report_.rounds;
-      if (!ready) {
-        if (auto r = Expect(channel_, Body::kHandoverReady, deadline_); !r.ok()) return r.status();
-        ready = true;
-        Mark("target ready");
-      }
       const PageCount unsent = sync_->unsent();
-      if (little() || unsent >= before - before / 4) {
+      if (target_ready() && (little() || unsent >= before - before / 4)) {
         if (!gone) Mark("told to stop");
         gone = true;
         guest->Go();
       }
       before = unsent;
     }
-    const absl::Duration step = ready ? kRoundStep : kBusyStep;
+    const absl::Duration step = gone ? kRoundStep : kBusyStep;
     if (absl::Status s = sync_->AwaitLink(absl::Now() + step); !s.ok()) return s;
   }
   return absl::OkStatus();
@@ -174,85 +170,85 @@ absl::Status Handover::Drain() {
   return absl::OkStatus();
 }
 
-// The target answers requests in their order, but Loaded may come between.
-absl::StatusOr<std::string> Handover::TakeHashes(PageRun run, PageCount pages_per_hash) {
+// Takes note of one message; only those that the target may send before it is told to run the
+// guest.
+absl::Status Handover::Take(const Body& message) {
+  switch (message.body_case()) {
+    case Body::kPong:
+      return absl::OkStatus();
+    case Body::kHandoverReady:
+      ready_ = true;
+      Mark("target ready");
+      return absl::OkStatus();
+    case Body::kHashReply:
+      if (!comparison_) break;
+      return comparison_->OnReply(message.hash_reply());
+    case Body::kLoaded:
+      loaded_ = true;
+      Mark("loaded on target");
+      return absl::OkStatus();
+    case Body::kRefused:
+      refusal_ = RefusedStatus(message.refused(), channel_->peer());
+      return refusal_;
+    default:
+      break;
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat(channel_->peer(), " sent message ", message.body_case(), " in a handover"));
+}
+
+// Takes note of what has come, without waiting.
+absl::Status Handover::TakeWhatCame() {
   while (true) {
-    absl::StatusOr<Body> reply = channel_->Receive(deadline_);
-    if (!reply.ok()) return reply.status();
-    switch (reply->body_case()) {
-      case Body::kPong:
-        continue;
-      case Body::kRefused:
-        return RefusedStatus(reply->refused(), channel_->peer());
-      case Body::kLoaded:
-        loaded_ = true;
-        Mark("loaded on target");
-        continue;
-      default:
-        break;
-    }
-    const size_t ranges = (size_t{run.count} + pages_per_hash - 1) / pages_per_hash;
-    if (reply->hash_reply().first_page() != run.first ||
-        reply->hash_reply().hashes().size() != ranges * kHashBytes) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(channel_->peer(), " answered with other hashes than it was asked for"));
-    }
-    return reply->hash_reply().hashes();
+    absl::StatusOr<Body> message = channel_->Receive(absl::Now());
+    if (absl::IsDeadlineExceeded(message.status())) return absl::OkStatus();
+    if (!message.ok()) return message.status();
+    if (absl::Status s = Take(*message); !s.ok()) return s;
   }
 }
 
-// Both sides hash at the same time. `meanwhile` runs once the target was asked.
-absl::StatusOr<std::vector<PageRun>> Handover::CompareHashes(
-    PageRun run, PageCount pages_per_hash, absl::FunctionRef<absl::Status()> meanwhile) {
-  Body request;
-  request.mutable_hash_request()->set_first_page(run.first);
-  request.mutable_hash_request()->set_pages(run.count);
-  request.mutable_hash_request()->set_pages_per_hash(pages_per_hash);
-  if (absl::Status s = SendBody(request); !s.ok()) return s;
-  if (absl::Status s = meanwhile(); !s.ok()) return s;
-  const absl::StatusOr<std::string> mine =
-      hashing_.valid() ? hashing_.get() : HashPages(memory_, run, pages_per_hash);
-  if (!mine.ok()) return mine.status();
-  Mark("hashed here");
-  const absl::StatusOr<std::string> theirs = TakeHashes(run, pages_per_hash);
-  if (!theirs.ok()) return theirs.status();
-  return DifferingRanges(run, pages_per_hash, *mine, *theirs);
-}
-
-// The memory stands still from the stop on, but for what device code may write: hashing it while
-// the residual travels costs no time. For a guest that one request covers.
-void Handover::StartHashing() {
-  if (!options_.verify || memory_.pages() > kPagesPerHashRequest) return;
-  hashing_ = std::async(std::launch::async, [this] {
-    return HashPages(memory_, {0, memory_.pages()}, kPagesPerHash);
-  });
-}
-
-// Compares all memory; has the target load the device state while it hashes the last part.
-absl::Status Handover::Verify(bool written_since_stop) {
-  if (written_since_stop && hashing_.valid()) (void)hashing_.get();  // outdated
-  std::vector<PageRun> differing;
-  for (PageIndex first = 0; first < memory_.pages(); first += kPagesPerHashRequest) {
-    const PageRun run = {first, std::min(kPagesPerHashRequest, memory_.pages() - first)};
-    const bool last = run.end() == memory_.pages();
-    absl::StatusOr<std::vector<PageRun>> ranges =
-        CompareHashes(run, kPagesPerHash, [&] { return last ? OrderLoad() : absl::OkStatus(); });
-    if (!ranges.ok()) return ranges.status();
-    differing.insert(differing.end(), ranges->begin(), ranges->end());
-    report_.pages_compared += run.count;
+absl::Status Handover::TakeUntil(absl::FunctionRef<bool()> done) {
+  while (!done()) {
+    absl::StatusOr<Body> message = channel_->Receive(deadline_);
+    if (!message.ok()) return message.status();
+    if (absl::Status s = Take(*message); !s.ok()) return s;
   }
+  return absl::OkStatus();
+}
+
+// What the target was sent since it hashed ahead it hashes again while it loads the device state.
+absl::Status Handover::LoadAndCompare(bool written_since_stop) {
+  if (comparison_) {
+    if (written_since_stop) comparison_->OnWrittenSinceStop();
+    if (const std::optional<Body> again = comparison_->HashAgain()) {
+      if (absl::Status s = SendBody(*again); !s.ok()) return s;
+    }
+  }
+  Body load;
+  load.mutable_load()->set_state_bytes(report_.state_bytes);
+  if (absl::Status s = SendBody(load); !s.ok()) return s;
+  const auto done = [&] { return loaded_ && !(comparison_ && comparison_->awaits_reply()); };
+  if (absl::Status s = TakeUntil(done); !s.ok()) return s;
+  if (!comparison_) return absl::OkStatus();
+  const absl::StatusOr<std::vector<PageRun>> differing = comparison_->Differing();
+  if (!differing.ok()) return differing.status();
+  report_.pages_compared = memory_.pages();
   Mark("compared");
-  if (absl::Status s = AwaitLoaded(); !s.ok()) return s;
-  return differing.empty() ? absl::OkStatus() : CountDiffering(differing);
+  return differing->empty() ? absl::OkStatus() : CountDiffering(*differing);
 }
 
+// Asks for the pages of `ranges` one by one.
 absl::Status Handover::CountDiffering(const std::vector<PageRun>& ranges) {
   std::string first_pages;
   for (const PageRun& range : ranges) {
-    absl::StatusOr<std::vector<PageRun>> pages =
-        CompareHashes(range, /*pages_per_hash=*/1, [] { return absl::OkStatus(); });
-    if (!pages.ok()) return pages.status();
-    for (const PageRun& page : *pages) {
+    const HashPlan plan = {.run = range, .pages_per_hash = 1, .only = {}};
+    if (absl::Status s = SendBody(MakeHashRequest(plan)); !s.ok()) return s;
+    const absl::StatusOr<std::string> ours = HashPages(memory_, plan);
+    if (!ours.ok()) return ours.status();
+    absl::StatusOr<Body> reply = Expect(channel_, Body::kHashReply, deadline_);
+    if (!reply.ok()) return reply.status();
+    if (absl::Status s = CheckHashReply(reply->hash_reply(), plan); !s.ok()) return s;
+    for (const PageRun& page : DifferingRanges(plan, *ours, reply->hash_reply().hashes())) {
       if (++report_.pages_differing <= 8) absl::StrAppend(&first_pages, " ", page.first);
     }
   }
@@ -260,26 +256,6 @@ absl::Status Handover::CountDiffering(const std::vector<PageRun>& ranges) {
       report_.pages_differing, " pages differ on the target (first:", first_pages,
       "): something writes guest memory that dirty tracking does not see, or presync is at fault; "
       "the guest stays here. Keep the logs of both presyncd and report it"));
-}
-
-absl::Status Handover::OrderLoad() {
-  Body load;
-  load.mutable_load()->set_state_bytes(report_.state_bytes);
-  return SendBody(load);
-}
-
-absl::Status Handover::AwaitLoaded() {
-  if (loaded_) return absl::OkStatus();
-  absl::StatusOr<Body> loaded = Expect(channel_, Body::kLoaded, deadline_);
-  if (!loaded.ok()) return loaded.status();
-  loaded_ = true;
-  Mark("loaded on target");
-  return absl::OkStatus();
-}
-
-absl::Status Handover::LoadOnTarget() {
-  if (absl::Status s = OrderLoad(); !s.ok()) return s;
-  return AwaitLoaded();
 }
 
 HandoverEnd Handover::AfterGivingUp() {
@@ -311,10 +287,20 @@ HandoverEnd Handover::AfterGivingUp() {
   return End(HandoverResult::kMoved, absl::OkStatus());
 }
 
+// A target that refuses says why on the control connection, and then its end of the page link is
+// gone too; whichever is noticed first.
+absl::Status Handover::TargetsReason(absl::Status why) {
+  if (!absl::IsUnavailable(why)) return why;
+  deadline_ = absl::Now() + kReasonTimeout;
+  (void)TakeUntil([&] { return !refusal_.ok(); });
+  return refusal_.ok() ? why : refusal_;
+}
+
 // Gives the guest back to its vCPUs first, then tells the target.
 HandoverEnd Handover::CallOff(absl::Status why) {
   const absl::Status resumed = guest_->Resume(absl::Now() + absl::Seconds(30));
   Mark("called off");
+  why = TargetsReason(std::move(why));
   if (!resumed.ok()) {
     why = absl::Status(why.code(), absl::StrCat(why.message(),
                                                 "; and then the guest could not be "
@@ -331,8 +317,8 @@ HandoverEnd Handover::CallOff(absl::Status why) {
 
 HandoverEnd RunSourceHandover(ControlChannel* channel, SourceSync* sync, SourceGuest* guest,
                               const GuestMemory& memory, HandoverRecord* record,
-                              const HandoverOptions& options) {
-  return Handover(channel, sync, guest, memory, record, options).Run();
+                              const HandoverOptions& options, absl::Time ordered_at) {
+  return Handover(channel, sync, guest, memory, record, options, ordered_at).Run();
 }
 
 }  // namespace presync

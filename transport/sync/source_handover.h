@@ -23,8 +23,8 @@ struct HandoverOptions {
   // Longest that the rounds before it may take.
   absl::Duration rounds_timeout = absl::Seconds(60);
   // The guest is told to stop when what is left to send takes this long: about what stopping it and
-  // saving its device state take anyway (25 and 10 ms under TCG, tools/demo, 2026-11-22), so it
-  // costs nothing.
+  // saving its device state take anyway (10 to 15 and 10 ms under TCG, tools/demo, 2026-11-24), so
+  // it costs nothing.
   absl::Duration overlapped_transfer = absl::Milliseconds(35);
 };
 
@@ -57,9 +57,10 @@ struct HandoverEnd {
 };
 
 // Runs one handover over an attached link. Blocks. `record` is where giving up is written; it has
-// phase kPreparing. Whatever fails before the record says kGivenUp resumes the guest here.
+// phase kPreparing. Whatever fails before the record says kGivenUp resumes the guest here. The
+// report's times count from `ordered_at`.
 HandoverEnd RunSourceHandover(ControlChannel* channel, SourceSync* sync, SourceGuest* guest,
                               const GuestMemory& memory, HandoverRecord* record,
-                              const HandoverOptions& options);
+                              const HandoverOptions& options, absl::Time ordered_at);
 
 }  // namespace presync

@@ -111,6 +111,7 @@ absl::StatusOr<HandoverReport> SourceSession::Launch(const HandoverOptions& opti
         published_.problem.empty() ? "" : ": ", published_.problem,
         first_pass ? "; its memory was not copied once yet. Wait for it (launch --wait)" : ""));
   }
+  order.ordered_at = absl::Now();
   order_ = &order;
   const auto done = [&order] { return order.done; };
   mutex_.Await(absl::Condition(&done));
@@ -167,6 +168,7 @@ void SourceSession::Run() {
     state_ = SessionState::kStopped;
   }
   recording_.End(absl::StrCat("the sync ended: ", options_.guest, " is ", StateName(state_)));
+  if (record_ != nullptr && !record_->used()) RemoveRecord();
   sync_->DetachLink();
   connection_ = {};
   connected_ = false;
@@ -182,6 +184,7 @@ absl::Status SourceSession::TickConnected() {
   }
   if (state_ == SessionState::kFirstPass && sync_->progress().first_pass_done) {
     state_ = SessionState::kSyncing;
+    ReserveRecord().IgnoreError();  // a launch tries again, and says so
     Publish();
   }
   return PollControl();
@@ -240,6 +243,27 @@ void SourceSession::LoseLink(const absl::Status& why) {
   Publish();
 }
 
+// Ahead of any launch, which has to write it while it is timed.
+absl::Status SourceSession::ReserveRecord() {
+  if (record_ != nullptr) return absl::OkStatus();
+  absl::StatusOr<HandoverRecord> record =
+      HandoverRecord::Reserve(options_.record_folder, {.role = HandoverRole::kSource,
+                                                       .phase = HandoverPhase::kPreparing,
+                                                       .guest = options_.guest,
+                                                       .session = id_,
+                                                       .peer = dialer_->peer(),
+                                                       .detail = options_.guest_address});
+  if (!record.ok()) return record.status();
+  record_ = std::make_unique<HandoverRecord>(*std::move(record));
+  return absl::OkStatus();
+}
+
+// Nothing is open any more.
+void SourceSession::RemoveRecord() {
+  if (record_ != nullptr) record_->Remove().IgnoreError();
+  record_.reset();
+}
+
 void SourceSession::Serve(LaunchOrder* order) {
   if (!connected_ || state_ != SessionState::kSyncing) {
     Answer(order, absl::FailedPreconditionError(
@@ -259,21 +283,15 @@ void SourceSession::Serve(LaunchOrder* order) {
   log_->StopRecording();
   state_ = SessionState::kLaunching;
   Publish();
-  absl::StatusOr<HandoverRecord> record =
-      HandoverRecord::Open(options_.record_folder, {.role = HandoverRole::kSource,
-                                                    .phase = HandoverPhase::kPreparing,
-                                                    .guest = options_.guest,
-                                                    .session = id_,
-                                                    .peer = dialer_->peer(),
-                                                    .detail = options_.guest_address});
-  if (!record.ok()) {
+  absl::Status recorded = ReserveRecord();
+  if (recorded.ok()) recorded = record_->Append(HandoverPhase::kPreparing);
+  if (!recorded.ok()) {
     state_ = SessionState::kSyncing;
-    Answer(order, record.status());
+    Answer(order, recorded);
     return;
   }
-  record_ = std::make_unique<HandoverRecord>(*std::move(record));
   HandoverEnd end = RunSourceHandover(connection_.channel.get(), sync_.get(), guest_.get(), memory_,
-                                      record_.get(), order->options);
+                                      record_.get(), order->options, order->ordered_at);
   switch (end.result) {
     case HandoverResult::kMoved:
       Settle(SessionState::kMoved, absl::OkStatus());
@@ -289,7 +307,7 @@ void SourceSession::Serve(LaunchOrder* order) {
       ResolveDoubt();
       break;
     case HandoverResult::kHere:
-      record_->Remove().IgnoreError();
+      RemoveRecord();
       LoseLink(end.why);
       break;
     case HandoverResult::kStuck:
@@ -328,11 +346,11 @@ void SourceSession::ResolveDoubt() {
 void SourceSession::ResumeHere(const std::string& why) {
   const absl::Status resumed = guest_->Resume(absl::Now() + absl::Seconds(30));
   if (resumed.ok()) {
-    record_->Remove().IgnoreError();
+    RemoveRecord();
     state_ = SessionState::kConnecting;
     problem_ = why;
   } else if (absl::IsUnavailable(resumed)) {
-    record_->Remove().IgnoreError();
+    RemoveRecord();
     Settle(SessionState::kFailed, resumed);
     return;
   } else {
@@ -353,7 +371,7 @@ void SourceSession::Settle(SessionState state, const absl::Status& why) {
       problem_ = absl::StrCat("the guest has moved, but its old QEMU here did not quit (",
                               s.message(), "): end it by hand, and never resume it");
     } else {
-      record_->Remove().IgnoreError();
+      RemoveRecord();
     }
   }
   Publish();

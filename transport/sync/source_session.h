@@ -99,6 +99,7 @@ class SourceSession {
  private:
   struct LaunchOrder {
     HandoverOptions options;
+    absl::Time ordered_at;
     bool done = false;
     absl::StatusOr<HandoverReport> result = absl::UnknownError("not launched");
   };
@@ -109,6 +110,8 @@ class SourceSession {
   void Run();
   void Join() ABSL_LOCKS_EXCLUDED(join_mutex_);
   bool StopRequested() const ABSL_LOCKS_EXCLUDED(mutex_);
+  absl::Status ReserveRecord();
+  void RemoveRecord();
   void Serve(LaunchOrder* order);
   absl::Status TickConnected();
   absl::Status PollControl();
@@ -147,7 +150,7 @@ class SourceSession {
   absl::Time next_connect_ = absl::InfinitePast();
   absl::Time next_ping_ = absl::InfinitePast();
   absl::Time next_publish_ = absl::InfinitePast();
-  std::unique_ptr<HandoverRecord> record_;
+  std::unique_ptr<HandoverRecord> record_;  // from the end of the first pass on
 
   mutable absl::Mutex mutex_;
   SessionStatus published_ ABSL_GUARDED_BY(mutex_);

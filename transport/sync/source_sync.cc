@@ -68,7 +68,13 @@ void SourceSync::DetachLink() {
   wire_bytes_before_ += link_->stats().wire_bytes;
   link_ = nullptr;
   pending_.clear();
+  noted_writes_.reset();
   ledger_.OnLinkLost();
+}
+
+void SourceSync::NoteWrites() {
+  noted_writes_.emplace(memory_->pages());
+  ledger_.AddUnconfirmed(&*noted_writes_);
 }
 
 absl::Status SourceSync::Tick() {
@@ -252,6 +258,7 @@ absl::Status SourceSync::PostPending() {
     if (!posted.ok()) return posted.status();
     for (size_t i = 0; i < *posted; ++i) {
       ledger_.OnPosted(batch[i].run);
+      if (noted_writes_) noted_writes_->Set(batch[i].run);
       if (batch[i].zero) continue;
       const uint64_t bytes = PagesToBytes(batch[i].run.count);
       pacer_.Spend(bytes);

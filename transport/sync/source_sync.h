@@ -5,6 +5,7 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -87,6 +88,12 @@ class SourceSync {
   // Sends every stale page without waiting for completions.
   absl::Status PushAll();
 
+  // From now on notes which pages of the target's memory are written, those that may be written yet
+  // among them; see noted_writes. Begins anew at each call, and ends with the link.
+  void NoteWrites();
+  // Precondition: NoteWrites was called since the link was attached.
+  const PageBitmap& noted_writes() const { return *noted_writes_; }
+
   PageCount residual() const { return ledger_.residual(); }
   // Of the residual, what the link has not finished with: without what only lacks its confirmation.
   PageCount unsent() const { return ledger_.stale().count() + ledger_.in_flight(); }
@@ -124,6 +131,7 @@ class SourceSync {
   Pacer pacer_;
   LinkRateEstimator link_rate_;
   PageLedger ledger_;
+  std::optional<PageBitmap> noted_writes_;
   SourceLink* link_ = nullptr;
 
   // Pages that may be holes: those that were at the last look. A page outside it that has become

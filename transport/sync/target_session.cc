@@ -98,6 +98,7 @@ class Conversation {
  private:
   absl::Status Open(const wire::OpenSession& open);
   absl::StatusOr<wire::SessionOpened::Content> PreparePlace(const wire::OpenSession& open);
+  absl::Status ReserveRecord();
   absl::Status Serve();
   absl::Status Handle(const Body& message);
   absl::Status BeginHandover();
@@ -170,6 +171,7 @@ absl::Status Conversation::Open(const wire::OpenSession& open) {
     forget_ = true;
     return content.status();
   }
+  if (absl::Status s = ReserveRecord(); !s.ok()) return s;
   const uint32_t streams = std::min(open.tcp_streams(), service_->options().max_tcp_streams);
   const SessionToken token = service_->ExpectStreams(streams);
   Body opened;
@@ -224,6 +226,20 @@ absl::StatusOr<wire::SessionOpened::Content> Conversation::PreparePlace(
     return guest.status();
   }
   return content;
+}
+
+// Ahead of any handover, which has to write it while it is timed.
+absl::Status Conversation::ReserveRecord() {
+  absl::StatusOr<HandoverRecord> record = HandoverRecord::Reserve(
+      service_->options().record_folder, {.role = HandoverRole::kTarget,
+                                          .phase = HandoverPhase::kWaiting,
+                                          .guest = slot_->guest,
+                                          .session = slot_->session,
+                                          .peer = channel_->peer(),
+                                          .detail = slot_->place->address()});
+  if (!record.ok()) return record.status();
+  record_ = *std::move(record);
+  return absl::OkStatus();
 }
 
 absl::Status Conversation::Serve() {
@@ -281,15 +297,7 @@ absl::Status Conversation::BeginHandover() {
   if (guest_ != nullptr) return absl::FailedPreconditionError("a handover is already under way");
   absl::StatusOr<TargetGuest*> guest = slot_->place->Waiting(absl::Now() + kGuestTimeout);
   if (!guest.ok()) return guest.status();
-  absl::StatusOr<HandoverRecord> record =
-      HandoverRecord::Open(service_->options().record_folder, {.role = HandoverRole::kTarget,
-                                                               .phase = HandoverPhase::kWaiting,
-                                                               .guest = slot_->guest,
-                                                               .session = slot_->session,
-                                                               .peer = channel_->peer(),
-                                                               .detail = slot_->place->address()});
-  if (!record.ok()) return record.status();
-  record_ = *std::move(record);
+  if (absl::Status s = record_->Append(HandoverPhase::kWaiting); !s.ok()) return s;
   guest_ = *guest;
   absl::StatusOr<UniqueFd> stream = (*guest)->BeginLoad(absl::Now() + kGuestTimeout);
   if (!stream.ok()) return stream.status();
@@ -318,18 +326,19 @@ absl::Status Conversation::TakeState(const wire::StateChunk& chunk) {
 }
 
 absl::Status Conversation::AnswerHashes(const wire::HashRequest& request) {
-  const uint64_t per_hash = std::max<uint64_t>(1, request.pages_per_hash());
-  if (request.pages() / per_hash * kHashBytes > kMaxHashReplyBytes) {
+  HashPlan plan = {.run = {request.first_page(), request.pages()},
+                   .pages_per_hash = std::max(1u, request.pages_per_hash()),
+                   .only = {request.only().begin(), request.only().end()}};
+  if (plan.hashes() * kHashBytes > kMaxHashReplyBytes) {
     return absl::InvalidArgumentError("too many hashes were asked for at once");
   }
   // In a thread of its own, so that the device state can be loaded meanwhile; one at a time.
   FinishHashing();
-  const PageRun run = {request.first_page(), request.pages()};
-  hasher_ = std::thread([this, run, pages_per_hash = request.pages_per_hash()] {
-    absl::StatusOr<std::string> hashes = HashPages(slot_->place->memory(), run, pages_per_hash);
+  hasher_ = std::thread([this, plan = std::move(plan)] {
+    absl::StatusOr<std::string> hashes = HashPages(slot_->place->memory(), plan);
     Body reply;
     if (hashes.ok()) {
-      reply.mutable_hash_reply()->set_first_page(run.first);
+      reply.mutable_hash_reply()->set_first_page(plan.run.first);
       *reply.mutable_hash_reply()->mutable_hashes() = *std::move(hashes);
     } else {
       reply = MakeRefused(hashes.status());
@@ -428,6 +437,7 @@ void Conversation::End(const absl::Status& why) {
   // Whatever ended the conversation, an order to run can't come any more: the guest never runs
   // here.
   if (!over_ && guest_ != nullptr) AbortHandover();
+  if (record_ && !record_->used()) record_->Remove().IgnoreError();
   service_->ReleaseSlot(slot_, forget_);
 }
 

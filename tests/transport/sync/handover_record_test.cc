@@ -52,6 +52,27 @@ TEST_F(HandoverRecordTest, TheNewestEntryCounts) {
   EXPECT_EQ(entries[0].detail, "/run/x.qmp");
 }
 
+TEST_F(HandoverRecordTest, AReservedRecordSaysNothingUntilItIsUsed) {
+  absl::StatusOr<HandoverRecord> record = HandoverRecord::Reserve(folder_, Entry());
+  ASSERT_TRUE(record.ok()) << record.status();
+  EXPECT_FALSE(record->used());
+  EXPECT_THAT(ReadAll(), ::testing::IsEmpty());
+  EXPECT_THAT(unreadable_, ::testing::IsEmpty());
+  ASSERT_TRUE(record->Append(HandoverPhase::kPreparing).ok());
+  EXPECT_TRUE(record->used());
+  HandoverRecord::RemoveUnused(folder_);
+  EXPECT_EQ(ReadAll().at(0).phase, HandoverPhase::kPreparing);
+}
+
+TEST_F(HandoverRecordTest, RecordsThatWereNeverUsedAreRemoved) {
+  absl::StatusOr<HandoverRecord> record = HandoverRecord::Reserve(folder_, Entry());
+  ASSERT_TRUE(record.ok());
+  std::ofstream(folder_ + "/x.source") << std::string(10'000, '{');
+  HandoverRecord::RemoveUnused(folder_);
+  EXPECT_FALSE(std::filesystem::exists(record->path()));
+  EXPECT_TRUE(std::filesystem::exists(folder_ + "/x.source"));
+}
+
 TEST_F(HandoverRecordTest, ATornWriteLeavesTheEntryBeforeIt) {
   absl::StatusOr<HandoverRecord> record = HandoverRecord::Open(folder_, Entry());
   ASSERT_TRUE(record->Append(HandoverPhase::kGivenUp).ok());

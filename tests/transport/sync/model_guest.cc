@@ -123,10 +123,10 @@ absl::StatusOr<UniqueFd> ModelSourceGuest::BeginSave(absl::Time) {
   return UniqueFd(pair[1]);
 }
 
-absl::Status ModelSourceGuest::Stop(absl::Time) {
+absl::StatusOr<absl::Time> ModelSourceGuest::Stop(absl::Time) {
   if (absl::Status s = Step("stop"); !s.ok()) return s;
   world_->SetRunning(true, false);
-  return absl::OkStatus();
+  return absl::Now();
 }
 
 absl::Status ModelSourceGuest::FinishSave(absl::Time) {

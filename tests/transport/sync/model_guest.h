@@ -71,7 +71,7 @@ class ModelSourceGuest final : public SourceGuest {
 
   absl::Status PrepareSave(absl::Time deadline) override;
   absl::StatusOr<UniqueFd> BeginSave(absl::Time deadline) override;
-  absl::Status Stop(absl::Time deadline) override;
+  absl::StatusOr<absl::Time> Stop(absl::Time deadline) override;
   absl::Status FinishSave(absl::Time deadline) override;
   absl::Status Resume(absl::Time deadline) override;
   absl::Status Quit(absl::Time deadline) override;
