@@ -14,6 +14,7 @@
 #include "tools/common/units.h"
 #include "tools/presync/bench.h"
 #include "tools/presync/doctor.h"
+#include "tools/presync/record.h"
 #include "tools/presync/render.h"
 #include "tools/presync/replay.h"
 #include "tools/presyncd/config.h"
@@ -43,6 +44,7 @@ struct Options {
   double interval_s = 1;
   // launch
   bool verify = false;
+  RecordOptions record;
 };
 
 int Fail(const absl::Status& status, bool json, ExitCode code = kFailed) {
@@ -219,6 +221,32 @@ CLI::App* AddBenchLink(CLI::App* app, BenchLinkCommand* o) {
   return link;
 }
 
+void AddRecord(CLI::App* app, Options* o) {
+  app->add_option("name", o->name, "A guest that presyncd keeps in sync; with --qmp any name")
+      ->required();
+  app->add_option("--out", o->record.out, "The trace file; compressed if it ends in .zst")
+      ->required();
+  app->add_option("--qmp", o->qmp,
+                  "Open the guest behind this monitor without presyncd, which must not have it "
+                  "(needs root)");
+  app->add_option("--glue", o->glue, "With --qmp: the plug-in's socket, if it is not found");
+  app->add_option("--seconds", o->record.seconds, "How long (default: until Ctrl-C)")
+      ->check(CLI::Range(0.1, 1e6));
+  app->add_option("--interval", o->record.interval, "Time between two scans, 10ms to 60s")
+      ->capture_default_str();
+}
+
+int Record(const Options& options) {
+  RecordOptions record = options.record;
+  record.name = options.name;
+  record.qmp = options.qmp;
+  record.glue = options.glue;
+  record.socket = options.socket;
+  record.json = options.json;
+  ::signal(SIGTERM, [](int) { interrupted = true; });  // the file is to be whole then, too
+  return RunRecord(record, &interrupted);
+}
+
 void AddReplay(CLI::App* app, ReplayCommand* r) {
   app->add_option("--trace", r->traces, "Trace files, plain or zstd-compressed")->required();
   app->add_option("--policy", r->policies,
@@ -273,6 +301,8 @@ int Main(int argc, char** argv) {
   launch->add_flag("--wait", options.wait, "Wait for the first full sync");
   CLI::App* stop = add("stop", "End a sync; the guest goes on here");
   stop->add_option("name", options.name, "The guest's name")->required();
+  CLI::App* record = add("record", "Write down which pages a guest writes, for presync replay");
+  AddRecord(record, &options);
   CLI::App* replay = add("replay", "Play recorded traces through the policies, off line");
   ReplayCommand replay_command;
   AddReplay(replay, &replay_command);
@@ -294,6 +324,7 @@ int Main(int argc, char** argv) {
   if (status->parsed()) return Status(options);
   if (launch->parsed()) return Launch(options);
   if (stop->parsed()) return Stop(options);
+  if (record->parsed()) return Record(options);
   if (replay->parsed()) {
     replay_command.json = options.json;
     return RunReplay(replay_command);
