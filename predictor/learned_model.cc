@@ -78,6 +78,15 @@ constexpr auto kRate = [] {
 // one that is written much later was worth sending for so long.
 constexpr std::array<int, Model::kHorizons> kWeight = {2, 2, 2, 1, 1, 1, 1};
 
+// Scores by probability alone are at most this.
+constexpr uint32_t kMostSure = 191;
+static_assert(Log2Sixteenths(10 * kCertain + 64) - Log2Sixteenths(64) <= kMostSure);
+// What the larger of usual gap and age counts besides, in 1/32: the tables leave ties.
+constexpr uint32_t kGapWeight = 3;
+static_assert(kMostSure + 63 * 4 * kGapWeight / 32 +
+                  Log2Sixteenths(Model::kClassAges.back() + 1) * Model::kAgeWeights.back() / 32 <
+              Model::kScores);
+
 uint16_t Hash(uint32_t key, uint32_t context, uint32_t entries) {
   key = (key + context * 0x4a21935d) * 0x9e3779b1;
   key ^= key >> 15;
@@ -120,9 +129,18 @@ uint32_t LearnedModel::Score(const Cells& cells) const {
   int sum = 0;
   for (size_t h = 0; h < kHorizons; ++h) sum += kWeight[h] * Probability(log_odds[h]);
   // By the logarithm: cold pages differ by little, and they are the ones that are sent.
-  constexpr int kMost = 10 * kCertain;
-  static_assert(Log2Sixteenths(kMost + 64) - Log2Sixteenths(64) < kScores);
-  return kScores - 1 - (Log2Sixteenths(static_cast<uint32_t>(sum) + 64) - Log2Sixteenths(64));
+  return kMostSure - (Log2Sixteenths(static_cast<uint32_t>(sum) + 64) - Log2Sixteenths(64));
+}
+
+OrderContest::Scores LearnedModel::Scores(const Cells& cells) const {
+  const uint32_t age = Log2Sixteenths(kClassAges[cells.age_class] + 1);
+  const uint32_t gap = std::max<uint32_t>(age, cells.gap_log2_quarters * 4);
+  const uint32_t score = Score(cells) + gap * kGapWeight / 32;
+  OrderContest::Scores scores;
+  for (size_t i = 0; i < scores.size(); ++i) {
+    scores[i] = static_cast<uint16_t>(score + age * kAgeWeights[i] / 32);
+  }
+  return scores;
 }
 
 void LearnedModel::Learn(const Cells& cells, size_t horizon, bool written) {

@@ -12,6 +12,7 @@
 #include "predictor/choose.h"
 #include "predictor/learned_model.h"
 #include "predictor/learned_page.h"
+#include "predictor/order_contest.h"
 #include "predictor/page_histories.h"
 #include "predictor/sample_ring.h"
 #include "predictor/send_queue.h"
@@ -23,7 +24,7 @@ using Model = LearnedModel;
 
 constexpr uint32_t kStamps = 1 << LearnedPage::kStampBits;
 // Rings of scans have to reach back to the start of the last age class.
-constexpr uint32_t kCohorts = 256;
+constexpr uint32_t kCohorts = 2048;
 static_assert(Model::kClassAges.back() < kCohorts);
 // Words of candidates in which one Choose looks for pages that were never written.
 constexpr size_t kBulkWords = 256;
@@ -55,6 +56,7 @@ class LearnedPolicy final : public SendPolicy {
     for (uint32_t age_class = 1; age_class < Model::kAgeClasses; ++age_class) {
       if (now() > Model::kClassAges[age_class]) AgeCohort(age_class);
     }
+    if (contest_.EndScan()) ScoreAllAnew();
     if (queue_.size() > clean_at_) CleanQueue();
   }
 
@@ -66,6 +68,7 @@ class LearnedPolicy final : public SendPolicy {
               std::vector<PageRun>* chosen) override {
     PRESYNC_CHECK(candidates.size() == histories_.pages());
     chosen->clear();
+    contest_.SetSize(candidates.count() - std::min(pages, candidates.count()));
     if (pages == 0) return;
     if (pages >= candidates.count()) {
       candidates.AppendRunsWithin({0, candidates.size()}, chosen);
@@ -121,16 +124,23 @@ class LearnedPolicy final : public SendPolicy {
            AgeClass(word.Age(now())) == entry.age_class;
   }
 
-  void Queue(PageIndex page, uint32_t age_class, const Model::Cells& cells) {
-    queue_.Add(model_.Score(cells), {page, static_cast<uint16_t>(histories_[page].stamp()),
-                                     static_cast<uint8_t>(age_class)});
+  void Queue(PageIndex page, uint32_t age_class, const OrderContest::Scores& scores) {
+    queue_.Add(scores[contest_.leader()], {page, static_cast<uint16_t>(histories_[page].stamp()),
+                                           static_cast<uint8_t>(age_class)});
+  }
+
+  // A page that counts as written in this scan.
+  void QueueWritten(PageIndex page, const Model::Cells& cells) {
+    const OrderContest::Scores scores = model_.Scores(cells);
+    contest_.OnWritten(page, scores);
+    Queue(page, 0, scores);
   }
 
   // Pages in back-off stay in the first age class for as long as they wait.
   void ScoreWaiting(absl::Span<const PageRun> written) {
     for (const PageRun& run : written) {
       for (PageIndex page = run.first; page < run.end(); ++page) {
-        if (histories_[page].waiting()) Queue(page, 0, Look(page, 0));
+        if (histories_[page].waiting()) QueueWritten(page, Look(page, 0));
       }
     }
   }
@@ -149,7 +159,7 @@ class LearnedPolicy final : public SendPolicy {
     for (const PageRun& run : histories_.to_arm()) {
       for (PageIndex page = run.first; page < run.end(); ++page) {
         const Model::Cells cells = Look(page, 0);
-        Queue(page, 0, cells);
+        QueueWritten(page, cells);
         if (Followed(page, histories_[page].stamp()))
           samples_.Add(page, now(), histories_[page], cells);
         cohort.push_back(page);
@@ -166,14 +176,27 @@ class LearnedPolicy final : public SendPolicy {
       const LearnedPage& word = histories_[page];
       if (word.waiting() || word.stamp() != scan % kStamps) continue;
       const bool followed = Followed(page, word.stamp());
-      if (!word.stale() && !followed) continue;
+      const bool held = contest_.Holds(page);
+      if (!word.stale() && !followed && !held) continue;
       const Model::Cells cells = Look(page, age_class);
-      if (word.stale()) Queue(page, age_class, cells);
+      if (word.stale() || held) {
+        const OrderContest::Scores scores = model_.Scores(cells);
+        if (word.stale()) Queue(page, age_class, scores);
+        if (held) contest_.OnAged(page, scores);
+      }
       if (followed) samples_.Add(page, now(), word, cells);
       cohort[kept++] = page;
     }
     cohort.resize(kept);
     if (age_class + 1 == Model::kAgeClasses) std::vector<PageIndex>().swap(cohort);
+  }
+
+  // Under a new leader.
+  void ScoreAllAnew() {
+    for (const SendQueue::Entry& entry : queue_.TakeAll()) {
+      if (!Holds(entry)) continue;
+      Queue(entry.page, entry.age_class, model_.Scores(Look(entry.page, entry.age_class)));
+    }
   }
 
   void CleanQueue() {
@@ -228,6 +251,7 @@ class LearnedPolicy final : public SendPolicy {
   LearnedModel model_;
   SampleRing samples_;
   SendQueue queue_;
+  OrderContest contest_;
   std::vector<uint8_t> written_log2_;            // of the pages written in each scan, by its stamp
   std::vector<std::vector<PageIndex>> cohorts_;  // pages by the scan of their last write
   uint32_t follow_ = 1;                          // one write in so many
