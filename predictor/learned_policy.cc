@@ -29,11 +29,38 @@ static_assert(Model::kClassAges.back() < kCohorts);
 // Words of candidates in which one Choose looks for pages that were never written.
 constexpr size_t kBulkWords = 256;
 
+// A page may go unwatched for this part of a stay: 1/16 costs hardly a byte (docs/prediction.md,
+// "Arming back-off").
+constexpr uint32_t kSparePart = 16;
+
 uint32_t AgeClass(uint32_t age) {
   uint32_t age_class = 0;
   while (age_class + 1 < Model::kAgeClasses && Model::kClassAges[age_class + 1] <= age) ++age_class;
   return age_class;
 }
+
+// For how long a stale page stays until it is sent, on average over some 128 scans: by Little's law
+// the pages left stale over the pages sent in a scan.
+class Stay {
+ public:
+  void SetLeft(PageCount pages) { left_ = pages; }
+  void AddSent(PageCount pages) { sent_sum_ += uint64_t{pages} * kOne; }
+  void EndScan() {
+    left_sum_ += uint64_t{left_} * kOne - left_sum_ / 128;
+    sent_sum_ -= sent_sum_ / 128;
+  }
+  uint32_t scans() const {
+    return static_cast<uint32_t>(std::min<uint64_t>(left_sum_ / (sent_sum_ + kOne), kLongest));
+  }
+
+ private:
+  static constexpr uint64_t kOne = 256;  // a page, in fixed point
+  static constexpr uint64_t kLongest = LearnedPage::kMaxAge;
+
+  PageCount left_ = 0;
+  uint64_t left_sum_ = 0;
+  uint64_t sent_sum_ = 0;
+};
 
 class LearnedPolicy final : public SendPolicy {
  public:
@@ -46,6 +73,8 @@ class LearnedPolicy final : public SendPolicy {
   std::string_view name() const override { return "learned"; }
 
   void OnScan(absl::Span<const PageRun> written) override {
+    stay_.EndScan();
+    histories_.SetSpareScans(stay_.scans() / kSparePart);
     histories_.OnScan(written);
     const PageCount pages = CountPages(written);
     written_log2_[now() % kStamps] = static_cast<uint8_t>(std::bit_width(pages));
@@ -68,7 +97,9 @@ class LearnedPolicy final : public SendPolicy {
               std::vector<PageRun>* chosen) override {
     PRESYNC_CHECK(candidates.size() == histories_.pages());
     chosen->clear();
-    contest_.SetSize(candidates.count() - std::min(pages, candidates.count()));
+    const PageCount left = candidates.count() - std::min(pages, candidates.count());
+    contest_.SetSize(left);
+    stay_.SetLeft(left);
     if (pages == 0) return;
     if (pages >= candidates.count()) {
       candidates.AppendRunsWithin({0, candidates.size()}, chosen);
@@ -85,7 +116,10 @@ class LearnedPolicy final : public SendPolicy {
     if (picked_.size() < pages) PickUnknown(candidates, pages, chosen);
   }
 
-  void OnSent(absl::Span<const PageRun> runs) override { histories_.OnSent(runs); }
+  void OnSent(absl::Span<const PageRun> runs) override {
+    stay_.AddSent(CountPages(runs));
+    histories_.OnSent(runs);
+  }
 
  private:
   uint32_t now() const { return histories_.now(); }
@@ -252,6 +286,7 @@ class LearnedPolicy final : public SendPolicy {
   SampleRing samples_;
   SendQueue queue_;
   OrderContest contest_;
+  Stay stay_;
   std::vector<uint8_t> written_log2_;            // of the pages written in each scan, by its stamp
   std::vector<std::vector<PageIndex>> cohorts_;  // pages by the scan of their last write
   uint32_t follow_ = 1;                          // one write in so many

@@ -68,6 +68,7 @@ TEST(LearnedPageTest, RemembersGapsStreaksAndRuns) {
   page.Wait();
   EXPECT_EQ(page.Age(22), 0u);
   EXPECT_TRUE(page.WaitEnds(23, 5));
+  EXPECT_EQ(page.WaitScans(5, 31), 31u) << "two writes are expected by then";
   page.EndWait(23);
   EXPECT_EQ(page.Age(25), 2u);
   EXPECT_TRUE(page.stale());

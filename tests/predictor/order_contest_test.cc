@@ -57,12 +57,11 @@ TEST(OrderContestTest, EqualRivalsAndAnEmptySetChangeNothing) {
 TEST(OrderContestTest, AnAgedPageIsJudgedByItsNewScore) {
   OrderContest contest;
   contest.SetSize(100);
-  for (PageIndex page = 0; page < 100; ++page) contest.OnWritten(page, {50, 50, 50});
+  for (PageIndex page = 0; page < 120; ++page) contest.OnWritten(page, {50, 50, 50});
   contest.OnAged(7, {90, 90, 90});
-  contest.OnWritten(100, {50, 50, 50});
   contest.EndScan();
   EXPECT_FALSE(contest.Holds(7));
-  EXPECT_TRUE(contest.Holds(8));
+  EXPECT_TRUE(contest.Holds(0) || contest.Holds(1)) << "of equals the most stay";
   contest.OnAged(7, {10, 10, 10});
   EXPECT_FALSE(contest.Holds(7));
 }
