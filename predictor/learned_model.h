@@ -73,11 +73,10 @@ class LearnedModel {
  private:
   uint32_t Score(const Cells& cells) const;
 
-  // Corrections in 1/1024 of a natural log-odd, and how often the entry learned; 16 bytes, so that
-  // one load brings all horizons.
+  // The corrections of the horizons in 1/1024 of a natural log-odd, and how often the entry
+  // learned; 16 bytes, so that one load brings all.
   struct alignas(16) Entry {
-    std::array<int16_t, kHorizons> correction;
-    uint16_t learned;
+    std::array<int16_t, kHorizons + 1> lanes;
   };
   static constexpr size_t kEntries = 4096;
 
