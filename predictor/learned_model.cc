@@ -99,11 +99,8 @@ static_assert(kMostSure + 63 * 4 * kGapWeight / 32 +
                   Log2Sixteenths(Model::kClassAges.back() + 1) * Model::kAgeWeights.back() / 32 <
               Model::kScores);
 
-// Multiplicative, the high bits; another start for each context.
-uint16_t Hash(uint32_t key, uint32_t context) {
-  key ^= key >> 15;
-  return static_cast<uint16_t>((key + context * 0x4a21935d) * 0x9e3779b1 >> (32 - 12));
-}
+// For keys that are wider than an index: multiplicative, the high bits.
+uint16_t Hash(uint32_t key) { return static_cast<uint16_t>(key * 0x9e3779b1 >> (32 - 12)); }
 
 }  // namespace
 
@@ -112,22 +109,21 @@ LearnedModel::LearnedModel() : tables_(kContexts * kEntries) {}
 LearnedModel::Cells LearnedModel::Locate(const Features& f) {
   const uint32_t age = f.age_class;
   const uint32_t gap = f.last_gap == LearnedPage::kUnseen ? 31 : f.gap_log2_quarters / 2;
-  const std::array<uint32_t, kContexts> keys = {
-      age | gap << 4 | f.writes << 9,
-      age | gap << 4 | f.last_gap << 9,
-      age | f.page >> 4 << 4,
-      age | f.page >> 9 << 4 | f.last_gap << 24,
-      age | f.stamp << 4,
-      age | f.written_then_log2 << 4 | f.run_log4 << 9,
-      age | f.before << 4 | f.after << 8,
-      age | f.after << 4 | gap << 8,
-      age | gap << 4 | f.written_now_log2 << 9,
-  };
   Cells cells;
   cells.age_class = static_cast<uint8_t>(age);
   cells.gap_log2_quarters = static_cast<uint8_t>(f.gap_log2_quarters);
-  static_assert(kEntries == 1 << 12);
-  for (uint32_t i = 0; i < kContexts; ++i) cells.entry[i] = Hash(keys[i], i);
+  static_assert(kEntries == 1 << 12 && kAgeClasses <= 1 << 4);
+  cells.entry = {
+      static_cast<uint16_t>(age | gap << 4 | f.writes << 9),
+      static_cast<uint16_t>(age | f.written_then_log2 << 4 | f.run_log4 << 9),
+      static_cast<uint16_t>(age | f.before << 4 | f.after << 8),
+      Hash(age | gap << 4 | f.last_gap << 9),
+      Hash(age | f.page >> 4 << 4),
+      Hash(age | f.page >> 9 << 4 | f.last_gap << 24),
+      Hash(age | f.stamp << 4),
+      Hash(age | f.after << 4 | gap << 8),
+      Hash(age | gap << 4 | f.written_now_log2 << 9),
+  };
   return cells;
 }
 
