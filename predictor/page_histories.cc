@@ -5,6 +5,7 @@
 
 #include "predictor/bitmap.h"
 #include "predictor/check.h"
+#include "predictor/learned_page.h"
 
 namespace presync {
 namespace {
@@ -12,18 +13,22 @@ namespace {
 // The sweep comes by each page this often, so that no age passes 2^13 + 2^12 < 2^14 scans
 // unnoticed.
 constexpr uint32_t kSweepScans = 4096;
-static_assert(PageHistory::kMaxAge + kSweepScans < 1u << PageHistory::kStampBits);
-static_assert(1u << PageHistory::kMaxStreak <= ArmingRing::kScans);
+template <typename Page>
+constexpr bool kFits = Page::kMaxAge + kSweepScans < 1u << Page::kStampBits &&
+                       1u << Page::kMaxStreak <= ArmingRing::kScans;
+static_assert(kFits<PageHistory> && kFits<LearnedPage>);
 
 // How many runs ahead the word of an isolated page is asked for (docs/prediction.md, "Cost").
 constexpr size_t kPrefetchRuns = 16;
 
 }  // namespace
 
-PageHistories::PageHistories(PageCount pages, uint32_t max_streak)
+template <typename Page>
+PageHistories<Page>::PageHistories(PageCount pages, uint32_t max_streak)
     : max_streak_(max_streak), histories_(pages), ring_(std::max(pages / 16, PageCount{4096})) {}
 
-void PageHistories::OnScan(absl::Span<const PageRun> written) {
+template <typename Page>
+void PageHistories<Page>::OnScan(absl::Span<const PageRun> written) {
   ++now_;
   to_arm_.clear();
   NoteWritten(written);
@@ -31,7 +36,8 @@ void PageHistories::OnScan(absl::Span<const PageRun> written) {
   SaturateOldStamps();
 }
 
-void PageHistories::NoteWritten(absl::Span<const PageRun> written) {
+template <typename Page>
+void PageHistories<Page>::NoteWritten(absl::Span<const PageRun> written) {
   for (size_t i = 0; i < written.size(); ++i) {
     const PageRun run = written[i];
     CheckRun(run);
@@ -39,8 +45,8 @@ void PageHistories::NoteWritten(absl::Span<const PageRun> written) {
       __builtin_prefetch(histories_.data() + written[i + kPrefetchRuns].first, 1);
     }
     for (PageIndex page = run.first; page < run.end(); ++page) {
-      PageHistory& history = histories_[page];
-      history.OnWritten(now_);
+      Page& history = histories_[page];
+      history.OnWritten(now_, run.count);
       const uint32_t wait = history.WaitScans(max_streak_);
       // With the ring full the page is armed: it costs a fault, never correctness.
       if (wait > 0 && ring_.Add(page, now_ + wait)) {
@@ -52,7 +58,8 @@ void PageHistories::NoteWritten(absl::Span<const PageRun> written) {
   }
 }
 
-void PageHistories::ArmDuePages() {
+template <typename Page>
+void PageHistories<Page>::ArmDuePages() {
   std::vector<PageRun> due;
   for (const PageRun& run : ring_.TakeDue(now_)) {
     for (PageIndex page = run.first; page < run.end(); ++page) {
@@ -74,14 +81,16 @@ void PageHistories::ArmDuePages() {
   to_arm_ = std::move(merged);
 }
 
-void PageHistories::OnSent(absl::Span<const PageRun> runs) {
+template <typename Page>
+void PageHistories<Page>::OnSent(absl::Span<const PageRun> runs) {
   for (const PageRun& run : runs) {
     CheckRun(run);
     for (PageIndex page = run.first; page < run.end(); ++page) histories_[page].OnSent(now_);
   }
 }
 
-void PageHistories::SaturateOldStamps() {
+template <typename Page>
+void PageHistories<Page>::SaturateOldStamps() {
   const PageCount chunk = pages() / kSweepScans + 1;
   for (PageCount left = std::min(chunk, pages()); left > 0; --left) {
     histories_[sweep_next_].Saturate(now_);
@@ -89,8 +98,12 @@ void PageHistories::SaturateOldStamps() {
   }
 }
 
-void PageHistories::CheckRun(const PageRun& run) const {
+template <typename Page>
+void PageHistories<Page>::CheckRun(const PageRun& run) const {
   PRESYNC_CHECK(run.first <= pages() && run.count <= pages() - run.first);
 }
+
+template class PageHistories<PageHistory>;
+template class PageHistories<LearnedPage>;
 
 }  // namespace presync

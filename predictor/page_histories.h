@@ -11,9 +11,11 @@
 
 namespace presync {
 
-// What the policies that predict share. 4 bytes a page, and for pages in back-off 8 bytes a run, at
+// What the policies that predict share, over the word that each keeps of a page (PageHistory,
+// LearnedPage). 4 bytes a page, and for pages in back-off 8 bytes a run, at
 // most half a byte a page (but always room for 4096 runs). Not thread-safe. Preconditions
 // (CHECKed): runs end at or below pages().
+template <typename Page>
 class PageHistories {
  public:
   // Back-off spans are at most 2^max_streak scans; 0 turns it off.
@@ -21,8 +23,8 @@ class PageHistories {
 
   PageCount pages() const { return static_cast<PageCount>(histories_.size()); }
   uint32_t now() const { return now_; }
-  const PageHistory& operator[](PageIndex page) const { return histories_[page]; }
-  const PageHistory* data() const { return histories_.data(); }
+  const Page& operator[](PageIndex page) const { return histories_[page]; }
+  const Page* data() const { return histories_.data(); }
 
   // As in SendPolicy.
   void OnScan(absl::Span<const PageRun> written);
@@ -42,7 +44,7 @@ class PageHistories {
   uint32_t max_streak_;
   uint32_t now_ = 0;
   PageIndex sweep_next_ = 0;
-  std::vector<PageHistory> histories_;
+  std::vector<Page> histories_;
   ArmingRing ring_;
   std::vector<PageRun> to_arm_;
 };

@@ -5,6 +5,8 @@
 #include <bit>
 #include <cstdint>
 
+#include "predictor/page.h"
+
 namespace presync {
 
 // Fixed point 4.4: 16 * log2(x), linear between powers of two, for 1 <= x < 2^16. Exact integers,
@@ -42,7 +44,7 @@ class PageHistory {
 
   // The page was seen written in scan `now`. A waiting page can't be seen, unless its owner armed
   // it nevertheless; then its last gap is 1.
-  void OnWritten(uint32_t now) {
+  void OnWritten(uint32_t now, PageCount /*run_pages*/ = 1) {
     const uint32_t gap = std::max(Age(now), 1u);
     const uint32_t log2_gap = Log2Sixteenths(gap);
     if (written()) {

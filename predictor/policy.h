@@ -39,6 +39,11 @@ class SendPolicy {
   // written is the best to send.
   virtual void AppendPagesToArm(std::vector<PageRun>* out) = 0;
 
+  // How many stale pages to leave when `set_point` would be within the promise: sending ends there.
+  // The set-point itself, but for baselines that send all or at set times. UINT32_MAX: send nothing
+  // now. A session never leaves more than the set-point whatever this says.
+  virtual PageCount Goal(PageCount set_point) const { return set_point; }
+
   // Picks `pages` pages (fewer if there are fewer) out of `candidates`, best first by the policy's
   // guess; hands them back as ascending maximal runs, replacing `*chosen`. `candidates` has one bit
   // for each page of the guest.
@@ -53,12 +58,17 @@ struct PolicyOptions {
   // A page that is seen written scan after scan stays unarmed for up to 2^this scans; 0 turns the
   // arming back-off off, 5 is the most.
   uint32_t max_back_off_log2 = 5;
+  // For "once-a-second".
+  uint32_t scans_per_second = 10;
 };
 
 // Makes the policy called `name` for a guest of `pages` pages:
-//   "ewma"        longest predicted gap first: the larger of the EWMA of its gaps and its age
-//   "oldest"      oldest last write first
-//   "every-scan"  in address order; the baseline that is meant to send all
+//   "learned"        what this guest's own past says about when a page is written again
+//   "ewma"           longest predicted gap first: the larger of the EWMA of its gaps and its age
+//   "oldest"         oldest last write first
+//   "skip-if-dirty"  in address order, but pages that the last look found dirty again come last
+//   "once-a-second"  every stale page, once a second
+//   "every-scan"     every stale page, in every scan
 // INVALID_ARGUMENT: no such policy, the text lists those there are; or an option out of range.
 absl::StatusOr<std::unique_ptr<SendPolicy>> MakePolicy(std::string_view name, PageCount pages,
                                                        const PolicyOptions& options = {});

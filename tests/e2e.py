@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -163,6 +164,48 @@ class MoveTest(EndToEnd):
             move.source_daemon.ask("stop", presync.NAME)
             self.expect_unharmed(move)
         move.start()
+        self.launch(move)
+
+
+class RecordTest(EndToEnd):
+    """`presync record`: beside a sync, and by itself; the guest and its sync never notice."""
+
+    def scans(self, file):
+        """[{pages written}] of a trace."""
+        data = subprocess.run(["zstd", "-dcq", file], stdout=subprocess.PIPE, check=True).stdout
+        magic, page, interval_us, pages = struct.unpack_from("<8sIIQ", data)
+        self.assertEqual((magic, page, interval_us), (b"PSTRACE1", 4096, 50000))
+        scans, at = [], 24
+        while at < len(data):
+            count, = struct.unpack_from("<I", data, at)
+            numbers = struct.unpack_from(f"<{2 * count}I", data, at + 4)
+            scans.append({page for i in range(count) for page in range(numbers[2 * i], numbers[2 * i] + numbers[2 * i + 1])})
+            at += 4 + 8 * count
+        self.assertTrue(all(page < pages for scan in scans for page in scan))
+        return scans
+
+    def check_trace(self, answer, file):
+        scans = self.scans(file)
+        self.assertEqual((len(scans), answer["scans"]), (60, 60))
+        self.assertEqual(sum(map(len, scans)), answer["pages_written"])
+        # The agent rewrites 4000 pages a second, nine in ten in the hot 96.
+        written = set().union(*scans)
+        self.assertGreater(len(written), 500)
+        hot = [page for page in written if sum(page in scan for scan in scans) > 30]
+        self.assertGreater(len(hot), 80)
+
+    def test_beside_a_sync_and_by_itself(self):
+        move = self.move(self.spec())
+        source, monitor = move.source_daemon, move.source.sockets.qmp[0]
+        file = f"{self.folder}/t.pstrace.zst"
+        record = ("record", presync.NAME, "--out", file, "--seconds", "3", "--interval", "50ms")
+        self.refused(source, *record, words=["not kept in sync", "--qmp"])
+        self.check_trace(source.ask(*record, "--qmp", monitor), file)
+        move.start()
+        move.wait_synced()
+        self.refused(source, *record, "--qmp", monitor, words=["already", "without --qmp"])
+        self.check_trace(source.ask(*record), file)
+        self.refused(source, "record", presync.NAME, "--out", "/nowhere/t", words=["/nowhere/t"])
         self.launch(move)
 
 

@@ -46,7 +46,7 @@ TEST(ArmingRingTest, IsBounded) {
 // A page that is written in every scan is armed after scans 1, 3, 7, 15, 31, 63, 95, ...: it is
 // looked at once in 2^streak scans, and once in 32 from the sixth sight on.
 TEST(ArmingBackOffTest, AHotPageIsLookedAtEverLessOften) {
-  PageHistories histories(10, 5);
+  PageHistories<PageHistory> histories(10, 5);
   const std::vector<PageRun> page = {{4, 1}};
   histories.OnSent(page);
   bool armed = true;
@@ -62,7 +62,7 @@ TEST(ArmingBackOffTest, AHotPageIsLookedAtEverLessOften) {
 }
 
 TEST(ArmingBackOffTest, OffMeansArmedAtOnce) {
-  PageHistories histories(10, 0);
+  PageHistories<PageHistory> histories(10, 0);
   const std::vector<PageRun> pages = {{4, 3}};
   for (int scan = 0; scan < 20; ++scan) {
     histories.OnScan(pages);
@@ -71,7 +71,7 @@ TEST(ArmingBackOffTest, OffMeansArmedAtOnce) {
 }
 
 TEST(ArmingBackOffTest, ASentPageLeavesTheBackOff) {
-  PageHistories histories(10, 5);
+  PageHistories<PageHistory> histories(10, 5);
   const std::vector<PageRun> page = {{4, 1}};
   for (int scan = 1; scan <= 3; ++scan) histories.OnScan(page);  // streak 2: due after scan 6
   EXPECT_TRUE(histories[4].waiting());
@@ -84,7 +84,7 @@ TEST(ArmingBackOffTest, ASentPageLeavesTheBackOff) {
 }
 
 TEST(ArmingBackOffTest, DueAndFreshPagesComeMergedInOrder) {
-  PageHistories histories(100, 5);
+  PageHistories<PageHistory> histories(100, 5);
   const std::vector<PageRun> hot = {{10, 2}, {50, 1}};
   histories.OnScan(hot);
   histories.OnScan(hot);  // streak 1: due after scan 3
@@ -98,7 +98,7 @@ TEST(ArmingBackOffTest, DueAndFreshPagesComeMergedInOrder) {
 // back-off.
 TEST(ArmingBackOffTest, AFullRingCostsFaultsOnly) {
   constexpr PageCount kHot = 5000;
-  PageHistories histories(2 * kHot, 5);
+  PageHistories<PageHistory> histories(2 * kHot, 5);
   std::vector<PageRun> hot;
   for (PageIndex i = 0; i < kHot; ++i) hot.push_back({2 * i, 1});
   histories.OnScan(hot);

@@ -40,12 +40,17 @@ PageBitmap Set(PageCount size, std::vector<PageRun> runs) {
 }
 
 TEST(MakePolicyTest, KnowsItsNamesAndRefusesOthers) {
-  EXPECT_THAT(PolicyNames(), ElementsAre("ewma", "oldest", "every-scan"));
+  EXPECT_THAT(PolicyNames(), ElementsAre("learned", "ewma", "oldest", "skip-if-dirty",
+                                         "once-a-second", "every-scan"));
   for (std::string_view name : PolicyNames()) EXPECT_EQ(Make(name, 10)->name(), name);
   const auto unknown = MakePolicy("lru", 10);
   EXPECT_EQ(unknown.status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(std::string(unknown.status().message()),
-              ::testing::AllOf(HasSubstr("lru"), HasSubstr("ewma, oldest, every-scan")));
+              ::testing::AllOf(
+                  HasSubstr("lru"),
+                  HasSubstr("learned, ewma, oldest, skip-if-dirty, once-a-second, every-scan")));
+  EXPECT_EQ(MakePolicy("once-a-second", 10, {.scans_per_second = 0}).status().code(),
+            absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(MakePolicy("ewma", 10, {.max_back_off_log2 = 6}).status().code(),
             absl::StatusCode::kInvalidArgument);
 }
@@ -132,6 +137,30 @@ TEST(EveryScanPolicyTest, ArmsNothingOfItsOwn) {
   std::vector<PageRun> arm;
   policy->AppendPagesToArm(&arm);
   EXPECT_THAT(arm, IsEmpty());
+}
+
+TEST(EveryScanPolicyTest, WantsAllInEveryScanAndTheOtherOnceASecond) {
+  auto every_scan = Make("every-scan", 10), once_a_second = Make("once-a-second", 10);
+  for (int scan = 1; scan <= 30; ++scan) {
+    Scans(*every_scan, 1);
+    Scans(*once_a_second, 1);
+    EXPECT_EQ(every_scan->Goal(7), 0u);
+    EXPECT_EQ(once_a_second->Goal(7), scan % 10 == 0 ? 0 : UINT32_MAX) << scan;
+  }
+}
+
+TEST(SkipIfDirtyPolicyTest, WhatWasJustWrittenComesLast) {
+  auto policy = Make("skip-if-dirty", 10);
+  const std::vector<PageRun> written = {{0, 2}, {5, 1}};
+  policy->OnScan(written);
+  std::vector<PageRun> arm;
+  policy->AppendPagesToArm(&arm);
+  EXPECT_EQ(arm, written) << "it has to see whether they are written again";
+  const PageBitmap stale = Set(10, {{0, 8}});
+  EXPECT_THAT(Choose(*policy, stale, 4), ElementsAre(PageRun{2, 3}, PageRun{6, 1}));
+  EXPECT_THAT(Choose(*policy, stale, 6), ElementsAre(PageRun{0, 1}, PageRun{2, 3}, PageRun{6, 2}));
+  Scans(*policy, 1);
+  EXPECT_THAT(Choose(*policy, stale, 4), ElementsAre(PageRun{0, 4}));
 }
 
 // Pages 0, 1 and 2 are written in scans 1, 2 and 3.

@@ -11,6 +11,7 @@
 //                        Nine in ten rewrites hit the hot 1/64 of the area, the rest any page.
 //                        With 0 all rewrites are spread evenly.
 //   presync.record_ms=N  time between two records of the file, 10..60000 (200)
+//   presync.evidence=0   no rewritten memory and no file: the workload alone (for traces of it)
 //   presync.spin=1       run units of work (see "work") all the time, at idle priority
 //   presync.workload=X   only to be named in H, and for the defaults above
 //
@@ -71,7 +72,7 @@ struct beat {
 };
 
 static struct {
-  long beat_ms, spin;
+  long beat_ms, spin, keep_evidence;
   struct evidence_config evidence;
   char workload[32];
 } config = {.workload = "idle"};
@@ -316,6 +317,7 @@ static void read_config(void) {
   config.evidence.area_mb = parameter(cmdline, "presync.area_mb=", hammer ? 64 : 16, 1, 4096);
   config.evidence.pages_s = parameter(cmdline, "presync.pages_s=", hammer ? 0 : 50, 0, 1000000);
   config.evidence.record_ms = parameter(cmdline, "presync.record_ms=", 200, 10, 60000);
+  config.keep_evidence = parameter(cmdline, "presync.evidence=", 1, 0, 1);
   config.spin = parameter(cmdline, "presync.spin=", 0, 0, 1);
 }
 
@@ -336,7 +338,7 @@ int main(void) {
     fprintf(stderr, "agent: cannot open %s or a pipe: %s\n", PORT, strerror(errno));
     return 1;
   }
-  if (!evidence_start(&config.evidence)) return 1;
+  if (config.keep_evidence && !evidence_start(&config.evidence)) return 1;
   start_thread(job_runner);
   if (config.spin) start_thread(spinner);
   // After the threads were made: they must not inherit it.

@@ -173,6 +173,7 @@ static uint64_t bad_records(void) {
 struct evidence evidence_check(void) {
   struct evidence found = {.pages = area_pages};
   uint64_t sum = 0;
+  if (area == NULL) return found;
   atomic_store(&check_wants_area, true);
   pthread_mutex_lock(&area_lock);
   for (size_t i = 0; i < area_pages; i++) {

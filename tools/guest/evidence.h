@@ -28,7 +28,8 @@ struct evidence {
 // memory or the disk is missing.
 bool evidence_start(const struct evidence_config* config);
 
-// Verifies everything; rewriting stands still meanwhile.  Any thread, one at a time.
+// Verifies everything; rewriting stands still meanwhile.  All zeros if nothing was started.  Any
+// thread, one at a time.
 struct evidence evidence_check(void);
 
 // A checksum of whole words; also used as a unit of work.

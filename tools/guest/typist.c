@@ -1,12 +1,12 @@
 // typist - types into a program on a terminal of its own, as a person would: the text workload.
 //
-//   typist PROGRESS_FILE vim DOCUMENT...
+//   typist [-s SEED] [-k KEY_MS] PROGRESS_FILE vim DOCUMENT...
 //
-// Runs vim on a pseudo-terminal of 80x24, and for ever: types words (about 6 keys a second, with
-// pauses to think), moves about, searches, undoes, deletes lines so that the document keeps its
-// size, and saves every 10 s.  What vim draws is read and forgotten, as a terminal would.
-// PROGRESS_FILE holds the number of keys typed so far.  The random numbers are the same in each
-// run.
+// Runs vim on a pseudo-terminal of 80x24, and for ever: types words (a key each 170 ms or KEY_MS on
+// average, with pauses to think), moves about, searches, undoes, deletes lines so that the document
+// keeps its size, and saves every 10 s.  What vim draws is read and forgotten, as a terminal would.
+// PROGRESS_FILE holds the number of keys typed so far.  The random numbers are the same in each run
+// with the same SEED.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -20,7 +20,6 @@
 #include <unistd.h>
 
 enum {
-  kKeyMs = 170,     // a fair typist: 70 words a minute
   kSaveMs = 10000,  // what the workload is asked for
   kGrowLines = 40,  // lines typed before as many are deleted
 };
@@ -28,6 +27,7 @@ enum {
 static int terminal, progress;
 static unsigned long keys;
 static unsigned seed = 20240607;
+static unsigned key_ms = 170;  // a fair typist: 70 words a minute
 
 static unsigned below(unsigned n) { return (unsigned)rand_r(&seed) % n; }
 
@@ -57,7 +57,7 @@ static void type_key(char key) {
   char text[32];
   int length = snprintf(text, sizeof text, "%lu\n", ++keys);
   if (pwrite(progress, text, (size_t)length, 0) < 0) perror("typist: progress");
-  wait_ms(kKeyMs / 2 + below(kKeyMs));
+  wait_ms(key_ms / 2 + below(key_ms));
 }
 
 static void type_keys(const char* text) {
@@ -128,21 +128,34 @@ static void run(void) {
   }
 }
 
-int main(int argc, char** argv) {
-  if (argc < 3) {
-    fprintf(stderr, "usage: typist PROGRESS_FILE PROGRAM ARGS...\n");
-    return 2;
+static void usage(void) {
+  fprintf(stderr, "usage: typist [-s SEED] [-k KEY_MS] PROGRESS_FILE PROGRAM ARGS...\n");
+  exit(2);
+}
+
+static char** parse(int argc, char** argv) {
+  for (int option; (option = getopt(argc, argv, "+s:k:")) != -1;) {
+    long value = option == '?' ? 0 : atol(optarg);
+    if (value < 1 || value > 1000000) usage();
+    if (option == 's') seed += (unsigned)value - 1;
+    if (option == 'k') key_ms = (unsigned)value;
   }
-  progress = open(argv[1], O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+  if (argc - optind < 2) usage();
+  return argv + optind;
+}
+
+int main(int argc, char** argv) {
+  argv = parse(argc, argv);
+  progress = open(argv[0], O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
   struct winsize size = {.ws_row = 24, .ws_col = 80};
   pid_t child = forkpty(&terminal, NULL, NULL, &size);
   if (progress < 0 || child < 0) {
-    fprintf(stderr, "typist: cannot open %s or a terminal: %s\n", argv[1], strerror(errno));
+    fprintf(stderr, "typist: cannot open %s or a terminal: %s\n", argv[0], strerror(errno));
     return 1;
   }
   if (child == 0) {
-    execvp(argv[2], argv + 2);
-    perror(argv[2]);
+    execvp(argv[1], argv + 1);
+    perror(argv[1]);
     _exit(127);
   }
   wait_ms(3000);  // to start and draw; keys typed earlier are only read later

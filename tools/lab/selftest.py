@@ -14,7 +14,7 @@ import time
 import unittest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from lab import guest, hosts, qmp  # noqa: E402  (after the path is set)
+from lab import charts, experiment, experiment_page, guest, hosts, qmp  # noqa: E402  (after the path is set)
 from lab.agent import Beat, BeatReader, judge  # noqa: E402
 
 
@@ -51,6 +51,49 @@ class JudgeTest(unittest.TestCase):
         self.assertEqual([(b.number, b.guest_ns) for b in reader.beats()],
                          [(1, 10), (2, 20), (3, 30)])
         self.assertEqual(reader.problems(), [])
+
+
+class ExperimentTest(unittest.TestCase):
+    """What the experiment makes of its rows."""
+
+    def row(self, method, launch, ms, **more):
+        return {"workload": "text", "method": method, "launch": launch, "loop": False, "launch_ms": ms, "done_ms": ms,
+                "downtime_ms": ms / 2, "gap_ms": ms, "bytes_before": 10**7, "bytes_after": 10**6, "guest": "unharmed",
+                **more}
+
+    def result(self):
+        rows = [self.row("presync", n, ms) for n, ms in ((1, 80), (2, 90), (3, 200))]
+        rows += [self.row("pre-copy", 1, 1800, guest="HARMED: beats"), {**self.row("pre-copy", 2, 1500), "loop": True},
+                 {"workload": "text", "method": "post-copy", "launch": 1, "loop": False, "error": "<refused>"}]
+        summary = experiment.summarize(rows)
+        return {"rows": rows, "summary": summary, "goals": experiment.goals(summary), "left_out": {"rdma": "no device"},
+                "seed": 1, "link_mbit": 1000, "promise": "100ms", **experiment.machine()}
+
+    def test_medians_leave_out_loops_and_failures(self):
+        presync_line, stock, failed = self.result()["summary"]
+        self.assertEqual((presync_line["launch_ms_median"], presync_line["launch_ms_worst"]), (90, 200))
+        self.assertEqual((stock["launches"], stock["done_ms_median"], stock["harmed"]), (1, 1800, 1))
+        self.assertEqual((failed["launches"], failed["failed"], failed["error"]), (0, 1, "<refused>"))
+
+    def test_goals_are_missed_aloud(self):
+        goals = dict(self.result()["goals"])
+        self.assertTrue(goals["text: launch 90 ms (at most 100)"])
+        self.assertTrue(goals["text: downtime 45 ms (at most 50)"])
+        self.assertTrue(goals["text: 20.0 times as fast as pre-copy (at least 15)"])
+        rows = [self.row("presync", 1, 150), self.row("pre-copy", 1, 1500)]
+        self.assertEqual([ok for _, ok in experiment.goals(experiment.summarize(rows))][:3], [False, False, False])
+
+    def test_page_needs_no_network_and_hides_no_failure(self):
+        page = experiment_page.render(self.result())
+        for word in ("http", "src=", "<script", "<refused>"):
+            self.assertNotIn(word, page)
+        for word in ("&lt;refused&gt;", "1 harmed", "no device", "<svg"):
+            self.assertIn(word, page)
+
+    def test_charts_stand_empty_and_single_measurements(self):
+        self.assertIn("No measurements", charts.curves({"a": []}, "ms"))
+        self.assertIn("none", charts.bars(["g"], ["s"], lambda g, s: None, "ms"))
+        self.assertIn("<polyline", charts.curves({"a": [(0, 0)]}, "ms"))
 
 
 class HostsTest(unittest.TestCase):

@@ -12,9 +12,13 @@
 #include "absl/strings/str_cat.h"
 #include "tools/common/local_api.h"
 #include "tools/common/units.h"
+#include "tools/presync/bench.h"
 #include "tools/presync/doctor.h"
+#include "tools/presync/record.h"
 #include "tools/presync/render.h"
+#include "tools/presync/replay.h"
 #include "tools/presyncd/config.h"
+#include "transport/rdma/rdma_options.h"
 
 namespace presync {
 namespace {
@@ -40,6 +44,7 @@ struct Options {
   double interval_s = 1;
   // launch
   bool verify = false;
+  RecordOptions record;
 };
 
 int Fail(const absl::Status& status, bool json, ExitCode code = kFailed) {
@@ -173,6 +178,98 @@ void AddStart(CLI::App* app, Options* o) {
   app->add_flag("--wait", o->wait, "Return when all memory was copied once");
 }
 
+CLI::App* AddBenchLink(CLI::App* app, BenchLinkCommand* o) {
+  CLI::App* bench = app->add_subcommand("bench", "Measure presync's own parts; needs no presyncd");
+  bench->require_subcommand(1);
+  CLI::App* link = bench->add_subcommand(
+      "link",
+      "How fast is the page link? Without HOST: the server, which ends with its first client. With "
+      "HOST: measure the link to the server there, as ib_write_bw does");
+  link->add_option("host", o->peer, "HOST or HOST:PORT of the server");
+  link->add_flag("--json", o->json, "Print JSON");
+  link->add_option("-p,--port", o->port, "The server's port")->capture_default_str();
+  link->add_option("--listen", o->listen, "Server: only on this address");
+  link->add_flag("--keep", o->keep, "Server: serve until interrupted");
+  link->add_option("--memory", o->memory,
+                   "Memory that is written to; server: the most it gives away (256M; server: 4G)");
+  link->add_option("--folder", o->folder, "Where that memory is: on tmpfs or hugetlbfs")
+      ->capture_default_str();
+  link->add_option("--transport", o->transport, "auto, rdma or tcp")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"auto", "rdma", "tcp"}));
+  link->add_option("-s,--size", o->size, "Bytes of a message, 4K to 4M")->capture_default_str();
+  link->add_flag("-a,--all", o->all_sizes, "All sizes from 4K to 4M");
+  link->add_option("--pattern", o->pattern,
+                   "contiguous: messages follow each other in memory; scattered: they lie apart")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"contiguous", "scattered"}));
+  link->add_option("-t,--depth", o->depth, "Messages under way at a time")
+      ->capture_default_str()
+      ->check(CLI::Range(1u, 65536u));
+  link->add_option("-n,--iterations", o->iterations, "Messages of each size (else: --duration)");
+  link->add_option("-D,--duration", o->duration, "Time for each size")->capture_default_str();
+  link->add_option("--tcp-streams", o->tcp_streams, "Connections of the TCP link")
+      ->capture_default_str()
+      ->check(CLI::Range(1u, 64u));
+  link->add_option("-q,--queue-pairs", o->queue_pairs, "Queue pairs on each RDMA device")
+      ->capture_default_str()
+      ->check(CLI::Range(1u, kMaxRdmaQueuePairs));
+  link->add_option("-d,--devices", o->devices, "RDMA devices of this host to use (else any)")
+      ->delimiter(',');
+  link->add_option("--max-write", o->max_write,
+                   "Longest single RDMA write: neighbouring messages are joined up to it (1M)");
+  return link;
+}
+
+void AddRecord(CLI::App* app, Options* o) {
+  app->add_option("name", o->name, "A guest that presyncd keeps in sync; with --qmp any name")
+      ->required();
+  app->add_option("--out", o->record.out, "The trace file; compressed if it ends in .zst")
+      ->required();
+  app->add_option("--qmp", o->qmp,
+                  "Open the guest behind this monitor without presyncd, which must not have it "
+                  "(needs root)");
+  app->add_option("--glue", o->glue, "With --qmp: the plug-in's socket, if it is not found");
+  app->add_option("--seconds", o->record.seconds, "How long (default: until Ctrl-C)")
+      ->check(CLI::Range(0.1, 1e6));
+  app->add_option("--interval", o->record.interval, "Time between two scans, 10ms to 60s")
+      ->capture_default_str();
+}
+
+int Record(const Options& options) {
+  RecordOptions record = options.record;
+  record.name = options.name;
+  record.qmp = options.qmp;
+  record.glue = options.glue;
+  record.socket = options.socket;
+  record.json = options.json;
+  ::signal(SIGTERM, [](int) { interrupted = true; });  // the file is to be whole then, too
+  return RunRecord(record, &interrupted);
+}
+
+void AddReplay(CLI::App* app, ReplayCommand* r) {
+  app->add_option("--trace", r->traces, "Trace files, plain or zstd-compressed")->required();
+  app->add_option("--policy", r->policies,
+                  "every-scan, once-a-second, skip-if-dirty, oldest, ewma, learned, optimum or all")
+      ->required()
+      ->delimiter(',');
+  auto* set_point = app->add_option("--set-point", r->set_points, "Stale pages to hold at most")
+                        ->delimiter(',')
+                        ->check(CLI::NonNegativeNumber);
+  app->add_option("--max-launch-time", r->max_launch_time,
+                  "Instead: what a launch may take, e.g. 100ms; needs --link")
+      ->excludes(set_point);
+  app->add_option("--link", r->link,
+                  "The link's goodput, e.g. 1Gbit: limits each scan, and predicts launch times");
+  r->fixed_cost = "45ms";
+  app->add_option("--fixed-cost", r->fixed_cost, "What a launch takes besides moving memory")
+      ->capture_default_str();
+  app->add_option("--back-off", r->max_back_off_log2,
+                  "Arming back-off of up to 2^this scans; 0 is off")
+      ->capture_default_str()
+      ->check(CLI::Range(0, 5));
+}
+
 int Main(int argc, char** argv) {
   CLI::App app{
       "presync keeps a running guest's memory mirrored on another host, and launches it there.\n"
@@ -204,9 +301,16 @@ int Main(int argc, char** argv) {
   launch->add_flag("--wait", options.wait, "Wait for the first full sync");
   CLI::App* stop = add("stop", "End a sync; the guest goes on here");
   stop->add_option("name", options.name, "The guest's name")->required();
+  CLI::App* record = add("record", "Write down which pages a guest writes, for presync replay");
+  AddRecord(record, &options);
+  CLI::App* replay = add("replay", "Play recorded traces through the policies, off line");
+  ReplayCommand replay_command;
+  AddReplay(replay, &replay_command);
   CLI::App* doctor = add("doctor", "Look whether this host, and a guest, are ready");
   doctor->add_option("--qmp", options.qmp, "Also look at the QEMU behind this monitor");
   doctor->add_option("--glue", options.glue, "The plug-in's socket, if it is not found by itself");
+  BenchLinkCommand bench_link;
+  CLI::App* link = AddBenchLink(&app, &bench_link);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
@@ -215,10 +319,16 @@ int Main(int argc, char** argv) {
   }
   ::signal(SIGINT, [](int) { interrupted = true; });
 
+  if (link->parsed()) return RunBenchLink(bench_link);
   if (start->parsed()) return Start(options);
   if (status->parsed()) return Status(options);
   if (launch->parsed()) return Launch(options);
   if (stop->parsed()) return Stop(options);
+  if (record->parsed()) return Record(options);
+  if (replay->parsed()) {
+    replay_command.json = options.json;
+    return RunReplay(replay_command);
+  }
   return RunDoctor(
       {.qmp = options.qmp, .glue = options.glue, .json = options.json, .socket = options.socket});
 }

@@ -40,7 +40,7 @@ struct Config {
   uint32_t tcp_streams = 4;
   std::string compression = "auto";
   std::string dirty_log = "auto";
-  std::string policy = "ewma";
+  std::string policy = "learned";
 
   std::map<std::string, TargetGuestConfig> guests;
 };

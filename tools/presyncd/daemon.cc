@@ -15,6 +15,7 @@
 #include "qemu-glue/open_guest.h"
 #include "tools/common/local_api.h"
 #include "tools/common/units.h"
+#include "tools/presyncd/recording_api.h"
 #include "tools/presyncd/recovery.h"
 #include "tools/presyncd/status_json.h"
 #include "transport/tcp/socket.h"
@@ -159,6 +160,7 @@ Json Daemon::Handle(const Json& request) {
   if (command == "start") answer = Start(request);
   if (command == "launch") answer = Launch(request);
   if (command == "stop") answer = Stop(request);
+  if (command == "record") answer = Record(request);
   if (command == "status") answer = Status(request);
   if (!answer.ok()) {
     spdlog::warn("{} {}: {}", command, TextOr(request, "name", ""),
@@ -324,6 +326,18 @@ absl::StatusOr<Json> Daemon::Stop(const Json& request) {
     }
   }
   return Json::object();
+}
+
+absl::StatusOr<Json> Daemon::Record(const Json& request) {
+  const std::string name = TextOr(request, "name", "");
+  const std::shared_ptr<SourceSession> session = Find(name);
+  if (session == nullptr) {
+    return absl::NotFoundError(
+        absl::StrCat(name,
+                     " is not kept in sync from this host; with --qmp presync record opens a "
+                     "guest by itself"));
+  }
+  return AnswerRecord(session->recording(), session->pages(), request);
 }
 
 Json Daemon::Status(const Json& request) const {

@@ -42,6 +42,7 @@ class Daemon {
   absl::StatusOr<nlohmann::json> Start(const nlohmann::json& request);
   absl::StatusOr<nlohmann::json> Launch(const nlohmann::json& request);
   absl::StatusOr<nlohmann::json> Stop(const nlohmann::json& request);
+  absl::StatusOr<nlohmann::json> Record(const nlohmann::json& request);
   nlohmann::json Status(const nlohmann::json& request) const;
   absl::StatusOr<SourceSessionOptions> SessionOptions(const nlohmann::json& request,
                                                       const std::string& peer) const;

@@ -16,6 +16,7 @@ Json Millis(absl::Duration duration) {
 Json SourceStatusToJson(const SessionStatus& status) {
   const SyncProgress& p = status.progress;
   return {{"name", status.guest},
+          {"qmp", status.guest_address},
           {"session", status.session},
           {"state", std::string(StateName(status.state))},
           {"to", status.peer},

@@ -66,7 +66,7 @@ SourceSession::SourceSession(SourceSessionOptions options, std::unique_ptr<Diale
       started_(absl::Now()),
       dialer_(std::move(dialer)),
       memory_(std::move(memory)),
-      log_(std::move(log)),
+      log_(std::make_unique<WriteRecorder>(std::move(log), &memory_)),
       guest_(std::move(guest)) {}
 
 SourceSession::~SourceSession() {
@@ -149,6 +149,8 @@ void SourceSession::Run() {
       if (absl::Status s = Connect(); !s.ok()) problem_ = std::string(s.message());
     }
     if (!Open()) {
+      // A log that fails here fails in the sync's own look too.
+      recording_.Step(log_.get(), absl::Now()).IgnoreError();
       if (absl::Status s = TickConnected(); !s.ok()) LoseLink(s);
     }
     if (absl::Now() >= next_publish_) Publish();
@@ -166,6 +168,7 @@ void SourceSession::Run() {
     }
     state_ = SessionState::kStopped;
   }
+  recording_.End(absl::StrCat("the sync ended: ", options_.guest, " is ", StateName(state_)));
   if (record_ != nullptr && !record_->used()) RemoveRecord();
   sync_->DetachLink();
   EndReturn();
@@ -305,6 +308,8 @@ void SourceSession::Serve(LaunchOrder* order) {
                       : run_state.status());
     return;
   }
+  recording_.End("a launch ended it");
+  log_->StopRecording();
   state_ = SessionState::kLaunching;
   EndReturn();
   Publish();
@@ -405,6 +410,7 @@ void SourceSession::Settle(SessionState state, const absl::Status& why) {
 void SourceSession::Publish() {
   SessionStatus status = {.state = state_,
                           .guest = options_.guest,
+                          .guest_address = options_.guest_address,
                           .session = IdToHex(id_),
                           .peer = dialer_->peer(),
                           .link = connected_ ? std::string(connection_.link->name()) : "",

@@ -18,9 +18,11 @@
 #include "transport/memory.h"
 #include "transport/sync/dialer.h"
 #include "transport/sync/link_return.h"
+#include "transport/sync/session_recording.h"
 #include "transport/sync/source_connection.h"
 #include "transport/sync/source_handover.h"
 #include "transport/sync/source_sync.h"
+#include "transport/sync/write_recorder.h"
 
 namespace presync {
 
@@ -60,7 +62,8 @@ absl::string_view StateName(SessionState state);
 struct SessionStatus {
   SessionState state = SessionState::kConnecting;
   std::string guest;
-  std::string session;  // the id, in hex
+  std::string guest_address;  // as in the options
+  std::string session;        // the id, in hex
   std::string peer;
   std::string link;                       // "rdma", "tcp" or empty
   std::vector<std::string> link_devices;  // of an RDMA link, by name
@@ -100,6 +103,10 @@ class SourceSession {
   // Ends the sync and tells the target to forget the memory. The guest goes on here.
   // FAILED_PRECONDITION: a launch is under way, or the guest's fate is in doubt.
   absl::Status Stop() ABSL_LOCKS_EXCLUDED(mutex_);
+
+  // Records what the guest writes, beside the sync, while the session lasts. A launch ends it.
+  SessionRecording* recording() { return &recording_; }
+  PageCount pages() const { return memory_.pages(); }
 
  private:
   struct LaunchOrder {
@@ -150,8 +157,9 @@ class SourceSession {
   const absl::Time started_;
   const std::unique_ptr<Dialer> dialer_;
   const GuestMemory memory_;
-  const std::unique_ptr<DirtyLog> log_;
+  const std::unique_ptr<WriteRecorder> log_;
   const std::unique_ptr<SourceGuest> guest_;
+  SessionRecording recording_;
 
   // The session thread's own.
   std::unique_ptr<SourceSync> sync_;

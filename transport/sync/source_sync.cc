@@ -34,7 +34,10 @@ constexpr absl::Duration kMeterEvery = absl::Seconds(1);
 absl::StatusOr<std::unique_ptr<SourceSync>> SourceSync::Create(const GuestMemory* memory,
                                                                DirtyLog* log,
                                                                SourceSyncOptions options) {
-  absl::StatusOr<std::unique_ptr<SendPolicy>> policy = MakePolicy(options.policy, memory->pages());
+  absl::StatusOr<std::unique_ptr<SendPolicy>> policy = MakePolicy(
+      options.policy, memory->pages(),
+      {.scans_per_second =
+           static_cast<uint32_t>(std::max<int64_t>(absl::Seconds(1) / options.scan_interval, 1))});
   if (!policy.ok()) return policy.status();
   return std::unique_ptr<SourceSync>(
       new SourceSync(memory, log, std::move(options), *std::move(policy)));
@@ -121,10 +124,12 @@ absl::Status SourceSync::Tick() {
   }
   const PageCount set_point = SetPointPages(options_.max_launch_time, cost());
   const PageCount sendable = ledger_.sendable().count();
-  const PageCount above = PagesToSend(sendable, set_point, UINT64_MAX);
-  first_pass_done_ |= above == 0 || ledger_.first_pass_done();
+  first_pass_done_ |= sendable <= set_point || ledger_.first_pass_done();
+  // A policy may want to go below the set-point, but the promise is kept whatever it wants.
+  const PageCount goal = std::min(set_point, policy_->Goal(set_point));
+  const PageCount above = PagesToSend(sendable, goal, UINT64_MAX);
   if (above > 0 && pending_.empty()) {
-    const PageCount allowed = PagesToSend(sendable, set_point, pacer_.AvailableBytes(now));
+    const PageCount allowed = PagesToSend(sendable, goal, pacer_.AvailableBytes(now));
     starved_ |= allowed < above;
     // A few writes at a time keep the choice fresh; the link takes more at the next step.
     if (absl::Status s = Send(std::min(allowed, 4 * kMaxWritePages)); !s.ok()) return s;

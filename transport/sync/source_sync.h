@@ -29,7 +29,7 @@ struct SourceSyncOptions {
   absl::Duration max_launch_time = absl::Milliseconds(100);  // the promise
   absl::Duration fixed_cost = absl::Milliseconds(45);  // of a handover, until one was measured here
   uint64_t max_bytes_per_s = 0;                        // of the background sync; 0 = no cap
-  std::string policy = "ewma";
+  std::string policy = "learned";
   std::function<absl::Time()> now = absl::Now;
 };
 

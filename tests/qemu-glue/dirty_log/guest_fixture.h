@@ -53,6 +53,8 @@ class SyntheticGuest {
   const std::string& socket() const { return socket_; }
   const std::vector<RegionFile>& regions() const { return regions_; }
   PageCount pages() const { return regions_.back().run.end(); }
+  // The files behind its regions, in their order.
+  const std::vector<UniqueFd>& files() const { return files_; }
   // A page's bytes, through a mapping of our own.
   std::byte* Page(PageIndex page) const;
 

@@ -31,6 +31,7 @@ static int region_count;
 static atomic_bool writers_stop;
 static pthread_t writers[WRITERS];
 static uint64_t seeds[WRITERS];
+static useconds_t rest_us;
 static int other_uffd = -1;
 
 static volatile char* page_of(uint32_t region, uint32_t page) {
@@ -53,6 +54,7 @@ static void* write_at_random(void* seed) {
     const uint32_t region = (uint32_t)(value >> 40) % (uint32_t)region_count;
     const uint32_t page = (uint32_t)(value >> 8) % regions[region].pages;
     *(volatile uint64_t*)(page_of(region, page) + value % 500 * 8) = value;
+    if (rest_us > 0) usleep(rest_us);
   }
   return NULL;
 }
@@ -106,6 +108,7 @@ static int carry_out(const struct guest_command* c) {
       return for_each_page(c);
     case GUEST_START_WRITERS:
       atomic_store(&writers_stop, false);
+      rest_us = c->count > 0 ? c->count - 1 : 0;
       for (int i = 0; i < WRITERS; ++i) {
         seeds[i] = c->seed + (uint64_t)i + 1;
         const int error = pthread_create(&writers[i], NULL, write_at_random, &seeds[i]);

@@ -8,7 +8,8 @@ enum guest_op {
   GUEST_STORE = 1,      /* change a byte of each page */
   GUEST_READ_INTO,      /* the same by read(2) */
   GUEST_VM_WRITE,       /* the same by process_vm_writev(2) */
-  GUEST_START_WRITERS,  /* threads that write at random, from `seed` on */
+  GUEST_START_WRITERS,  /* threads that write at random, from `seed` on; after each write they
+                           rest `count` - 1 microseconds, a vCPU that has other things to do too */
   GUEST_STOP_WRITERS,   /* answered when they have ended */
   GUEST_REGISTER_OTHER, /* a userfaultfd of its own on the region */
   GUEST_MAP_AGAIN,      /* a second mapping of the region's file */

@@ -1,0 +1,142 @@
+#include "predictor/learned_model.h"
+
+#include <algorithm>
+
+#include "predictor/learned_page.h"
+
+namespace presync {
+namespace {
+
+using Model = LearnedModel;
+
+// The tables below are made by the compiler, in doubles, from sums and products alone: no library
+// whose last bit might differ.
+constexpr double Exp(double x) {
+  double sum = 1, term = 1;
+  for (int i = 1; i < 24; ++i) sum += term *= x / 1024 / i;
+  for (int i = 0; i < 10; ++i) sum *= sum;
+  return sum;
+}
+
+constexpr double Log(double y) {
+  double x = 0;
+  for (int i = 0; i < 100; ++i) x += 2 * (y - Exp(x)) / (y + Exp(x));
+  return x;
+}
+
+constexpr int kUnit = 1024;        // of log-odds
+constexpr int kLimit = 8 * kUnit;  // sums are cut here: 1 in 3000
+constexpr int kCertain = 4096;     // of probabilities
+
+// Of the sum of log-odds, in steps of 16.
+constexpr auto kSigmoid = [] {
+  std::array<int16_t, 2 * kLimit / 16> table{};
+  for (size_t i = 0; i < table.size(); ++i) {
+    const double log_odds = (16.0 * static_cast<double>(i) + 8 - kLimit) / kUnit;
+    table[i] = static_cast<int16_t>(kCertain / (1 + Exp(-log_odds)) + 0.5);
+  }
+  return table;
+}();
+
+constexpr int Probability(int log_odds) {
+  return kSigmoid[(std::clamp(log_odds, -kLimit, kLimit - 1) + kLimit) / 16];
+}
+
+// The prior: 1 - exp(-(horizon / gap)^0.7), the gap being the larger of the usual one and the age:
+// a stretched exponential, since real pages write in bursts. As log-odds, by quarters of an octave
+// of horizon / gap.
+constexpr int kPriorLow = -56;
+constexpr auto kPrior = [] {
+  std::array<int16_t, 128> table{};
+  for (size_t i = 0; i < table.size(); ++i) {
+    const double octaves = (static_cast<int>(i) + kPriorLow) / 4.0;
+    const double power = Exp(0.7 * 0.693147180559945 * octaves);
+    const double log_odds = power > 8 ? 3.9 : Log(Exp(power) - 1);
+    table[i] = static_cast<int16_t>(std::clamp(log_odds, -3.9, 3.9) * kUnit);
+  }
+  return table;
+}();
+
+int Prior(const Model::Cells& cells, size_t horizon) {
+  const uint32_t age = Log2Sixteenths(Model::kClassAges[cells.age_class] + 1) / 4;
+  const uint32_t gap = std::max<uint32_t>(cells.gap_log2_quarters, age);
+  const uint32_t quarters = Log2Sixteenths(Model::kHorizonScans[horizon]) / 4;
+  return kPrior[quarters - gap - kPriorLow];
+}
+
+// How far a correction moves, in 1/1024 of the error: 0.7 / (n + 2), not below 0.03 so that it
+// never ceases to follow the guest.
+constexpr auto kRate = [] {
+  std::array<int16_t, 64> table{};
+  for (size_t n = 0; n < table.size(); ++n) {
+    table[n] = static_cast<int16_t>(kUnit * std::max(0.7 / (static_cast<double>(n) + 2), 0.03));
+  }
+  return table;
+}();
+
+// What a probability counts in the score: a page that is written at once costs its whole transfer,
+// one that is written much later was worth sending for so long.
+constexpr std::array<int, Model::kHorizons> kWeight = {2, 2, 2, 1, 1, 1, 1};
+
+uint16_t Hash(uint32_t key, uint32_t context, uint32_t entries) {
+  key = (key + context * 0x4a21935d) * 0x9e3779b1;
+  key ^= key >> 15;
+  key *= 0x85ebca77;
+  return static_cast<uint16_t>((key ^ key >> 13) % entries);
+}
+
+}  // namespace
+
+LearnedModel::LearnedModel() : tables_(kContexts * kEntries) {}
+
+LearnedModel::Cells LearnedModel::Locate(const Features& f) {
+  const uint32_t age = f.age_class;
+  const uint32_t gap = f.last_gap == LearnedPage::kUnseen ? 31 : f.gap_log2_quarters / 2;
+  const std::array<uint32_t, kContexts> keys = {
+      age | gap << 4 | f.writes << 9,
+      age | gap << 4 | f.last_gap << 9,
+      age | f.page >> 4 << 4,
+      age | f.page >> 9 << 4 | f.last_gap << 24,
+      age | f.stamp << 4,
+      age | f.written_then_log2 << 4 | f.run_log4 << 9,
+      age | f.before << 4 | f.after << 8,
+      age | f.after << 4 | gap << 8,
+      age | gap << 4 | f.written_now_log2 << 9,
+  };
+  Cells cells;
+  cells.age_class = static_cast<uint8_t>(age);
+  cells.gap_log2_quarters = static_cast<uint8_t>(f.gap_log2_quarters);
+  for (uint32_t i = 0; i < kContexts; ++i) cells.entry[i] = Hash(keys[i], i, kEntries);
+  return cells;
+}
+
+uint32_t LearnedModel::Score(const Cells& cells) const {
+  std::array<int, kHorizons> log_odds;
+  for (size_t h = 0; h < kHorizons; ++h) log_odds[h] = Prior(cells, h);
+  for (size_t i = 0; i < kContexts; ++i) {
+    const Entry& entry = At(cells, i);
+    for (size_t h = 0; h < kHorizons; ++h) log_odds[h] += entry.correction[h];
+  }
+  int sum = 0;
+  for (size_t h = 0; h < kHorizons; ++h) sum += kWeight[h] * Probability(log_odds[h]);
+  // By the logarithm: cold pages differ by little, and they are the ones that are sent.
+  constexpr int kMost = 10 * kCertain;
+  static_assert(Log2Sixteenths(kMost + 64) - Log2Sixteenths(64) < kScores);
+  return kScores - 1 - (Log2Sixteenths(static_cast<uint32_t>(sum) + 64) - Log2Sixteenths(64));
+}
+
+void LearnedModel::Learn(const Cells& cells, size_t horizon, bool written) {
+  int log_odds = Prior(cells, horizon);
+  for (size_t i = 0; i < kContexts; ++i) log_odds += At(cells, i).correction[horizon];
+  const int error = (written ? kCertain : 0) - Probability(log_odds);
+  for (size_t i = 0; i < kContexts; ++i) {
+    Entry& entry = tables_[i * kEntries + cells.entry[i]];
+    const int rate = kRate[std::min<size_t>(entry.learned / 4, kRate.size() - 1)];
+    int16_t& correction = entry.correction[horizon];
+    correction = static_cast<int16_t>(
+        std::clamp(correction + (error * rate + kCertain / 2) / kCertain, -kLimit, kLimit));
+    if (entry.learned < 4 * kRate.size()) ++entry.learned;
+  }
+}
+
+}  // namespace presync

@@ -1,0 +1,194 @@
+#include "predictor/replay.h"
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "predictor/bitmap.h"
+#include "predictor/check.h"
+
+namespace presync {
+namespace {
+
+// The set of pages as the sync sees them, and what happens to it in a scan.
+class Sync {
+ public:
+  Sync(const TraceHeader& header, SendPolicy& policy, const ReplayOptions& options)
+      : policy_(policy),
+        options_(options),
+        scan_budget_bytes_(BudgetBytes(header, options.cost)),
+        armed_(header.pages, true),
+        stale_(header.pages) {}
+
+  void Scan(absl::Span<const PageRun> written, ReplayResult* result) {
+    seen_.clear();
+    for (const PageRun& run : written) armed_.AppendRunsWithin(run, &seen_);
+    for (const PageRun& run : seen_) {
+      armed_.Clear(run);
+      stale_.Set(run);
+      result->write_faults += run.count;
+    }
+    Timed(result, [&] { Plan(); });
+    for (const PageRun& run : to_arm_) {
+      PRESYNC_CHECK(stale_.CountWithin(run) == run.count);  // synced pages are armed already
+      armed_.Set(run);
+    }
+    for (const PageRun& run : chosen_) {
+      PRESYNC_CHECK(stale_.Clear(run) == run.count);
+      armed_.Set(run);
+      result->pages_sent += run.count;
+    }
+    Timed(result, [&] { policy_.OnSent(chosen_); });
+  }
+
+  PageCount residual() const { return stale_.count(); }
+
+ private:
+  static uint64_t BudgetBytes(const TraceHeader& header, const LaunchCost& cost) {
+    if (cost.link_bytes_per_s == 0) return std::numeric_limits<uint64_t>::max();
+    return static_cast<uint64_t>(static_cast<double>(cost.link_bytes_per_s) *
+                                 header.scan_interval_us / 1e6);
+  }
+
+  void Plan() {
+    to_arm_.clear();
+    chosen_.clear();
+    policy_.OnScan(seen_);
+    policy_.AppendPagesToArm(&to_arm_);
+    const PageCount goal = policy_.Goal(options_.set_point);
+    const PageCount pages = PagesToSend(stale_.count(), goal, scan_budget_bytes_);
+    if (pages > 0) policy_.Choose(stale_, pages, &chosen_);
+  }
+
+  template <typename Body>
+  void Timed(ReplayResult* result, Body body) {
+    const absl::Duration start = options_.cpu_time ? options_.cpu_time() : absl::ZeroDuration();
+    body();
+    if (options_.cpu_time) result->policy_cpu += options_.cpu_time() - start;
+  }
+
+  SendPolicy& policy_;
+  const ReplayOptions& options_;
+  uint64_t scan_budget_bytes_;
+  PageBitmap armed_;
+  PageBitmap stale_;
+  std::vector<PageRun> seen_, to_arm_, chosen_;
+};
+
+void Summarize(std::vector<PageCount> residuals, const LaunchCost& cost, ReplayResult* result) {
+  if (residuals.empty()) return;
+  const size_t n = residuals.size();
+  uint64_t sum = 0;
+  for (PageCount residual : residuals) sum += residual;
+  std::sort(residuals.begin(), residuals.end());
+  result->residual_mean_pages = static_cast<double>(sum) / static_cast<double>(n);
+  result->residual_p95_pages = residuals[(n * 95 + 99) / 100 - 1];
+  result->residual_max_pages = residuals.back();
+  if (cost.link_bytes_per_s == 0) return;
+  // The prediction is linear, so the mean of the predictions is that of the mean.
+  result->launch_mean = cost.fixed + absl::Seconds(result->residual_mean_pages * kPageBytes /
+                                                   static_cast<double>(cost.link_bytes_per_s));
+  result->launch_p95 = PredictLaunchTime(result->residual_p95_pages, cost);
+}
+
+constexpr uint32_t kNever = std::numeric_limits<uint32_t>::max();
+
+class Optimum final : public SendPolicy {
+ public:
+  explicit Optimum(const Trace& trace) : trace_(trace), next_(trace.header().pages, kNever) {
+    next_writes_.resize(trace.pages_written());
+    size_t i = next_writes_.size();
+    for (size_t scan = trace.scans(); scan-- > 0;) {
+      const absl::Span<const PageRun> runs = trace.Scan(scan);
+      for (auto run = runs.rbegin(); run != runs.rend(); ++run) {
+        for (PageIndex page = run->end(); page-- > run->first;) {
+          next_writes_[--i] = std::exchange(next_[page], static_cast<uint32_t>(scan));
+        }
+      }
+    }
+  }
+
+  std::string_view name() const override { return "optimum"; }
+
+  void OnScan(absl::Span<const PageRun>) override {
+    PRESYNC_CHECK(scan_ < trace_.scans());
+    for (const PageRun& run : trace_.Scan(scan_++)) {
+      for (PageIndex page = run.first; page < run.end(); ++page) {
+        next_[page] = next_writes_[written_++];
+      }
+    }
+  }
+
+  // It needs to see nothing: a page is armed by being sent.
+  void AppendPagesToArm(std::vector<PageRun>*) override {}
+  void OnSent(absl::Span<const PageRun>) override {}
+
+  void Choose(const PageBitmap& candidates, PageCount pages,
+              std::vector<PageRun>* chosen) override {
+    chosen->clear();
+    std::vector<std::pair<uint32_t, PageIndex>> order;  // soonest last
+    order.reserve(candidates.count());
+    for (auto run = candidates.NextRun(0); run; run = candidates.NextRun(run->end())) {
+      for (PageIndex page = run->first; page < run->end(); ++page) {
+        order.emplace_back(kNever - next_[page], page);
+      }
+    }
+    if (pages < order.size()) {
+      std::nth_element(order.begin(), order.begin() + pages, order.end());
+      order.resize(pages);
+    }
+    std::sort(order.begin(), order.end(),
+              [](const auto& a, const auto& b) { return a.second < b.second; });
+    for (const auto& [_, page] : order) AppendRun({page, 1}, chosen);
+  }
+
+ private:
+  const Trace& trace_;
+  std::vector<uint32_t> next_;         // of each page, from the current scan on
+  std::vector<uint32_t> next_writes_;  // for each page of each scan in turn: the scan after it
+  size_t scan_ = 0;
+  size_t written_ = 0;
+};
+
+}  // namespace
+
+ReplayResult Replay(const Trace& trace, SendPolicy& policy, const ReplayOptions& options) {
+  ReplayResult result;
+  Sync sync(trace.header(), policy, options);
+  std::vector<PageCount> residuals;
+  residuals.reserve(trace.scans());
+  for (size_t i = 0; i < trace.scans(); ++i) {
+    sync.Scan(trace.Scan(i), &result);
+    residuals.push_back(sync.residual());
+  }
+  result.scans = trace.scans();
+  result.pages_written = trace.pages_written();
+  Summarize(std::move(residuals), options.cost, &result);
+  return result;
+}
+
+std::unique_ptr<SendPolicy> MakeOptimum(const Trace& trace) {
+  return std::make_unique<Optimum>(trace);
+}
+
+uint64_t EveryScanPages(const Trace& trace) { return trace.pages_written(); }
+
+uint64_t OnceASecondPages(const Trace& trace) {
+  const uint32_t scans_per_second = ScansPerSecond(trace.header());
+  PageBitmap second(trace.header().pages);
+  uint64_t pages = 0;
+  for (size_t i = 0; i < trace.scans(); ++i) {
+    for (const PageRun& run : trace.Scan(i)) second.Set(run);
+    if ((i + 1) % scans_per_second != 0) continue;
+    pages += second.count();
+    second.ClearAll();
+  }
+  return pages;  // what a last, incomplete second wrote is not sent
+}
+
+uint32_t ScansPerSecond(const TraceHeader& header) {
+  return std::max(1'000'000 / header.scan_interval_us, 1u);
+}
+
+}  // namespace presync

@@ -1,0 +1,224 @@
+#include "tools/presync/bench.h"
+
+#include <signal.h>
+
+#include <atomic>
+#include <cstdio>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "tools/bench/bench_target_host.h"
+#include "tools/bench/link_bench.h"
+#include "tools/common/local_api.h"
+#include "tools/common/units.h"
+#include "transport/sync/source_connection.h"
+#include "transport/sync/target_service.h"
+#include "transport/tcp/socket.h"
+
+namespace presync {
+namespace {
+
+using Json = nlohmann::json;
+
+constexpr uint64_t kSmallestMessage = 4 << 10;
+constexpr uint64_t kLargestMessage = 4 << 20;
+constexpr absl::Duration kConnectTimeout = absl::Seconds(30);
+constexpr absl::Duration kStallTimeout = absl::Seconds(10);
+
+std::atomic<bool> interrupted = false;
+
+enum ExitCode { kOk = 0, kFailed = 1, kUsage = 2, kUnreachable = 3 };
+
+int Fail(const absl::Status& status, bool json, int code) {
+  if (json) std::printf("%s\n", StatusToJson(status).dump().c_str());
+  std::fprintf(stderr, "presync bench: %s\n", std::string(status.message()).c_str());
+  return code;
+}
+
+absl::StatusOr<uint64_t> MemoryBytes(const BenchLinkCommand& command, const char* fallback) {
+  absl::StatusOr<uint64_t> bytes = ParseSize(command.memory.empty() ? fallback : command.memory);
+  if (bytes.ok() && (*bytes < kPageBytes || *bytes % kPageBytes != 0)) {
+    return absl::InvalidArgumentError("--memory has whole pages of 4096 bytes");
+  }
+  return bytes;
+}
+
+int Serve(const BenchLinkCommand& command) {
+  const absl::StatusOr<uint64_t> max_bytes = MemoryBytes(command, "4G");
+  if (!max_bytes.ok()) return Fail(max_bytes.status(), command.json, kUsage);
+  absl::StatusOr<UniqueFd> listener = Listen(command.listen, command.port);
+  if (!listener.ok()) return Fail(listener.status(), command.json, kFailed);
+  const absl::StatusOr<uint16_t> port = BoundPort(listener->get());
+  if (!port.ok()) return Fail(port.status(), command.json, kFailed);
+
+  BenchTargetHost host(command.folder, *max_bytes);
+  TargetServiceOptions options;
+  options.record_folder = "/dev/null";  // there are no handovers to write down
+  // A client measures and says nothing meanwhile; that it died shows by its connection.
+  options.idle_timeout = absl::Hours(1);
+  options.keep_lost_session = absl::ZeroDuration();
+  options.log = [](bool, const std::string& line) {
+    std::fprintf(stderr, "presync bench: %s\n", line.c_str());
+  };
+  const std::unique_ptr<TargetService> service =
+      TargetService::Start(*std::move(listener), &host, options);
+  std::fprintf(stderr, "presync bench: waiting on port %u\n", unsigned{*port});
+  while (!interrupted && (command.keep || host.places_ended() == 0)) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  }
+  return kOk;
+}
+
+// What the client's words say.
+struct ClientPlan {
+  SessionRequest request;
+  uint64_t memory_bytes = 0;
+  std::vector<LinkBenchOptions> runs;
+};
+
+absl::StatusOr<ClientPlan> MakePlan(const BenchLinkCommand& command) {
+  ClientPlan plan;
+  const absl::StatusOr<uint64_t> memory = MemoryBytes(command, "256M");
+  const absl::StatusOr<uint64_t> size = ParseSize(command.size);
+  const absl::StatusOr<absl::Duration> duration = ParsePositiveDuration(command.duration);
+  if (!memory.ok()) return memory.status();
+  if (!size.ok()) return size.status();
+  if (!duration.ok()) return duration.status();
+  if (!command.all_sizes &&
+      (*size < kSmallestMessage || *size > kLargestMessage || *size % kPageBytes != 0)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--size ", command.size, ": from 4K to 4M, in whole pages of 4096 bytes"));
+  }
+  plan.memory_bytes = *memory;
+  plan.request.session = RandomId();
+  plan.request.guest = "bench-" + IdToHex(plan.request.session);
+  plan.request.tcp_streams = command.tcp_streams;
+  plan.request.transport = command.transport == "tcp"    ? Transport::kTcp
+                           : command.transport == "rdma" ? Transport::kRdma
+                                                         : Transport::kAuto;
+  plan.request.rdma.queue_pairs = command.queue_pairs;
+  plan.request.rdma.devices = command.devices;
+  // A device made of software may take that long for one completion; falling to TCP in time is not
+  // what is measured.
+  plan.request.rdma.stall_timeout = kStallTimeout;
+  if (!command.max_write.empty()) {
+    const absl::StatusOr<uint64_t> max_write = ParseSize(command.max_write);
+    if (!max_write.ok()) return max_write.status();
+    plan.request.rdma.max_write_bytes = *max_write;
+  }
+  LinkBenchOptions options;
+  options.pattern =
+      command.pattern == "scattered" ? LinkPattern::kScattered : LinkPattern::kContiguous;
+  options.depth = command.depth;
+  options.messages = command.iterations;
+  options.duration = *duration;
+  const uint64_t first = command.all_sizes ? kSmallestMessage : *size;
+  const uint64_t last = command.all_sizes ? kLargestMessage : *size;
+  for (options.message_bytes = first; options.message_bytes <= last; options.message_bytes *= 2) {
+    plan.runs.push_back(options);
+  }
+  return plan;
+}
+
+// Bytes that don't compress and are nowhere zero: no link can make less of them.
+void FillRandomly(const GuestMemory& memory) {
+  std::mt19937_64 random(1);
+  for (const Region& region : memory.regions()) {
+    auto* words = reinterpret_cast<uint64_t*>(region.data());
+    for (uint64_t i = 0; i < region.size_bytes() / sizeof(uint64_t); ++i) words[i] = random() | 1;
+  }
+}
+
+Json ResultToJson(const LinkBenchResult& result) {
+  const auto micros = [](absl::Duration d) { return absl::ToDoubleMicroseconds(d); };
+  return {{"size_bytes", result.message_bytes},
+          {"depth", result.depth},
+          {"messages", result.messages},
+          {"seconds", result.seconds()},
+          {"bytes_per_s", result.bytes_per_s()},
+          {"messages_per_s", result.messages_per_s()},
+          {"latency_us",
+           {{"p50", micros(result.latency_p50)},
+            {"p90", micros(result.latency_p90)},
+            {"p99", micros(result.latency_p99)}}},
+          {"cpu_s_per_gb", result.cpu_s_per_gb()}};
+}
+
+void PrintHeader() {
+  std::printf("%9s %10s %12s %12s %10s %10s %10s %10s\n", "#bytes", "#messages", "BW [MB/s]",
+              "rate [1/s]", "p50 [us]", "p90 [us]", "p99 [us]", "CPU [s/GB]");
+}
+
+void PrintRow(const LinkBenchResult& r) {
+  const auto micros = [](absl::Duration d) { return absl::ToDoubleMicroseconds(d); };
+  std::printf("%9llu %10llu %12.1f %12.0f %10.1f %10.1f %10.1f %10.3f\n",
+              static_cast<unsigned long long>(r.message_bytes),
+              static_cast<unsigned long long>(r.messages), r.bytes_per_s() / 1e6,
+              r.messages_per_s(), micros(r.latency_p50), micros(r.latency_p90),
+              micros(r.latency_p99), r.cpu_s_per_gb());
+  std::fflush(stdout);
+}
+
+absl::Status Measure(SourceConnection* connection, const GuestMemory& memory,
+                     const ClientPlan& plan, const BenchLinkCommand& command) {
+  Json report = {{"ok", true},
+                 {"link", std::string(connection->link->name())},
+                 {"devices", connection->devices},
+                 {"why", connection->why},
+                 {"peer", connection->channel->peer()},
+                 {"pattern", command.pattern},
+                 {"rows", Json::array()}};
+  if (!command.json) {
+    std::printf("presync bench link: %s to %s, %s, depth %u, memory %s\n",
+                std::string(connection->link->name()).c_str(), connection->channel->peer().c_str(),
+                command.pattern.c_str(), command.depth, FormatBytes(plan.memory_bytes).c_str());
+    if (!connection->why.empty()) std::printf("  %s\n", connection->why.c_str());
+    PrintHeader();
+  }
+  for (const LinkBenchOptions& options : plan.runs) {
+    const absl::StatusOr<LinkBenchResult> result =
+        MeasureLink(connection->link.get(), memory, options);
+    if (!result.ok()) return result.status();
+    if (command.json) report["rows"].push_back(ResultToJson(*result));
+    if (!command.json) PrintRow(*result);
+  }
+  if (command.json) std::printf("%s\n", report.dump().c_str());
+  return absl::OkStatus();
+}
+
+int Measure(const BenchLinkCommand& command) {
+  const absl::StatusOr<HostAndPort> to = ParseHostPort(command.peer, command.port);
+  if (!to.ok()) return Fail(to.status(), command.json, kUsage);
+  const absl::StatusOr<ClientPlan> plan = MakePlan(command);
+  if (!plan.ok()) return Fail(plan.status(), command.json, kUsage);
+  const absl::StatusOr<GuestMemory> memory = MakeScratchMemory(command.folder, plan->memory_bytes);
+  if (!memory.ok()) return Fail(memory.status(), command.json, kFailed);
+  FillRandomly(*memory);
+
+  TcpDialer dialer(to->host, to->port);
+  absl::StatusOr<SourceConnection> connection =
+      ConnectSource(&dialer, &*memory, plan->request, absl::Now() + kConnectTimeout);
+  if (!connection.ok()) {
+    return Fail(connection.status(), command.json,
+                absl::IsUnavailable(connection.status()) ? kUnreachable : kFailed);
+  }
+  const absl::Status measured = Measure(&*connection, *memory, *plan, command);
+  wire::ControlMessage close;
+  close.mutable_close_session();
+  connection->channel->Send(close, absl::Now() + absl::Seconds(5)).IgnoreError();
+  return measured.ok() ? kOk : Fail(measured, command.json, kFailed);
+}
+
+}  // namespace
+
+int RunBenchLink(const BenchLinkCommand& command) {
+  ::signal(SIGINT, [](int) { interrupted = true; });
+  ::signal(SIGTERM, [](int) { interrupted = true; });
+  return command.peer.empty() ? Serve(command) : Measure(command);
+}
+
+}  // namespace presync
