@@ -48,11 +48,11 @@ TEST_P(RdmaPathTest, FallsToTcpAndKeepsWhatWasSynced) {
   const PathCut cut(GetParam());
   source_.Write(7, 4711);  // so that the link has something to fail with
   ASSERT_TRUE(AwaitLink("tcp"));
-  ASSERT_TRUE(AwaitSynced());
+  // Not AwaitSynced: soft-iWARP may fall before that write was seen.
+  ASSERT_TRUE(Await([&] { return Differences().empty(); }));
   EXPECT_LE(session_->status().progress.pages_sent, sent + 2);
   EXPECT_EQ(session_->status().reconnects, 0u);
   EXPECT_EQ(host_.places_made(), 1);
-  EXPECT_THAT(Differences(), ::testing::IsEmpty());
   StartWriting();
   ASSERT_TRUE(Launch().ok());
   EXPECT_THAT(Differences(), ::testing::IsEmpty());
