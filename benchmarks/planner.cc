@@ -106,6 +106,7 @@ BENCHMARK(BM_BaselineTouch)->Apply(Guests);
 BENCHMARK_CAPTURE(BM_Plan, every_scan, "every-scan")->Apply(Guests);
 BENCHMARK_CAPTURE(BM_Plan, oldest, "oldest")->Apply(Guests);
 BENCHMARK_CAPTURE(BM_Plan, ewma, "ewma")->Apply(Guests);
+BENCHMARK_CAPTURE(BM_Plan, learned, "learned")->Apply(Guests);
 BENCHMARK(BM_ChooseInBulkPhase)->ArgName("pages")->Arg(65'536)->Arg(1 << 24);
 
 }  // namespace

@@ -45,7 +45,7 @@ constexpr int Probability(int log_odds) {
 // The prior: 1 - exp(-(horizon / gap)^0.7), the gap being the larger of the usual one and the age:
 // a stretched exponential, since real pages write in bursts. As log-odds, by quarters of an octave
 // of horizon / gap.
-constexpr int kPriorLow = -56;
+constexpr int kPriorLow = -64;
 constexpr auto kPrior = [] {
   std::array<int16_t, 128> table{};
   for (size_t i = 0; i < table.size(); ++i) {
@@ -57,11 +57,23 @@ constexpr auto kPrior = [] {
   return table;
 }();
 
-int Prior(const Model::Cells& cells, size_t horizon) {
-  const uint32_t age = Log2Sixteenths(Model::kClassAges[cells.age_class] + 1) / 4;
-  const uint32_t gap = std::max<uint32_t>(cells.gap_log2_quarters, age);
-  const uint32_t quarters = Log2Sixteenths(Model::kHorizonScans[horizon]) / 4;
-  return kPrior[quarters - gap - kPriorLow];
+// kPrior by age class and usual gap, one row of all horizons and a lane to spare each.
+constexpr auto kPriors = [] {
+  std::array<std::array<std::array<int16_t, 8>, 64>, Model::kAgeClasses> rows{};
+  for (size_t age_class = 0; age_class < Model::kAgeClasses; ++age_class) {
+    const uint32_t age = Log2Sixteenths(Model::kClassAges[age_class] + 1) / 4;
+    for (uint32_t gap = 0; gap < 64; ++gap) {
+      for (size_t h = 0; h < Model::kHorizons; ++h) {
+        const uint32_t quarters = Log2Sixteenths(Model::kHorizonScans[h]) / 4;
+        rows[age_class][gap][h] = kPrior[quarters - std::max(gap, age) - kPriorLow];
+      }
+    }
+  }
+  return rows;
+}();
+
+const std::array<int16_t, 8>& Priors(const Model::Cells& cells) {
+  return kPriors[cells.age_class][cells.gap_log2_quarters];
 }
 
 // How far a correction moves, in 1/1024 of the error: 0.7 / (n + 2), not below 0.03 so that it
@@ -78,12 +90,17 @@ constexpr auto kRate = [] {
 // one that is written much later was worth sending for so long.
 constexpr std::array<int, Model::kHorizons> kWeight = {2, 2, 2, 1, 1, 1, 1};
 
-uint16_t Hash(uint32_t key, uint32_t context, uint32_t entries) {
-  key = (key + context * 0x4a21935d) * 0x9e3779b1;
-  key ^= key >> 15;
-  key *= 0x85ebca77;
-  return static_cast<uint16_t>((key ^ key >> 13) % entries);
-}
+// Scores by probability alone are at most this.
+constexpr uint32_t kMostSure = 191;
+static_assert(Log2Sixteenths(10 * kCertain + 64) - Log2Sixteenths(64) <= kMostSure);
+// What the larger of usual gap and age counts besides, in 1/32: the tables leave ties.
+constexpr uint32_t kGapWeight = 3;
+static_assert(kMostSure + 63 * 4 * kGapWeight / 32 +
+                  Log2Sixteenths(Model::kClassAges.back() + 1) * Model::kAgeWeights.back() / 32 <
+              Model::kScores);
+
+// For keys that are wider than an index: multiplicative, the high bits.
+uint16_t Hash(uint32_t key) { return static_cast<uint16_t>(key * 0x9e3779b1 >> (32 - 12)); }
 
 }  // namespace
 
@@ -92,50 +109,62 @@ LearnedModel::LearnedModel() : tables_(kContexts * kEntries) {}
 LearnedModel::Cells LearnedModel::Locate(const Features& f) {
   const uint32_t age = f.age_class;
   const uint32_t gap = f.last_gap == LearnedPage::kUnseen ? 31 : f.gap_log2_quarters / 2;
-  const std::array<uint32_t, kContexts> keys = {
-      age | gap << 4 | f.writes << 9,
-      age | gap << 4 | f.last_gap << 9,
-      age | f.page >> 4 << 4,
-      age | f.page >> 9 << 4 | f.last_gap << 24,
-      age | f.stamp << 4,
-      age | f.written_then_log2 << 4 | f.run_log4 << 9,
-      age | f.before << 4 | f.after << 8,
-      age | f.after << 4 | gap << 8,
-      age | gap << 4 | f.written_now_log2 << 9,
-  };
   Cells cells;
   cells.age_class = static_cast<uint8_t>(age);
   cells.gap_log2_quarters = static_cast<uint8_t>(f.gap_log2_quarters);
-  for (uint32_t i = 0; i < kContexts; ++i) cells.entry[i] = Hash(keys[i], i, kEntries);
+  static_assert(kEntries == 1 << 12 && kAgeClasses <= 1 << 4);
+  cells.entry = {
+      static_cast<uint16_t>(age | gap << 4 | f.writes << 9),
+      static_cast<uint16_t>(age | f.written_then_log2 << 4 | f.run_log4 << 9),
+      static_cast<uint16_t>(age | f.before << 4 | f.after << 8),
+      Hash(age | gap << 4 | f.last_gap << 9),
+      Hash(age | f.page >> 4 << 4),
+      Hash(age | f.page >> 9 << 4 | f.last_gap << 24),
+      Hash(age | f.stamp << 4),
+      Hash(age | f.after << 4 | gap << 8),
+      Hash(age | gap << 4 | f.written_now_log2 << 9),
+  };
   return cells;
 }
 
 uint32_t LearnedModel::Score(const Cells& cells) const {
-  std::array<int, kHorizons> log_odds;
-  for (size_t h = 0; h < kHorizons; ++h) log_odds[h] = Prior(cells, h);
+  // Eight lanes for seven horizons: the compiler makes vectors of that.
+  const std::array<int16_t, 8>& priors = Priors(cells);
+  std::array<int32_t, 8> log_odds;
+  for (size_t h = 0; h < 8; ++h) log_odds[h] = priors[h];
   for (size_t i = 0; i < kContexts; ++i) {
-    const Entry& entry = At(cells, i);
-    for (size_t h = 0; h < kHorizons; ++h) log_odds[h] += entry.correction[h];
+    const std::array<int16_t, 8>& lanes = At(cells, i).lanes;
+    for (size_t h = 0; h < 8; ++h) log_odds[h] += lanes[h];
   }
   int sum = 0;
   for (size_t h = 0; h < kHorizons; ++h) sum += kWeight[h] * Probability(log_odds[h]);
   // By the logarithm: cold pages differ by little, and they are the ones that are sent.
-  constexpr int kMost = 10 * kCertain;
-  static_assert(Log2Sixteenths(kMost + 64) - Log2Sixteenths(64) < kScores);
-  return kScores - 1 - (Log2Sixteenths(static_cast<uint32_t>(sum) + 64) - Log2Sixteenths(64));
+  return kMostSure - (Log2Sixteenths(static_cast<uint32_t>(sum) + 64) - Log2Sixteenths(64));
+}
+
+OrderContest::Scores LearnedModel::Scores(const Cells& cells) const {
+  const uint32_t age = Log2Sixteenths(kClassAges[cells.age_class] + 1);
+  const uint32_t gap = std::max<uint32_t>(age, cells.gap_log2_quarters * 4);
+  const uint32_t score = Score(cells) + gap * kGapWeight / 32;
+  OrderContest::Scores scores;
+  for (size_t i = 0; i < scores.size(); ++i) {
+    scores[i] = static_cast<uint16_t>(score + age * kAgeWeights[i] / 32);
+  }
+  return scores;
 }
 
 void LearnedModel::Learn(const Cells& cells, size_t horizon, bool written) {
-  int log_odds = Prior(cells, horizon);
-  for (size_t i = 0; i < kContexts; ++i) log_odds += At(cells, i).correction[horizon];
+  int log_odds = Priors(cells)[horizon];
+  for (size_t i = 0; i < kContexts; ++i) log_odds += At(cells, i).lanes[horizon];
   const int error = (written ? kCertain : 0) - Probability(log_odds);
   for (size_t i = 0; i < kContexts; ++i) {
     Entry& entry = tables_[i * kEntries + cells.entry[i]];
-    const int rate = kRate[std::min<size_t>(entry.learned / 4, kRate.size() - 1)];
-    int16_t& correction = entry.correction[horizon];
+    int16_t& learned = entry.lanes[kHorizons];
+    const int rate = kRate[std::min<size_t>(learned / 4, kRate.size() - 1)];
+    int16_t& correction = entry.lanes[horizon];
     correction = static_cast<int16_t>(
         std::clamp(correction + (error * rate + kCertain / 2) / kCertain, -kLimit, kLimit));
-    if (entry.learned < 4 * kRate.size()) ++entry.learned;
+    if (learned < static_cast<int>(4 * kRate.size())) ++learned;
   }
 }
 

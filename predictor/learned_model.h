@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "absl/types/span.h"
+#include "predictor/order_contest.h"
 #include "predictor/page.h"
 
 namespace presync {
@@ -26,11 +27,14 @@ class LearnedModel {
   static constexpr std::array<uint32_t, kHorizons> kHorizonScans = {1, 2, 4, 8, 32, 128, 512};
   static constexpr size_t kContexts = 9;
   // Ages are looked at in classes: class k begins at kClassAges[k] scans.
-  static constexpr size_t kAgeClasses = 10;
-  static constexpr std::array<uint32_t, kAgeClasses> kClassAges = {0,  1,  2,  3,  6,
-                                                                   12, 24, 48, 96, 192};
-  // Scores are below this.
-  static constexpr uint32_t kScores = 192;
+  static constexpr size_t kAgeClasses = 13;
+  static constexpr std::array<uint32_t, kAgeClasses> kClassAges = {0,  1,  2,   3,   6,   12,  24,
+                                                                   48, 96, 192, 384, 768, 1536};
+  // Scores are below this, with what a page gets for its age.
+  static constexpr uint32_t kScores = 288;
+  // What a page can get for its age, in 1/32 of Log2Sixteenths(age + 1): by how much the rivals of
+  // the contest differ.
+  static constexpr std::array<uint32_t, OrderContest::kRivals> kAgeWeights = {0, 3, 13};
 
   // What is looked at of a page. Ranges: `age_class` below kAgeClasses, `gap_log2_quarters` below
   // 64, and 32 bits for all others together with their hashing.
@@ -58,20 +62,21 @@ class LearnedModel {
 
   static Cells Locate(const Features& features);
 
-  // Which page to send first: the highest. Falls with the probability that the page is written
-  // soon; short horizons count more.
-  uint32_t Score(const Cells& cells) const;
+  // Which page to send first: the highest, for each weight of its age. Falls with the probability
+  // that the page is written soon; short horizons count more.
+  OrderContest::Scores Scores(const Cells& cells) const;
 
   // Learns that a page that looked like `cells` was `written` or not within
   // kHorizonScans[horizon].
   void Learn(const Cells& cells, size_t horizon, bool written);
 
  private:
-  // Corrections in 1/1024 of a natural log-odd, and how often the entry learned; 16 bytes, so that
-  // one load brings all horizons.
+  uint32_t Score(const Cells& cells) const;
+
+  // The corrections of the horizons in 1/1024 of a natural log-odd, and how often the entry
+  // learned; 16 bytes, so that one load brings all.
   struct alignas(16) Entry {
-    std::array<int16_t, kHorizons> correction;
-    uint16_t learned;
+    std::array<int16_t, kHorizons + 1> lanes;
   };
   static constexpr size_t kEntries = 4096;
 

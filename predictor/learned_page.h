@@ -65,12 +65,15 @@ class LearnedPage {
 
   void Wait() { word_ |= 1u << 30; }
 
-  bool WaitEnds(uint32_t now, uint32_t max_streak) const {
-    return waiting() && SinceStamp(now) == WaitScans(max_streak);
-  }
+  // Whether a wait that was filed for scan `now` ends: an entry of an earlier wait may end this one
+  // too soon, which costs a fault.
+  bool WaitEnds(uint32_t /*now*/, uint32_t /*max_streak*/) const { return waiting(); }
 
-  uint32_t WaitScans(uint32_t max_streak) const {
-    return (1u << std::min(streak(), max_streak)) - 1;
+  // Scans to wait after a write: 2^streak - 1, but `spare` if two writes are expected within that.
+  uint32_t WaitScans(uint32_t max_streak, uint32_t spare = 0) const {
+    const uint32_t wait = (1u << std::min(streak(), max_streak)) - 1;
+    if (spare <= wait || gap_log2_quarters() + 4 > Log2Sixteenths(spare) / 4) return wait;
+    return std::min(spare, (1u << max_streak) - 1);
   }
 
   void EndWait(uint32_t now) {

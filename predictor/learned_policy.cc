@@ -12,6 +12,7 @@
 #include "predictor/choose.h"
 #include "predictor/learned_model.h"
 #include "predictor/learned_page.h"
+#include "predictor/order_contest.h"
 #include "predictor/page_histories.h"
 #include "predictor/sample_ring.h"
 #include "predictor/send_queue.h"
@@ -23,16 +24,43 @@ using Model = LearnedModel;
 
 constexpr uint32_t kStamps = 1 << LearnedPage::kStampBits;
 // Rings of scans have to reach back to the start of the last age class.
-constexpr uint32_t kCohorts = 256;
+constexpr uint32_t kCohorts = 2048;
 static_assert(Model::kClassAges.back() < kCohorts);
+// How many pages ahead a word is asked for.
+constexpr size_t kPrefetchPages = 8;
 // Words of candidates in which one Choose looks for pages that were never written.
 constexpr size_t kBulkWords = 256;
 
-uint32_t AgeClass(uint32_t age) {
-  uint32_t age_class = 0;
-  while (age_class + 1 < Model::kAgeClasses && Model::kClassAges[age_class + 1] <= age) ++age_class;
-  return age_class;
-}
+// A page may go unwatched for this part of a stay: 1/16 costs hardly a byte (docs/prediction.md,
+// "Arming back-off").
+constexpr uint32_t kSparePart = 16;
+// Below this part of a stay a page is hardly ever sent: its age classes there are passed over,
+// which halves the cost for half a per cent of bytes. From 24 scans on none is.
+constexpr uint32_t kYoungPart = 16;
+constexpr uint32_t kLongStay = 24 * kYoungPart;
+
+// For how long a stale page stays until it is sent, on average over some 128 scans: by Little's law
+// the pages left stale over the pages sent in a scan.
+class Stay {
+ public:
+  void SetLeft(PageCount pages) { left_ = pages; }
+  void AddSent(PageCount pages) { sent_sum_ += uint64_t{pages} * kOne; }
+  void EndScan() {
+    left_sum_ += uint64_t{left_} * kOne - left_sum_ / 128;
+    sent_sum_ -= sent_sum_ / 128;
+  }
+  uint32_t scans() const {
+    return static_cast<uint32_t>(std::min<uint64_t>(left_sum_ / (sent_sum_ + kOne), kLongest));
+  }
+
+ private:
+  static constexpr uint64_t kOne = 256;  // a page, in fixed point
+  static constexpr uint64_t kLongest = LearnedPage::kMaxAge;
+
+  PageCount left_ = 0;
+  uint64_t left_sum_ = 0;
+  uint64_t sent_sum_ = 0;
+};
 
 class LearnedPolicy final : public SendPolicy {
  public:
@@ -40,11 +68,14 @@ class LearnedPolicy final : public SendPolicy {
       : histories_(pages, max_streak),
         queue_(Model::kScores),
         written_log2_(kStamps),
-        cohorts_(kCohorts) {}
+        cohorts_(kCohorts),
+        scored_class_(kCohorts) {}
 
   std::string_view name() const override { return "learned"; }
 
   void OnScan(absl::Span<const PageRun> written) override {
+    stay_.EndScan();
+    histories_.SetSpareScans(stay_.scans() / kSparePart);
     histories_.OnScan(written);
     const PageCount pages = CountPages(written);
     written_log2_[now() % kStamps] = static_cast<uint8_t>(std::bit_width(pages));
@@ -53,8 +84,9 @@ class LearnedPolicy final : public SendPolicy {
     ScoreWaiting(written);
     BeginCohort();
     for (uint32_t age_class = 1; age_class < Model::kAgeClasses; ++age_class) {
-      if (now() > Model::kClassAges[age_class]) AgeCohort(age_class);
+      if (now() > Model::kClassAges[age_class] && Matters(age_class)) AgeCohort(age_class);
     }
+    if (contest_.EndScan()) ScoreAllAnew();
     if (queue_.size() > clean_at_) CleanQueue();
   }
 
@@ -66,6 +98,9 @@ class LearnedPolicy final : public SendPolicy {
               std::vector<PageRun>* chosen) override {
     PRESYNC_CHECK(candidates.size() == histories_.pages());
     chosen->clear();
+    const PageCount left = candidates.count() - std::min(pages, candidates.count());
+    contest_.SetSize(left);
+    stay_.SetLeft(left);
     if (pages == 0) return;
     if (pages >= candidates.count()) {
       candidates.AppendRunsWithin({0, candidates.size()}, chosen);
@@ -82,7 +117,10 @@ class LearnedPolicy final : public SendPolicy {
     if (picked_.size() < pages) PickUnknown(candidates, pages, chosen);
   }
 
-  void OnSent(absl::Span<const PageRun> runs) override { histories_.OnSent(runs); }
+  void OnSent(absl::Span<const PageRun> runs) override {
+    stay_.AddSent(CountPages(runs));
+    histories_.OnSent(runs);
+  }
 
  private:
   uint32_t now() const { return histories_.now(); }
@@ -115,22 +153,35 @@ class LearnedPolicy final : public SendPolicy {
     });
   }
 
-  bool Holds(const SendQueue::Entry& entry) const {
-    const LearnedPage& word = histories_[entry.page];
-    return word.stale() && word.stamp() == entry.stamp &&
-           AgeClass(word.Age(now())) == entry.age_class;
+  // The age class in which the page was scored last.
+  uint32_t ScoredClass(const LearnedPage& word) const {
+    if (word.waiting()) return 0;
+    if (word.Age(now()) >= kCohorts) return Model::kAgeClasses - 1;
+    return scored_class_[word.stamp() % kCohorts];
   }
 
-  void Queue(PageIndex page, uint32_t age_class, const Model::Cells& cells) {
-    queue_.Add(model_.Score(cells), {page, static_cast<uint16_t>(histories_[page].stamp()),
-                                     static_cast<uint8_t>(age_class)});
+  bool Holds(const SendQueue::Entry& entry) const {
+    const LearnedPage& word = histories_[entry.page];
+    return word.stale() && word.stamp() == entry.stamp && ScoredClass(word) == entry.age_class;
+  }
+
+  void Queue(PageIndex page, uint32_t age_class, const OrderContest::Scores& scores) {
+    queue_.Add(scores[contest_.leader()], {page, static_cast<uint16_t>(histories_[page].stamp()),
+                                           static_cast<uint8_t>(age_class)});
+  }
+
+  // A page that counts as written in this scan.
+  void QueueWritten(PageIndex page, const Model::Cells& cells) {
+    const OrderContest::Scores scores = model_.Scores(cells);
+    contest_.OnWritten(page, scores);
+    Queue(page, 0, scores);
   }
 
   // Pages in back-off stay in the first age class for as long as they wait.
   void ScoreWaiting(absl::Span<const PageRun> written) {
     for (const PageRun& run : written) {
       for (PageIndex page = run.first; page < run.end(); ++page) {
-        if (histories_[page].waiting()) Queue(page, 0, Look(page, 0));
+        if (histories_[page].waiting()) QueueWritten(page, Look(page, 0));
       }
     }
   }
@@ -146,10 +197,11 @@ class LearnedPolicy final : public SendPolicy {
   void BeginCohort() {
     std::vector<PageIndex>& cohort = cohorts_[now() % kCohorts];
     cohort.clear();
+    scored_class_[now() % kCohorts] = 0;
     for (const PageRun& run : histories_.to_arm()) {
       for (PageIndex page = run.first; page < run.end(); ++page) {
         const Model::Cells cells = Look(page, 0);
-        Queue(page, 0, cells);
+        QueueWritten(page, cells);
         if (Followed(page, histories_[page].stamp()))
           samples_.Add(page, now(), histories_[page], cells);
         cohort.push_back(page);
@@ -157,23 +209,46 @@ class LearnedPolicy final : public SendPolicy {
     }
   }
 
+  // Is a page that young ever sent? Those that stay for long keep the score of their writing.
+  bool Matters(uint32_t age_class) const {
+    return Model::kClassAges[age_class] * kYoungPart >= std::min(stay_.scans(), kLongStay);
+  }
+
   // The pages last written a class's age ago: scored anew, now that they have come so far.
   void AgeCohort(uint32_t age_class) {
     const uint32_t scan = now() - Model::kClassAges[age_class];
     std::vector<PageIndex>& cohort = cohorts_[scan % kCohorts];
+    scored_class_[scan % kCohorts] = static_cast<uint8_t>(age_class);
     size_t kept = 0;
-    for (PageIndex page : cohort) {
+    for (size_t i = 0; i < cohort.size(); ++i) {
+      if (i + kPrefetchPages < cohort.size()) {
+        __builtin_prefetch(histories_.data() + cohort[i + kPrefetchPages]);
+      }
+      const PageIndex page = cohort[i];
       const LearnedPage& word = histories_[page];
       if (word.waiting() || word.stamp() != scan % kStamps) continue;
       const bool followed = Followed(page, word.stamp());
-      if (!word.stale() && !followed) continue;
+      const bool held = contest_.Holds(page);
+      if (!word.stale() && !followed && !held) continue;
       const Model::Cells cells = Look(page, age_class);
-      if (word.stale()) Queue(page, age_class, cells);
+      if (word.stale() || held) {
+        const OrderContest::Scores scores = model_.Scores(cells);
+        if (word.stale()) Queue(page, age_class, scores);
+        if (held) contest_.OnAged(page, scores);
+      }
       if (followed) samples_.Add(page, now(), word, cells);
       cohort[kept++] = page;
     }
     cohort.resize(kept);
     if (age_class + 1 == Model::kAgeClasses) std::vector<PageIndex>().swap(cohort);
+  }
+
+  // Under a new leader.
+  void ScoreAllAnew() {
+    for (const SendQueue::Entry& entry : queue_.TakeAll()) {
+      if (!Holds(entry)) continue;
+      Queue(entry.page, entry.age_class, model_.Scores(Look(entry.page, entry.age_class)));
+    }
   }
 
   void CleanQueue() {
@@ -228,8 +303,11 @@ class LearnedPolicy final : public SendPolicy {
   LearnedModel model_;
   SampleRing samples_;
   SendQueue queue_;
+  OrderContest contest_;
+  Stay stay_;
   std::vector<uint8_t> written_log2_;            // of the pages written in each scan, by its stamp
   std::vector<std::vector<PageIndex>> cohorts_;  // pages by the scan of their last write
+  std::vector<uint8_t> scored_class_;            // the age class that each cohort has come to
   uint32_t follow_ = 1;                          // one write in so many
   size_t clean_at_ = kLeastClean;
   size_t bulk_word_ = 0;

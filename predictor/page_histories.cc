@@ -47,7 +47,7 @@ void PageHistories<Page>::NoteWritten(absl::Span<const PageRun> written) {
     for (PageIndex page = run.first; page < run.end(); ++page) {
       Page& history = histories_[page];
       history.OnWritten(now_, run.count);
-      const uint32_t wait = history.WaitScans(max_streak_);
+      const uint32_t wait = history.WaitScans(max_streak_, spare_scans_);
       // With the ring full the page is armed: it costs a fault, never correctness.
       if (wait > 0 && ring_.Add(page, now_ + wait)) {
         history.Wait();

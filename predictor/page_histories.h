@@ -30,6 +30,10 @@ class PageHistories {
   void OnScan(absl::Span<const PageRun> written);
   void OnSent(absl::Span<const PageRun> runs);
 
+  // Nobody needs to know within so many scans (below 2^14) whether a page was written: one that is
+  // expected to be may go unwatched for so long. For pages that know of it (LearnedPage).
+  void SetSpareScans(uint32_t scans) { spare_scans_ = scans; }
+
   // The pages to arm after this scan; valid until the next OnScan.
   absl::Span<const PageRun> to_arm() const { return to_arm_; }
 
@@ -42,6 +46,7 @@ class PageHistories {
   void CheckRun(const PageRun& run) const;
 
   uint32_t max_streak_;
+  uint32_t spare_scans_ = 0;
   uint32_t now_ = 0;
   PageIndex sweep_next_ = 0;
   std::vector<Page> histories_;

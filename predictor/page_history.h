@@ -66,7 +66,7 @@ class PageHistory {
   }
 
   // Scans that the page stays unarmed after it was seen written.
-  uint32_t WaitScans(uint32_t max_streak) const {
+  uint32_t WaitScans(uint32_t max_streak, uint32_t /*spare*/ = 0) const {
     return (1u << std::min(streak(), max_streak)) - 1;
   }
 

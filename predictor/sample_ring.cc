@@ -23,7 +23,7 @@ void SampleRing::LearnDue(uint32_t now, const LearnedPage* pages, LearnedModel* 
 uint32_t SampleRing::FollowOneIn(PageCount written) const {
   // A followed write makes about three samples before the page is written again.
   constexpr uint64_t kPerScan = kSamples / LearnedModel::kHorizonScans.back() / 3;
-  const uint64_t enough = added_ < (1 << 15) ? 1 : 4;
+  const uint64_t enough = added_ < (1 << 15) ? 1 : 16;
   return static_cast<uint32_t>(std::max<uint64_t>(enough, written / kPerScan));
 }
 

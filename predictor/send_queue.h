@@ -37,6 +37,18 @@ class SendQueue {
   template <typename Holds>
   void Best(size_t wanted, Holds holds, std::vector<PageIndex>* pages);
 
+  // Empties it, and hands back its entries, those that no longer hold included.
+  std::vector<Entry> TakeAll() {
+    std::vector<Entry> all;
+    all.reserve(size_);
+    for (std::vector<Entry>& bucket : buckets_) {
+      all.insert(all.end(), bucket.begin(), bucket.end());
+      bucket.clear();
+    }
+    size_ = 0;
+    return all;
+  }
+
   // Drops all entries that no longer hold.
   template <typename Holds>
   void Clean(Holds holds) {

@@ -18,36 +18,36 @@ TEST(LearnedModelTest, KnowsNothingButGoesByGapAndAgeAtFirst) {
   const LearnedModel model;
   uint32_t last = 0;
   for (uint32_t gap_log2 = 0; gap_log2 <= 12; ++gap_log2) {
-    const uint32_t score = model.Score(LearnedModel::Locate(PageOf(gap_log2, 0)));
+    const uint32_t score = model.Scores(LearnedModel::Locate(PageOf(gap_log2, 0)))[0];
     EXPECT_GE(score, last) << gap_log2;
     EXPECT_LT(score, LearnedModel::kScores);
     last = score;
   }
-  EXPECT_GT(model.Score(LearnedModel::Locate(PageOf(1, 9))),
-            model.Score(LearnedModel::Locate(PageOf(1, 0))));
+  EXPECT_GT(model.Scores(LearnedModel::Locate(PageOf(1, 9)))[0],
+            model.Scores(LearnedModel::Locate(PageOf(1, 0)))[0]);
 }
 
 TEST(LearnedModelTest, LearnsWhatContradictsThePrior) {
   LearnedModel model;
   const auto rare = LearnedModel::Locate(PageOf(9, 3, 1000));
   const auto often = LearnedModel::Locate(PageOf(1, 3, 9000));
-  ASSERT_GT(model.Score(rare), model.Score(often));
+  ASSERT_GT(model.Scores(rare)[0], model.Scores(often)[0]);
   for (int i = 0; i < 40; ++i) {
     for (size_t h = 0; h < LearnedModel::kHorizons; ++h) {
       model.Learn(rare, h, true);
       model.Learn(often, h, false);
     }
   }
-  EXPECT_LT(model.Score(rare), model.Score(often));
+  EXPECT_LT(model.Scores(rare)[0], model.Scores(often)[0]);
 }
 
 TEST(LearnedModelTest, UnlearnsWhatNoLongerHolds) {
   LearnedModel model;
   const auto cells = LearnedModel::Locate(PageOf(4, 2));
   for (int i = 0; i < 2000; ++i) model.Learn(cells, 0, true);
-  const uint32_t hot = model.Score(cells);
+  const uint32_t hot = model.Scores(cells)[0];
   for (int i = 0; i < 100; ++i) model.Learn(cells, 0, false);
-  EXPECT_GT(model.Score(cells), hot);
+  EXPECT_GT(model.Scores(cells)[0], hot);
 }
 
 TEST(LearnedPageTest, RemembersGapsStreaksAndRuns) {
@@ -68,6 +68,7 @@ TEST(LearnedPageTest, RemembersGapsStreaksAndRuns) {
   page.Wait();
   EXPECT_EQ(page.Age(22), 0u);
   EXPECT_TRUE(page.WaitEnds(23, 5));
+  EXPECT_EQ(page.WaitScans(5, 31), 31u) << "two writes are expected by then";
   page.EndWait(23);
   EXPECT_EQ(page.Age(25), 2u);
   EXPECT_TRUE(page.stale());
