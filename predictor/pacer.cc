@@ -19,6 +19,9 @@ constexpr uint64_t kLinkShare = 100;  // start, floor and slow growth: 1 % of th
 // revised by measurement on real links.
 constexpr double kFullQueue = 0.5;
 constexpr absl::Duration kLatencySlack = absl::Microseconds(25);
+// A queue in the network that is this long is shared with somebody, or made by us. LEDBAT (RFC
+// 6817) allows 100 ms, for home routers; a burst of 256 KiB takes 2 ms at 1 Gb/s.
+constexpr absl::Duration kQueueingTarget = absl::Milliseconds(5);
 constexpr uint64_t kSmallestBackOffPermille = 500;
 constexpr uint64_t kDelayGainPermille = 800;  // Swift's beta
 constexpr absl::Duration kLatencyWindow = absl::Seconds(10);
@@ -28,6 +31,13 @@ uint64_t BytesIn(uint64_t bytes_per_s, absl::Duration time) {
   const uint64_t nanos = static_cast<uint64_t>(absl::ToInt64Nanoseconds(time));
   const absl::uint128 bytes = absl::uint128(bytes_per_s) * nanos / kNanosPerSecond;
   return static_cast<uint64_t>(std::min<absl::uint128>(bytes, kMaxRate));
+}
+
+// How much of `delay` is above `target`, in thousandths of the delay.
+uint64_t ExcessPermille(absl::Duration delay, absl::Duration target) {
+  if (delay <= target) return 0;
+  const absl::int128 excess = absl::ToInt64Nanoseconds(delay - target);
+  return static_cast<uint64_t>(excess * 1000 / absl::ToInt64Nanoseconds(delay));
 }
 
 }  // namespace
@@ -97,16 +107,16 @@ uint64_t Pacer::ExcessDelayPermille(absl::Duration latency) const {
   const absl::Duration minimum = std::min(min_latency_, previous_min_latency_);
   if (latency <= absl::ZeroDuration() || minimum == absl::InfiniteDuration()) return 0;
   const absl::Duration target = minimum + std::max(kLatencySlack, minimum / 2);
-  if (latency <= target) return 0;
-  const absl::int128 excess = absl::ToInt64Nanoseconds(latency - target);
-  return static_cast<uint64_t>(excess * 1000 / absl::ToInt64Nanoseconds(latency));
+  return ExcessPermille(latency, target);
 }
 
 uint64_t Pacer::BackOffPermille(const PacerSignals& signals) const {
   if (signals.congestion_marks || signals.guest_pressure || signals.queue_fill > kFullQueue) {
     return kSmallestBackOffPermille;
   }
-  const uint64_t cut = kDelayGainPermille * ExcessDelayPermille(signals.completion_latency) / 1000;
+  const uint64_t excess = std::max(ExcessDelayPermille(signals.completion_latency),
+                                   ExcessPermille(signals.queueing_delay, kQueueingTarget));
+  const uint64_t cut = kDelayGainPermille * excess / 1000;
   return std::max(1000 - cut, kSmallestBackOffPermille);
 }
 

@@ -14,6 +14,7 @@ namespace presync {
 struct PacerSignals {
   uint64_t link_bytes_per_s = 0;  // best estimate of the link's goodput; 0 = unknown
   absl::Duration completion_latency = absl::ZeroDuration();  // median; 0 = none measured
+  absl::Duration queueing_delay = absl::ZeroDuration();      // in the network; 0 = none, or unknown
   double queue_fill = 0;                                     // of the link's send queue, 0 to 1
   bool congestion_marks = false;                             // ECN or CNP counters grew
   bool guest_pressure = false;                               // the guest is visibly slowed

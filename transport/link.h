@@ -55,6 +55,9 @@ struct LinkStats {
   // The same over writes that hardly waited behind others of this link, so that it tells of the
   // network alone; zero where a link can't tell (TCP: the kernel takes the bytes long before).
   absl::Duration network_latency = absl::ZeroDuration();
+  // How long bytes wait in queues of the network now, this link's own among them; zero where it is
+  // not known (RDMA has marks and latency instead).
+  absl::Duration queueing_delay = absl::ZeroDuration();
   // Congestion notifications that this host's sending caused, as its device counts them.
   uint64_t congestion_marks = 0;
 };

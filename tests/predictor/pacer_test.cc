@@ -106,6 +106,22 @@ TEST_F(PacerTest, EachSignalIsPressure) {
   EXPECT_EQ(pacer_.pressed_intervals(), 0);
 }
 
+TEST_F(PacerTest, AQueueInTheNetworkIsPressureAsFarAsItIsAboveFiveMilliseconds) {
+  PacerSignals at_target = Busy(), above = Busy(), far_above = Busy();
+  at_target.queueing_delay = absl::Milliseconds(5);
+  above.queueing_delay = absl::Milliseconds(6);
+  far_above.queueing_delay = absl::Milliseconds(50);
+  StepTo(160'000'000);
+  EXPECT_EQ(Step(above), 138'880'000u);
+  EXPECT_EQ(pacer_.pressed_intervals(), 1);
+  const uint64_t before = pacer_.rate_bytes_per_s();
+  EXPECT_EQ(Step(far_above), before / 2);
+  EXPECT_EQ(Step(at_target), before / 2 + 10'000'000) << "no pressure";
+  // A flow that keeps the queue full for minutes is never taken for the path's own latency.
+  for (int i = 0; i < 1000; ++i) Step(far_above);
+  EXPECT_EQ(pacer_.rate_bytes_per_s(), 10'000'000u) << "the least: 1 % of the link";
+}
+
 TEST_F(PacerTest, NeverFallsBelowTheFloor) {
   StepTo(20'000'000);
   for (int i = 0; i < 10; ++i) Step(Marked());

@@ -19,6 +19,7 @@
 #include "tools/bench/bench_target_host.h"
 #include "tools/common/units.h"
 #include "transport/sync/conversation.h"
+#include "transport/sync/memory_comparison.h"
 #include "transport/sync/page_hash.h"
 #include "transport/sync/source_connection.h"
 
@@ -92,27 +93,18 @@ class TwoMachines : public ::testing::TestWithParam<std::string> {
   }
 
   // Pages whose hashes differ between here and there.
-  std::vector<PageIndex> Differences() {
+  std::vector<PageRun> Differences() {
     const absl::Time deadline = absl::Now() + absl::Seconds(60);
-    wire::ControlMessage ask;
-    ask.mutable_hash_request()->set_pages(kPages);
-    ask.mutable_hash_request()->set_pages_per_hash(1);
-    EXPECT_TRUE(connection_.channel->Send(ask, deadline).ok());
+    const HashPlan plan = {.run = {0, kPages}};
+    EXPECT_TRUE(connection_.channel->Send(MakeHashRequest(plan), deadline).ok());
     const absl::StatusOr<wire::ControlMessage> there =
         Expect(connection_.channel.get(), wire::ControlMessage::kHashReply, deadline);
-    const absl::StatusOr<std::string> here = HashPages(memory_, {0, kPages}, 1);
-    if (!there.ok() || !here.ok() || there->hash_reply().hashes().size() != here->size()) {
+    const absl::StatusOr<std::string> here = HashPages(memory_, plan);
+    if (!there.ok() || !here.ok() || !CheckHashReply(there->hash_reply(), plan).ok()) {
       ADD_FAILURE() << "no hashes: " << there.status() << ", " << here.status();
       return {};
     }
-    std::vector<PageIndex> pages;
-    for (PageIndex page = 0; page < kPages; ++page) {
-      if (there->hash_reply().hashes().compare(page * kHashBytes, kHashBytes, *here,
-                                               page * kHashBytes, kHashBytes) != 0) {
-        pages.push_back(page);
-      }
-    }
-    return pages;
+    return DifferingRanges(plan, there->hash_reply().hashes(), *here);
   }
 
   void Fill(PageRun run, uint64_t seed) {

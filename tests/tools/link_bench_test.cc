@@ -116,7 +116,7 @@ class BenchServerTest : public ::testing::Test {
     absl::StatusOr<UniqueFd> listener = Listen("127.0.0.1", 0);
     dialer_ = std::make_unique<TcpDialer>("127.0.0.1", *BoundPort(listener->get()));
     TargetServiceOptions options;
-    options.record_folder = "/dev/null";
+    options.record_folder = records_->path();
     service_ = TargetService::Start(*std::move(listener), &host_, options);
   }
 
@@ -128,6 +128,7 @@ class BenchServerTest : public ::testing::Test {
     return ConnectSource(dialer_.get(), &memory, request, absl::Now() + absl::Seconds(20));
   }
 
+  const std::unique_ptr<TemporaryFolder> records_ = *TemporaryFolder::Create();
   BenchTargetHost host_;
   std::unique_ptr<TcpDialer> dialer_;
   std::unique_ptr<TargetService> service_;

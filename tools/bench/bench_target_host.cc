@@ -4,6 +4,10 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <cerrno>
+#include <cstdlib>
+#include <filesystem>
+#include <system_error>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -100,6 +104,17 @@ absl::StatusOr<std::unique_ptr<TargetPlace>> BenchTargetHost::MakePlace(
 uint64_t BenchTargetHost::places_ended() const {
   absl::MutexLock lock(&mutex_);
   return places_ended_;
+}
+
+absl::StatusOr<std::unique_ptr<TemporaryFolder>> TemporaryFolder::Create() {
+  char path[] = "/tmp/presync-bench-XXXXXX";
+  if (::mkdtemp(path) == nullptr) return absl::ErrnoToStatus(errno, "make a folder under /tmp");
+  return std::unique_ptr<TemporaryFolder>(new TemporaryFolder(path));
+}
+
+TemporaryFolder::~TemporaryFolder() {
+  std::error_code ignored;
+  std::filesystem::remove_all(path_, ignored);
 }
 
 absl::StatusOr<GuestMemory> MakeScratchMemory(const std::string& folder, uint64_t bytes) {

@@ -37,6 +37,22 @@ class BenchTargetHost final : public TargetHost {
   uint64_t places_ended_ ABSL_GUARDED_BY(mutex_) = 0;
 };
 
+// A folder under /tmp that is removed with all that is in it: a target service wants one for its
+// records, and a benchmark's are worth nothing afterwards.
+class TemporaryFolder {
+ public:
+  // The system's own error.
+  static absl::StatusOr<std::unique_ptr<TemporaryFolder>> Create();
+  TemporaryFolder(const TemporaryFolder&) = delete;
+  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
+  ~TemporaryFolder();
+  const std::string& path() const { return path_; }
+
+ private:
+  explicit TemporaryFolder(std::string path) : path_(std::move(path)) {}
+  const std::string path_;
+};
+
 // Guest memory of one region ("bench"), zeroed and touched, in a file of `folder` whose name is
 // gone when it returns. Errors as Region::Create.
 absl::StatusOr<GuestMemory> MakeScratchMemory(const std::string& folder, uint64_t bytes);

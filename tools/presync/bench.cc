@@ -55,9 +55,12 @@ int Serve(const BenchLinkCommand& command) {
   const absl::StatusOr<uint16_t> port = BoundPort(listener->get());
   if (!port.ok()) return Fail(port.status(), command.json, kFailed);
 
+  const auto records = TemporaryFolder::Create();
+  if (!records.ok()) return Fail(records.status(), command.json, kFailed);
+
   BenchTargetHost host(command.folder, *max_bytes);
   TargetServiceOptions options;
-  options.record_folder = "/dev/null";  // there are no handovers to write down
+  options.record_folder = (*records)->path();
   // A client measures and says nothing meanwhile; that it died shows by its connection.
   options.idle_timeout = absl::Hours(1);
   options.keep_lost_session = absl::ZeroDuration();

@@ -13,6 +13,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "transport/mutex.h"
+#include "transport/zero_run.h"
 
 namespace presync {
 namespace {
@@ -165,11 +166,10 @@ void FakeWire::DeliverFirst(PageIndex page) {
   waiting->second.pop_front();
   if (waiting->second.empty()) parcels_.erase(waiting);
   if (!target_open_) return;
-  std::byte* target = target_->Bytes({page, 1}).data();
   if (parcel.zero) {
-    memset(target, 0, kPageBytes);
+    ZeroRun(*target_, {page, 1});
   } else {
-    memcpy(target, parcel.bytes->data(), kPageBytes);
+    memcpy(target_->Bytes({page, 1}).data(), parcel.bytes->data(), kPageBytes);
   }
 }
 

@@ -22,6 +22,9 @@ constexpr uint64_t kShardBytes = kRdmaShardPages * kPageBytes;
 constexpr uint32_t kMessageSends = 2 * kMessageWindow;
 // Joined writes have several pieces a work request.
 constexpr uint32_t kPiecesPerRequest = 4;
+// The device's own retries end after so long at most, whatever may pass without an answer: one lost
+// answer costs an eighth of it.
+constexpr absl::Duration kLongestRetries = absl::Seconds(1);
 
 }  // namespace
 
@@ -83,8 +86,9 @@ absl::Status RdmaSourceSetup::ChooseDevices() {
   for (const RdmaEndpoint& endpoint : offer_.endpoints) {
     absl::StatusOr<CmId> id = link_->channel_->MakeId();
     if (!id.ok()) return id.status();
-    const absl::Status resolved = Resolve(*link_->channel_, *id, endpoint.address, endpoint.port,
-                                          options_.stall_timeout, deadline_);
+    const absl::Status resolved =
+        Resolve(*link_->channel_, *id, endpoint.address, endpoint.port,
+                std::min(options_.stall_timeout, kLongestRetries), deadline_);
     if (!resolved.ok()) {
       passed_over.push_back(std::string(resolved.message()));
       continue;
@@ -210,7 +214,7 @@ absl::Status RdmaSourceSetup::ConnectQueue(size_t index, size_t device_index) {
     queue.id = *std::move(id);
     const RdmaEndpoint& endpoint = *endpoints_[device_index];
     if (absl::Status s = Resolve(*link_->channel_, queue.id, endpoint.address, endpoint.port,
-                                 options_.stall_timeout, deadline_);
+                                 std::min(options_.stall_timeout, kLongestRetries), deadline_);
         !s.ok()) {
       return s;
     }

@@ -177,8 +177,9 @@ class SourceSession {
   absl::Time next_rdma_ = absl::InfinitePast();
   absl::Duration rdma_wait_ = absl::ZeroDuration();
   absl::Time rdma_since_ = absl::InfinitePast();
-  std::string rdma_problem_;  // as it was last told
-  std::thread retiring_;      // destroys a failed link, which may take its time
+  std::string rdma_problem_;               // as it was last told
+  std::vector<std::string> lost_devices_;  // of the RDMA link that failed last
+  std::thread retiring_;                   // destroys a failed link, which may take its time
 
   mutable absl::Mutex mutex_;
   SessionStatus published_ ABSL_GUARDED_BY(mutex_);

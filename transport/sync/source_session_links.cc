@@ -28,6 +28,7 @@ bool SourceSession::RdmaFailed() const {
 void SourceSession::NoteRdmaFailure(const absl::Status& why) {
   if (absl::Now() - rdma_since_ > kSoundAfter) rdma_wait_ = absl::ZeroDuration();
   rdma_problem_ = std::string(why.message());
+  lost_devices_ = connection_.devices;
   PostponeRdma();
 }
 
@@ -69,7 +70,11 @@ void SourceSession::TryRdmaAgain() {
   }
   if (return_ == nullptr) {
     if (absl::Now() < next_rdma_) return;
-    if (absl::Status s = CheckRdma(options_.rdma.devices); !s.ok()) return PostponeRdma();
+    // While a device's port is down trying is of no use, and costs some devices their ability to
+    // connect at all (soft-RoCE).
+    const absl::Status usable =
+        CheckRdma(lost_devices_.empty() ? options_.rdma.devices : lost_devices_);
+    if (!usable.ok()) return PostponeRdma();
     return_ = std::make_unique<LinkReturn>(&memory_, options_.rdma, ++connection_.links_opened,
                                            connection_.channel.get());
     next_ping_ = absl::InfinitePast();  // with it comes the look for answers

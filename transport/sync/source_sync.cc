@@ -298,9 +298,15 @@ absl::Status SourceSync::PostPending() {
 }
 
 absl::Status SourceSync::CommitIfDue(bool now) {
+  // A sample is the link's rate only while the link has work: it ends when that is done, or is
+  // none.
+  const bool idle = pending_.empty() && ledger_.in_flight() == 0;
+  if (idle && !now && (ledger_.commit_under_way() || open_sample_.bytes < kLeastProbeBytes)) {
+    open_sample_.saturated = false;
+  }
   if (ledger_.commit_under_way() || !ledger_.needs_commit()) return absl::OkStatus();
   const absl::Time time = options_.now();
-  const bool due = open_sample_.bytes >= kCommitEveryBytes ||
+  const bool due = open_sample_.bytes >= kCommitEveryBytes || (idle && open_sample_.saturated) ||
                    time - std::max(open_sample_.since, last_confirmed_) >= kCommitEvery;
   if (!now && !due) return absl::OkStatus();
   absl::StatusOr<CommitId> id = link_->PostCommit();
@@ -343,6 +349,7 @@ void SourceSync::AdaptPace(absl::Time now) {
     // fell to its floor by it (2026-11-22). A queue worth a whole interval of the link is full:
     // what waits there came too early.
     signals.completion_latency = stats.network_latency;
+    signals.queueing_delay = stats.queueing_delay;
     signals.congestion_marks = stats.congestion_marks > marks_;
     marks_ = stats.congestion_marks;
     const double interval_bytes = std::max<double>(

@@ -2,11 +2,13 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/tcp.h>  // netinet/tcp.h lacks the newer half of tcp_info
 #include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <sys/socket.h>
 
 #include <algorithm>
+#include <cstddef>
+#include <optional>
 #include <system_error>
 #include <utility>
 
@@ -22,6 +24,9 @@ absl::Status Gone(const char* operation, int error) {
   return absl::UnavailableError(
       absl::StrCat(operation, ": ", std::generic_category().message(error), hint));
 }
+
+// A round trip that was measured longer ago says nothing of now.
+constexpr uint32_t kFreshAckMs = 500;
 
 class SocketStream final : public ByteStream {
  public:
@@ -65,6 +70,19 @@ class SocketStream final : public ByteStream {
   void SetPacing(uint64_t bytes_per_s) override {
     const unsigned long rate = bytes_per_s == 0 ? ~0ul : bytes_per_s;  // NOLINT: the kernel's type
     setsockopt(socket_.get(), SOL_SOCKET, SO_MAX_PACING_RATE, &rate, sizeof(rate));
+  }
+
+  // The kernel's smoothed round trip above the least of the last 5 minutes (tcp_min_rtt_wlen).
+  std::optional<absl::Duration> QueueingDelay() const override {
+    tcp_info info = {};
+    socklen_t length = sizeof(info);
+    if (getsockopt(socket_.get(), IPPROTO_TCP, TCP_INFO, &info, &length) != 0 ||
+        length < offsetof(tcp_info, tcpi_min_rtt) + sizeof(info.tcpi_min_rtt) ||
+        info.tcpi_last_ack_recv > kFreshAckMs || info.tcpi_min_rtt == 0 ||
+        info.tcpi_rtt < info.tcpi_min_rtt) {
+      return std::nullopt;
+    }
+    return absl::Microseconds(info.tcpi_rtt - info.tcpi_min_rtt);
   }
 
  private:

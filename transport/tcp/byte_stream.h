@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -16,7 +17,8 @@
 
 namespace presync {
 
-// One thread may send while another receives; Shutdown and SetPacing may be called from any thread.
+// One thread may send while another receives; Shutdown, SetPacing and
+// QueueingDelay may be called from any thread.
 class ByteStream {
  public:
   virtual ~ByteStream() = default;
@@ -34,6 +36,10 @@ class ByteStream {
 
   // Caps what this stream sends, bytes per second; 0 = no cap. May be ignored.
   virtual void SetPacing(uint64_t bytes_per_s) = 0;
+
+  // How much longer than ever before bytes take to the peer and back now, which is what they wait
+  // in queues; nothing where that is not known, or nothing was acknowledged for half a second.
+  virtual std::optional<absl::Duration> QueueingDelay() const { return std::nullopt; }
 };
 
 struct SocketOptions {

@@ -176,6 +176,16 @@ absl::Status TcpSourceLink::Wait(absl::Time deadline) {
   return absl::OkStatus();
 }
 
+// The least of the streams': they share the path, and what only one of them waits for is not a
+// queue of the network.
+absl::Duration TcpSourceLink::QueueingDelay() const {
+  absl::Duration least = absl::InfiniteDuration();
+  for (const auto& stream : streams_) {
+    least = std::min(least, stream->bytes->QueueingDelay().value_or(absl::InfiniteDuration()));
+  }
+  return least == absl::InfiniteDuration() ? absl::ZeroDuration() : least;
+}
+
 LinkStats TcpSourceLink::stats() const {
   std::array<absl::Duration, 127> recent;
   LinkStats stats;
@@ -186,6 +196,7 @@ LinkStats TcpSourceLink::stats() const {
     recent = latencies_;
     count = std::min<uint64_t>(measured_, recent.size());
   }
+  stats.queueing_delay = QueueingDelay();
   if (count == 0) return stats;
   std::nth_element(recent.begin(), recent.begin() + count / 2, recent.begin() + count);
   stats.completion_latency = recent[count / 2];
