@@ -82,10 +82,14 @@ struct presync_result presync_range_open(struct presync_range* range, uint64_t s
   return result;
 }
 
+/* Unregistering wakes those that wait for a missing page, not those that wait for a protected one,
+ * and the last descriptor may be elsewhere (the client has a copy): without the wake after it a
+ * vCPU would wait for ever. Both calls fail only if the memory is unmapped: nobody waits then. */
 void presync_range_unregister(const struct presync_range* range) {
   struct uffdio_range whole = {.start = range->start, .len = range->bytes};
-  ioctl(range->uffd, UFFDIO_UNREGISTER,
-        &whole); /* fails only if the memory is unmapped: nobody waits */
+  ioctl(range->uffd, UFFDIO_UNREGISTER, &whole);
+  whole = (struct uffdio_range){.start = range->start, .len = range->bytes};
+  ioctl(range->uffd, UFFDIO_WAKE, &whole);
 }
 
 void presync_range_close(struct presync_range* range) {
