@@ -7,7 +7,9 @@ function(presync_options target)
     $<$<COMPILE_LANG_AND_ID:CXX,Clang>:-Wthread-safety>)
   target_include_directories(${target} PUBLIC ${PROJECT_SOURCE_DIR})
   if(PRESYNC_SANITIZE)
-    target_compile_options(${target} PUBLIC -fsanitize=${PRESYNC_SANITIZE} -fno-omit-frame-pointer)
+    target_compile_options(${target} PUBLIC
+      -fsanitize=${PRESYNC_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer
+      $<$<BOOL:${PRESYNC_FUZZ}>:-fsanitize=fuzzer-no-link>)
     target_link_options(${target} PUBLIC -fsanitize=${PRESYNC_SANITIZE})
   endif()
 endfunction()

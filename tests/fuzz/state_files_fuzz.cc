@@ -1,0 +1,90 @@
+// What presyncd finds in its folder when it starts: handover records, and measured costs. The first
+// byte says which, and for records whether checksums are made right, so that what lies behind them
+// is reached.
+#include <xxhash.h>
+
+#include <cstdio>
+#include <fstream>
+
+#include "absl/strings/str_format.h"
+#include "tests/fuzz/fuzz_input.h"
+#include "tools/presyncd/fixed_costs.h"
+#include "transport/sync/handover_record.h"
+
+namespace presync {
+namespace {
+
+constexpr size_t kBlockBytes = 4096;
+constexpr size_t kTextBytes = kBlockBytes - 17;
+
+// Each piece becomes a block: padded, and with its checksum.
+std::string BlocksOf(fuzz::FuzzInput* input) {
+  std::string file;
+  while (!input->empty() && file.size() < 8 * kBlockBytes) {
+    std::string text(input->Chunk().substr(0, kTextBytes));
+    text.resize(kTextBytes, ' ');
+    absl::StrAppendFormat(&text, "%016x\n", XXH3_64bits(text.data(), text.size()));
+    file += text;
+  }
+  return file;
+}
+
+void WriteFile(const std::string& path, std::string_view bytes) {
+  std::ofstream(path, std::ios::binary) << bytes;
+}
+
+// A record is read, and then gone on with: the new entry has to be the one that counts.
+void TryRecord(const std::string& bytes) {
+  const absl::StatusOr<HandoverEntry> parsed = HandoverRecord::Parse(bytes);
+  HandoverEntry mine;
+  mine.role = HandoverRole::kTarget;
+  mine.guest = parsed.ok() ? parsed->guest : "g";
+  mine.session = parsed.ok() ? parsed->session : SessionId{1};
+  const std::string& folder = fuzz::ScratchFolder();
+  absl::StatusOr<HandoverRecord> record = HandoverRecord::Reserve(folder, mine);
+  FUZZ_REQUIRE(record.ok());
+  const std::string path = record->path();
+  WriteFile(path, bytes);
+
+  std::vector<std::string> unreadable;
+  const std::vector<HandoverEntry> all = HandoverRecord::ReadAll(folder, &unreadable);
+  FUZZ_REQUIRE(all.size() == (parsed.ok() ? 1 : 0));
+  record = HandoverRecord::Reserve(folder, mine);
+  FUZZ_REQUIRE(record.ok());
+  if (record->Append(HandoverPhase::kToldToRun).ok()) {
+    const std::vector<HandoverEntry> after = HandoverRecord::ReadAll(folder, &unreadable);
+    FUZZ_REQUIRE(after.size() == 1 && after[0].phase == HandoverPhase::kToldToRun);
+    FUZZ_REQUIRE(after[0].session == mine.session);
+  }
+  HandoverRecord::RemoveUnused(folder);
+  ::remove(path.c_str());
+}
+
+void TryCosts(std::string_view bytes) {
+  const std::string path = fuzz::ScratchFolder() + "/fixed-costs.json";
+  WriteFile(path, bytes);
+  FixedCosts costs(path);
+  const absl::Duration expected = absl::Milliseconds(45);
+  FUZZ_REQUIRE(costs.For("peer", expected) > absl::ZeroDuration());
+  costs.Learn("peer", absl::Milliseconds(40));
+  FUZZ_REQUIRE(FixedCosts(path).For("peer", expected) > absl::ZeroDuration());
+  ::remove(path.c_str());
+}
+
+}  // namespace
+}  // namespace presync
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  presync::fuzz::FuzzInput input(data, size);
+  switch (input.Byte() % 3) {
+    case 0:
+      presync::TryRecord(std::string(input.rest()));
+      break;
+    case 1:
+      presync::TryRecord(presync::BlocksOf(&input));
+      break;
+    default:
+      presync::TryCosts(input.rest());
+  }
+  return 0;
+}
