@@ -15,12 +15,12 @@
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size);
 
 // A finding: what must hold did not.
-#define FUZZ_REQUIRE(condition)                                                         \
-  do {                                                                                  \
-    if (!(condition)) {                                                                 \
+#define FUZZ_REQUIRE(condition)                                                           \
+  do {                                                                                    \
+    if (!(condition)) {                                                                   \
       std::fprintf(stderr, "%s:%d: does not hold: %s\n", __FILE__, __LINE__, #condition); \
-      std::abort();                                                                     \
-    }                                                                                   \
+      std::abort();                                                                       \
+    }                                                                                     \
   } while (false)
 
 namespace presync::fuzz {
@@ -28,8 +28,7 @@ namespace presync::fuzz {
 // Takes values from the front; once it is used up, zeros and empty texts. Points into the input.
 class FuzzInput {
  public:
-  FuzzInput(const uint8_t* data, size_t size)
-      : rest_(reinterpret_cast<const char*>(data), size) {}
+  FuzzInput(const uint8_t* data, size_t size) : rest_(reinterpret_cast<const char*>(data), size) {}
 
   bool empty() const { return rest_.empty(); }
   std::string_view rest() const { return rest_; }

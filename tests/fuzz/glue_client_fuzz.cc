@@ -103,8 +103,7 @@ UniqueFd Listen(const std::string& path) {
   sockaddr_un address = {};
   address.sun_family = AF_UNIX;
   path.copy(address.sun_path, path.size());
-  FUZZ_REQUIRE(::bind(listener.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)) ==
-               0);
+  FUZZ_REQUIRE(::bind(listener.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)) == 0);
   FUZZ_REQUIRE(::listen(listener.get(), 4) == 0);
   return listener;
 }

@@ -31,8 +31,7 @@ uint64_t Ram() {
   static void* const memory = [] {
     const UniqueFd file(::memfd_create("presync-fuzz-ram", MFD_CLOEXEC));
     FUZZ_REQUIRE(::ftruncate(file.get(), kBytes) == 0);
-    void* made =
-        ::mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_SHARED, file.get(), 0);
+    void* made = ::mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_SHARED, file.get(), 0);
     FUZZ_REQUIRE(made != MAP_FAILED);
     return made;
   }();

@@ -25,8 +25,8 @@ class FuzzMonitor {
     address.sun_family = AF_UNIX;
     path_.copy(address.sun_path, path_.size());
     listener_.reset(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-    FUZZ_REQUIRE(::bind(listener_.get(), reinterpret_cast<sockaddr*>(&address),
-                        sizeof(address)) == 0);
+    FUZZ_REQUIRE(::bind(listener_.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)) ==
+                 0);
     FUZZ_REQUIRE(::listen(listener_.get(), 4) == 0);
   }
   const std::string& path() const { return path_; }
@@ -70,7 +70,8 @@ void Ask(const std::string& path, uint8_t which) {
       return;
     }
     case 1: {
-      const GuestInfo guest = {.run_state = "inmigrate", .backends = {{.id = "ram0", .path = "/x"}}};
+      const GuestInfo guest = {.run_state = "inmigrate",
+                               .backends = {{.id = "ram0", .path = "/x"}}};
       (void)CheckTarget(**qmp, guest, guest.backends, deadline);
       return;
     }

@@ -169,8 +169,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     AskOutcome(&target, request.session, request.guest, deadline).IgnoreError();
     return 0;
   }
-  absl::StatusOr<SourceConnection> connection =
-      ConnectSource(&target, memory, request, deadline);
+  absl::StatusOr<SourceConnection> connection = ConnectSource(&target, memory, request, deadline);
   if (!connection.ok()) return 0;
   target.Link();
   std::unique_ptr<SourceLink> failed;

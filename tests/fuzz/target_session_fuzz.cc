@@ -71,7 +71,8 @@ class FuzzHost final : public TargetHost {
  public:
   absl::StatusOr<std::unique_ptr<TargetPlace>> MakePlace(
       const std::string& guest, const std::vector<RegionRequest>& regions) override {
-    if (guest != "g1" || fate_->Fails(5) || fate_->may_run) return absl::NotFoundError("no such guest");
+    if (guest != "g1" || fate_->Fails(5) || fate_->may_run)
+      return absl::NotFoundError("no such guest");
     FUZZ_REQUIRE(!regions.empty());
     for (const RegionRequest& region : regions) {
       FUZZ_REQUIRE(region.size_bytes > 0 && region.size_bytes % kPageBytes == 0);

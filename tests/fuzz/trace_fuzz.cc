@@ -48,8 +48,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   FUZZ_REQUIRE(whole.status().code() == pieces.status().code());
   if (whole.ok()) {
     FUZZ_REQUIRE(*whole == *pieces && file.ok() && *file == *whole);
-    FUZZ_REQUIRE(presync::Encode(*whole) ==
-                 std::string(reinterpret_cast<const char*>(data), size));
+    FUZZ_REQUIRE(presync::Encode(*whole) == std::string(reinterpret_cast<const char*>(data), size));
   }
   return 0;
 }
