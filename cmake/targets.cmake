@@ -22,6 +22,9 @@ function(presync_library name)
   target_link_libraries(${name} PUBLIC ${ARG_LIBS})
 endfunction()
 
+# What runs under the sanitizers in tools/check.
+add_custom_target(sanitized_tests)
+
 # presync_test(name LABEL unit|net|qemu|rdma SOURCES a.cc ... LIBS x ...)
 function(presync_test name)
   cmake_parse_arguments(ARG "" "LABEL" "SOURCES;LIBS" ${ARGN})
@@ -30,6 +33,9 @@ function(presync_test name)
   target_link_libraries(${name} PRIVATE ${ARG_LIBS} GTest::gmock GTest::gtest_main)
   add_test(NAME ${name} COMMAND ${name})
   set_tests_properties(${name} PROPERTIES LABELS "${ARG_LABEL}" TIMEOUT 300)
+  if(ARG_LABEL MATCHES "^(unit|net)$")
+    add_dependencies(sanitized_tests ${name})
+  endif()
 endfunction()
 
 # presync_benchmark(name SOURCES a.cc ... LIBS x ...)

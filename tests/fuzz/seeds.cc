@@ -189,6 +189,15 @@ void TargetSeeds() {
     PutHandover(fails == 0, &move);
     Write("target_session", "move-fails-" + std::to_string(fails), move.text());
   }
+  FuzzOutput hash = begin(0, 0);  // a range of 16 TiB
+  PutMessage(OpenSession(), false, &hash);
+  PutMessage(Message([](Body* b) {
+               b->mutable_hash_request()->set_pages(544);
+               b->mutable_hash_request()->set_pages_per_hash(UINT32_MAX);
+             }),
+             true, &hash);
+  Write("target_session", "hash-range-beyond-memory", hash.text());
+
   FuzzOutput old = begin(0, 2);
   PutStream(HonestStream(), &old);
   PutMessage(OpenSession(), false, &old);

@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "absl/strings/str_cat.h"
+#include "transport/json.h"
 #include "transport/unique_fd.h"
 
 namespace presync {
@@ -67,8 +68,7 @@ absl::StatusOr<Json> ReadJsonLine(int fd, absl::Time deadline) {
     if (n <= 0) return absl::UnavailableError("the other side closed the local socket");
     line.append(buffer, static_cast<size_t>(n));
   }
-  Json json = Json::parse(line.begin(), line.begin() + static_cast<std::ptrdiff_t>(line.find('\n')),
-                          nullptr, /*allow_exceptions=*/false);
+  Json json = ParseJson(std::string_view(line).substr(0, line.find('\n')));
   if (!json.is_object()) return absl::InvalidArgumentError("the line is not a JSON object");
   return json;
 }
