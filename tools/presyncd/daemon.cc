@@ -101,7 +101,7 @@ Daemon::Daemon(Config config)
 Daemon::~Daemon() {
   std::map<std::string, std::shared_ptr<SourceSession>> sources;
   {
-    MutexLock lock(&mutex_);
+    absl::MutexLock lock(&mutex_);
     sources.swap(sources_);
   }
 }
@@ -126,7 +126,7 @@ absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Create(Config config) {
   if (!host.ok()) return host.status();
   daemon->host_ = *std::move(host);
   {
-    MutexLock guard(&daemon->mutex_);
+    absl::MutexLock guard(&daemon->mutex_);
     daemon->open_matters_ = RecoverHandovers(c.state_folder, daemon->host_.get(), LogLine);
   }
   daemon->host_->EndWaitingLeftovers();
@@ -148,7 +148,7 @@ absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Create(Config config) {
 void Daemon::Tick() { host_->RemoveLeftovers(); }
 
 std::string Daemon::Summary() const {
-  MutexLock lock(&mutex_);
+  absl::MutexLock lock(&mutex_);
   return absl::StrCat(sources_.size(), " guests kept in sync elsewhere, ",
                       service_->status().size(), " mirrored here");
 }
@@ -172,7 +172,7 @@ Json Daemon::Handle(const Json& request) {
 }
 
 std::shared_ptr<SourceSession> Daemon::Find(const std::string& name) const {
-  MutexLock lock(&mutex_);
+  absl::MutexLock lock(&mutex_);
   const auto it = sources_.find(name);
   return it == sources_.end() ? nullptr : it->second;
 }
@@ -181,7 +181,7 @@ std::shared_ptr<SourceSession> Daemon::Find(const std::string& name) const {
 // one.
 absl::Status Daemon::Claim(const std::string& name) {
   std::shared_ptr<SourceSession> ended;
-  MutexLock lock(&mutex_);
+  absl::MutexLock lock(&mutex_);
   const auto it = sources_.find(name);
   if (it != sources_.end()) {
     if (it->second == nullptr) {
@@ -202,7 +202,7 @@ absl::Status Daemon::Claim(const std::string& name) {
 }
 
 void Daemon::Unclaim(const std::string& name) {
-  MutexLock lock(&mutex_);
+  absl::MutexLock lock(&mutex_);
   const auto it = sources_.find(name);
   if (it != sources_.end() && it->second == nullptr) sources_.erase(it);
 }
@@ -271,7 +271,7 @@ absl::StatusOr<Json> Daemon::Start(const Json& request) {
   spdlog::info("{}: in sync with {} from now on ({} MiB, dirty log {})", name,
                (*session)->status().peer, (*session)->status().progress.pages >> 8,
                (*session)->status().dirty_log);
-  MutexLock lock(&mutex_);
+  absl::MutexLock lock(&mutex_);
   sources_[name] = *std::move(session);
   stop_tracking_[name] = std::move(stop_tracking);
   return answer;
@@ -313,7 +313,7 @@ absl::StatusOr<Json> Daemon::Stop(const Json& request) {
   spdlog::info("{}: sync stopped", name);
   std::function<absl::Status()> stop_tracking;
   {
-    MutexLock lock(&mutex_);
+    absl::MutexLock lock(&mutex_);
     sources_.erase(name);
     stop_tracking = std::move(stop_tracking_[name]);
     stop_tracking_.erase(name);
@@ -345,7 +345,7 @@ Json Daemon::Status(const Json& request) const {
   Json answer = {{"guests", Json::array()}, {"incoming", Json::array()}, {"open", Json::array()}};
   std::vector<std::shared_ptr<SourceSession>> sessions;
   {
-    MutexLock lock(&mutex_);
+    absl::MutexLock lock(&mutex_);
     for (const auto& [key, session] : sources_) {
       if (session != nullptr && (name.empty() || key == name)) sessions.push_back(session);
     }

@@ -11,10 +11,10 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
 #include "qemu-glue/qemu_target_host.h"
 #include "tools/presyncd/config.h"
 #include "tools/presyncd/fixed_costs.h"
-#include "transport/mutex.h"
 #include "transport/sync/source_session.h"
 #include "transport/sync/target_service.h"
 
@@ -56,7 +56,7 @@ class Daemon {
   std::unique_ptr<QemuTargetHost> host_;
   std::unique_ptr<TargetService> service_;
 
-  mutable Mutex mutex_;
+  mutable absl::Mutex mutex_;
   std::map<std::string, std::shared_ptr<SourceSession>> sources_ ABSL_GUARDED_BY(mutex_);
   // For each of them: what gives its QEMU's memory free of tracking again.
   std::map<std::string, std::function<absl::Status()>> stop_tracking_ ABSL_GUARDED_BY(mutex_);

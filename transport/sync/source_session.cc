@@ -71,37 +71,37 @@ SourceSession::SourceSession(SourceSessionOptions options, std::unique_ptr<Diale
 
 SourceSession::~SourceSession() {
   {
-    MutexLock lock(&mutex_);
+    absl::MutexLock lock(&mutex_);
     stop_ = true;
   }
   Join();
 }
 
 void SourceSession::Join() {
-  MutexLock lock(&join_mutex_);
+  absl::MutexLock lock(&join_mutex_);
   if (thread_.joinable()) thread_.join();
 }
 
 bool SourceSession::StopRequested() const {
-  MutexLock lock(&mutex_);
+  absl::MutexLock lock(&mutex_);
   return stop_;
 }
 
 SessionStatus SourceSession::status() const {
-  MutexLock lock(&mutex_);
+  absl::MutexLock lock(&mutex_);
   return published_;
 }
 
 absl::StatusOr<HandoverReport> SourceSession::Launch(const HandoverOptions& options,
                                                      absl::Duration wait_for_first_pass) {
   LaunchOrder order{.options = options};
-  MutexLock lock(&mutex_);
+  absl::MutexLock lock(&mutex_);
   if (order_ != nullptr) return absl::FailedPreconditionError("a launch is already under way");
-  const auto launchable_or_over = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+  const auto launchable_or_over = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
     return published_.state != SessionState::kConnecting &&
            published_.state != SessionState::kFirstPass;
   };
-  mutex_.AwaitWithTimeout(launchable_or_over, wait_for_first_pass);
+  mutex_.AwaitWithTimeout(absl::Condition(&launchable_or_over), wait_for_first_pass);
   if (order_ != nullptr || stop_) {
     return absl::FailedPreconditionError("another launch or a stop came first");
   }
@@ -115,13 +115,13 @@ absl::StatusOr<HandoverReport> SourceSession::Launch(const HandoverOptions& opti
   order.ordered_at = absl::Now();
   order_ = &order;
   const auto done = [&order] { return order.done; };
-  mutex_.Await(done);
+  mutex_.Await(absl::Condition(&done));
   return order.result;
 }
 
 absl::Status SourceSession::Stop() {
   {
-    MutexLock lock(&mutex_);
+    absl::MutexLock lock(&mutex_);
     if (order_ != nullptr || published_.state == SessionState::kLaunching) {
       return absl::FailedPreconditionError("a launch is under way; wait for its end");
     }
@@ -289,22 +289,22 @@ void SourceSession::Publish() {
                           .reconnects = reconnects_,
                           .progress = sync_->progress()};
   next_publish_ = absl::Now() + kPublishEvery;
-  MutexLock lock(&mutex_);
+  absl::MutexLock lock(&mutex_);
   published_ = std::move(status);
 }
 
 SourceSession::LaunchOrder* SourceSession::WaitForOrder(absl::Duration longest) {
-  MutexLock lock(&mutex_);
-  const auto ordered = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+  absl::MutexLock lock(&mutex_);
+  const auto ordered = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
     return (order_ != nullptr && !order_->done) || stop_;
   };
-  mutex_.AwaitWithTimeout(ordered, longest);
+  mutex_.AwaitWithTimeout(absl::Condition(&ordered), longest);
   return order_;
 }
 
 void SourceSession::Answer(LaunchOrder* order, absl::StatusOr<HandoverReport> result) {
   Publish();
-  MutexLock lock(&mutex_);
+  absl::MutexLock lock(&mutex_);
   order->result = std::move(result);
   order->done = true;
   order_ = nullptr;

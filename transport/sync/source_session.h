@@ -11,11 +11,11 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "transport/dirty_log.h"
 #include "transport/guest.h"
 #include "transport/memory.h"
-#include "transport/mutex.h"
 #include "transport/sync/dialer.h"
 #include "transport/sync/link_return.h"
 #include "transport/sync/session_recording.h"
@@ -181,12 +181,12 @@ class SourceSession {
   std::vector<std::string> lost_devices_;  // of the RDMA link that failed last
   std::thread retiring_;                   // destroys a failed link, which may take its time
 
-  mutable Mutex mutex_;
+  mutable absl::Mutex mutex_;
   SessionStatus published_ ABSL_GUARDED_BY(mutex_);
   LaunchOrder* order_ ABSL_GUARDED_BY(mutex_) = nullptr;
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
 
-  Mutex join_mutex_;
+  absl::Mutex join_mutex_;
   std::thread thread_;  // last: it uses all of the above
 };
 

@@ -61,14 +61,14 @@ TargetService::~TargetService() {
   CloseConnections();
   std::list<Connection> connections;
   {
-    MutexLock lock(&mutex_);
+    absl::MutexLock lock(&mutex_);
     connections.swap(connections_);
   }
   for (Connection& connection : connections) connection.thread.join();
 }
 
 void TargetService::CloseConnections() {
-  MutexLock lock(&mutex_);
+  absl::MutexLock lock(&mutex_);
   for (TargetSlot& slot : slots_) {
     if (slot.channel != nullptr) slot.channel->Shutdown();
   }
@@ -90,7 +90,7 @@ void TargetService::AcceptLoop() {
 }
 
 void TargetService::Adopt(UniqueFd socket, std::string peer) {
-  MutexLock lock(&mutex_);
+  absl::MutexLock lock(&mutex_);
   if (connections_.size() >= options_.max_connections) {
     Log(true, absl::StrCat("refused ", peer, ": ", connections_.size(), " connections are open"));
     return;
@@ -119,13 +119,13 @@ void TargetService::Serve(UniqueFd socket, const std::string& peer) {
 
 SessionToken TargetService::ExpectStreams(uint32_t count) {
   const SessionToken token = RandomId();
-  MutexLock lock(&mutex_);
+  absl::MutexLock lock(&mutex_);
   rendezvous_[token].streams.resize(count);
   return token;
 }
 
 void TargetService::DeliverStream(const Preamble& preamble, UniqueFd socket) {
-  MutexLock lock(&mutex_);
+  absl::MutexLock lock(&mutex_);
   const auto it = rendezvous_.find(preamble.token);
   if (it == rendezvous_.end() || preamble.stream >= it->second.streams.size() ||
       it->second.streams[preamble.stream].valid()) {
@@ -138,12 +138,12 @@ void TargetService::DeliverStream(const Preamble& preamble, UniqueFd socket) {
 
 absl::StatusOr<std::vector<UniqueFd>> TargetService::TakeStreams(const SessionToken& token,
                                                                  absl::Time deadline) {
-  MutexLock lock(&mutex_);
+  absl::MutexLock lock(&mutex_);
   StreamRendezvous& rendezvous = rendezvous_[token];
   const auto complete = [&rendezvous, this] {
     return rendezvous.arrived == rendezvous.streams.size() || rendezvous.forgotten || ending_;
   };
-  mutex_.AwaitWithDeadline(complete, deadline);
+  mutex_.AwaitWithDeadline(absl::Condition(&complete), deadline);
   const bool all = rendezvous.arrived == rendezvous.streams.size() && !ending_;
   std::vector<UniqueFd> streams = std::move(rendezvous.streams);
   rendezvous_.erase(token);
@@ -152,7 +152,7 @@ absl::StatusOr<std::vector<UniqueFd>> TargetService::TakeStreams(const SessionTo
 }
 
 void TargetService::ForgetStreams(const SessionToken& token) {
-  MutexLock lock(&mutex_);
+  absl::MutexLock lock(&mutex_);
   const auto it = rendezvous_.find(token);
   if (it != rendezvous_.end()) it->second.forgotten = true;
 }
@@ -161,7 +161,7 @@ absl::StatusOr<TargetSlot*> TargetService::AcquireSlot(const SessionId& session,
                                                        const std::string& guest,
                                                        ControlChannel* channel) {
   std::list<TargetSlot> replaced;  // a place may take its time to end: not under the lock
-  MutexLock lock(&mutex_);
+  absl::MutexLock lock(&mutex_);
   const auto find = [&] {
     mutex_.AssertHeld();
     return std::find_if(slots_.begin(), slots_.end(),
@@ -174,7 +174,7 @@ absl::StatusOr<TargetSlot*> TargetService::AcquireSlot(const SessionId& session,
       mutex_.AssertHeld();
       return find() == slots_.end() || !find()->busy;
     };
-    mutex_.AwaitWithTimeout(let_go, kTakeOverTimeout);
+    mutex_.AwaitWithTimeout(absl::Condition(&let_go), kTakeOverTimeout);
     it = find();
   }
   if (it != slots_.end() && it->session != session && !it->busy) {
@@ -200,7 +200,7 @@ absl::StatusOr<TargetSlot*> TargetService::AcquireSlot(const SessionId& session,
 
 void TargetService::ReleaseSlot(TargetSlot* slot, bool forget) {
   std::list<TargetSlot> dropped;  // a place may take its time to end: not under the lock
-  MutexLock lock(&mutex_);
+  absl::MutexLock lock(&mutex_);
   slot->busy = false;
   slot->channel = nullptr;
   slot->lost_at = absl::Now();
@@ -212,7 +212,7 @@ void TargetService::ReleaseSlot(TargetSlot* slot, bool forget) {
 }
 
 void TargetService::SetSlotState(TargetSlot* slot, const std::string& state) {
-  MutexLock lock(&mutex_);
+  absl::MutexLock lock(&mutex_);
   slot->state = state;
 }
 
@@ -220,7 +220,7 @@ void TargetService::Sweep() {
   std::list<TargetSlot> expired;
   std::list<Connection> ended;
   {
-    MutexLock lock(&mutex_);
+    absl::MutexLock lock(&mutex_);
     for (auto it = slots_.begin(); it != slots_.end();) {
       const auto next = std::next(it);
       if (!it->busy && absl::Now() - it->lost_at > options_.keep_lost_session) {
@@ -242,7 +242,7 @@ void TargetService::Sweep() {
 
 std::vector<TargetStatus> TargetService::status() const {
   std::vector<TargetStatus> all;
-  MutexLock lock(&mutex_);
+  absl::MutexLock lock(&mutex_);
   for (const TargetSlot& slot : slots_) {
     TargetStatus status = {.guest = slot.guest,
                            .session = IdToHex(slot.session),
@@ -258,7 +258,7 @@ wire::Outcome TargetService::Outcome(const SessionId& session, const std::string
   {
     // While a conversation still has the guest in hand its fate is open: end it, then read the
     // record.
-    MutexLock lock(&mutex_);
+    absl::MutexLock lock(&mutex_);
     const auto in_hand = [&] {
       mutex_.AssertHeld();
       return std::any_of(slots_.begin(), slots_.end(), [&](const TargetSlot& slot) {
@@ -269,7 +269,7 @@ wire::Outcome TargetService::Outcome(const SessionId& session, const std::string
       if (slot.session == session && slot.busy && slot.channel != nullptr) slot.channel->Shutdown();
     }
     const auto free = [&] { return !in_hand(); };
-    if (!mutex_.AwaitWithTimeout(free, kTakeOverTimeout)) {
+    if (!mutex_.AwaitWithTimeout(absl::Condition(&free), kTakeOverTimeout)) {
       outcome.set_text("the handover is still under way here; ask again");
       return outcome;
     }

@@ -13,8 +13,8 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
-#include "transport/mutex.h"
 #include "transport/rdma/rdma_options.h"
 #include "transport/sync/session_id.h"
 #include "transport/sync/target_host.h"
@@ -126,7 +126,7 @@ class TargetService {
   const TargetServiceOptions options_;
   std::atomic<bool> ending_ = false;
 
-  mutable Mutex mutex_;
+  mutable absl::Mutex mutex_;
   std::list<TargetSlot> slots_ ABSL_GUARDED_BY(mutex_);
   std::map<SessionToken, StreamRendezvous> rendezvous_ ABSL_GUARDED_BY(mutex_);
   std::list<Connection> connections_ ABSL_GUARDED_BY(mutex_);
