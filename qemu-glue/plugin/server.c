@@ -132,15 +132,17 @@ static bool serve_request(void) {
 static void* run(void* unused) {
   (void)unused;
   for (;;) {
-    struct pollfd fds[2] = {{.fd = server.client, .events = POLLIN},
-                            {.fd = server.listener, .events = POLLIN}};
+    /* poll looks at them in this order: where it sees a new client it also sees the end of the old
+     * one, if that came before. */
+    struct pollfd fds[2] = {{.fd = server.listener, .events = POLLIN},
+                            {.fd = server.client, .events = POLLIN}};
     if (poll(fds, 2, -1) < 0) {
       pause_100ms();
       continue;
     }
     /* The old client's end before the new one's beginning. */
-    if (fds[0].revents != 0 && !serve_request()) drop_client();
-    if (fds[1].revents != 0) accept_client();
+    if (fds[1].revents != 0 && !serve_request()) drop_client();
+    if (fds[0].revents != 0) accept_client();
   }
   return NULL;
 }
