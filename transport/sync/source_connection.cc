@@ -19,9 +19,10 @@ using Body = wire::ControlMessage;
 
 absl::StatusOr<std::unique_ptr<ControlChannel>> DialControl(Dialer* dialer, absl::Time deadline,
                                                             uint32_t* version) {
-  absl::StatusOr<UniqueFd> socket = dialer->Dial({.kind = Preamble::Kind::kControl}, deadline);
-  if (!socket.ok()) return socket.status();
-  auto channel = std::make_unique<ControlChannel>(*std::move(socket), dialer->peer());
+  absl::StatusOr<Connection> connection =
+      dialer->Dial({.kind = Preamble::Kind::kControl}, deadline);
+  if (!connection.ok()) return connection.status();
+  auto channel = std::make_unique<ControlChannel>(*std::move(connection), dialer->peer());
   absl::StatusOr<uint32_t> common = ExchangeHello(channel.get(), deadline);
   if (!common.ok()) return common.status();
   *version = *common;
@@ -48,15 +49,17 @@ absl::StatusOr<std::unique_ptr<SourceLink>> DialTcpLink(Dialer* dialer, const Gu
     return absl::InvalidArgumentError(
         absl::StrCat(dialer->peer(), " opened the session with a bad token or stream count"));
   }
-  std::vector<UniqueFd> sockets;
+  std::vector<Connection> connections;
   for (uint32_t i = 0; i < streams; ++i) {
-    absl::StatusOr<UniqueFd> socket =
+    absl::StatusOr<Connection> connection =
         dialer->Dial({.kind = Preamble::Kind::kData, .stream = i, .token = *token}, deadline);
-    if (!socket.ok()) return socket.status();
-    sockets.push_back(*std::move(socket));
+    if (!connection.ok()) return connection.status();
+    connections.push_back(*std::move(connection));
   }
+  auto made = MakeStreams(std::move(connections), request.socket);
+  if (!made.ok()) return made.status();
   absl::StatusOr<std::unique_ptr<TcpSourceLink>> link =
-      TcpSourceLink::Create(memory, std::move(sockets), request.tcp, request.socket);
+      TcpSourceLink::Create(memory, *std::move(made), request.tcp);
   if (!link.ok()) return link.status();
   return *std::move(link);
 }
