@@ -127,7 +127,7 @@ absl::Status OpenFirstLink(Dialer* dialer, const GuestMemory* memory, const Sess
                            SourceConnection* connection, absl::Time deadline) {
   LinkOpening opening(dialer, memory, request, connection);
   if (request.transport == Transport::kTcp) {
-    connection->why = "TCP was asked for";
+    connection->why = request.tcp_reason;
     return opening.Open(wire::OpenLink::TCP, deadline);
   }
   absl::Status rdma = CheckRdma(request.rdma.devices);
