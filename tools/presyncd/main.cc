@@ -63,13 +63,18 @@ void UnblockEndSignals() {
 
 int Serve(Config config, const UniqueFd& signals) {
   const std::string socket = config.socket;
+  absl::StatusOr<LocalAccess> access = LocalAccess::ForGroup(config.socket_group);
+  if (!access.ok()) {
+    spdlog::error("{}", std::string(access.status().message()));
+    return 1;
+  }
   absl::StatusOr<std::unique_ptr<Daemon>> daemon = Daemon::Create(std::move(config));
   if (!daemon.ok()) {
     spdlog::error("{}", std::string(daemon.status().message()));
     return 1;
   }
   absl::StatusOr<std::unique_ptr<LocalServer>> server = LocalServer::Start(
-      socket, [&](const nlohmann::json& request) { return (*daemon)->Handle(request); });
+      socket, *access, [&](const nlohmann::json& request) { return (*daemon)->Handle(request); });
   if (!server.ok()) {
     spdlog::error("{}", std::string(server.status().message()));
     return 1;
