@@ -56,6 +56,7 @@ class Daemon:
         self.socket = f"{self.folder}/presyncd.sock"
         self.log = f"{self.folder}/presyncd.log"
         self.process = None
+        self.prefix = []  # of the command: another user's rights, for example
         if insecure:
             self._security, self._rules = ["insecure = true"], {}
         else:
@@ -91,7 +92,7 @@ class Daemon:
         """Starts presyncd and waits until it answers."""
         with open(self.log, "a", encoding="utf-8") as log:
             self.process = self._two.popen(
-                self.host, [build_folder() / "tools" / "presyncd", "-c", self.config],
+                self.host, [*self.prefix, build_folder() / "tools" / "presyncd", "-c", self.config],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         deadline = time.monotonic() + seconds
         while True:

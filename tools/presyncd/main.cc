@@ -3,6 +3,7 @@
 #include <signal.h>
 #include <spdlog/sinks/stdout_sinks.h>
 #include <spdlog/spdlog.h>
+#include <sys/prctl.h>
 #include <sys/signalfd.h>
 #include <sys/stat.h>
 #include <systemd/sd-daemon.h>
@@ -137,6 +138,9 @@ int Main(int argc, char** argv) {
     std::printf("%s is good\n", config_path.c_str());
     return 0;
   }
+  // The unit hands capabilities down to whatever is started; they are meant for presyncd alone, not
+  // for the QEMUs that it starts.
+  ::prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0);
   ::umask(077);  // what is made here is nobody else's, unless it is said
   const UniqueFd signals = EndSignals();
   SetUpLog(log_level.empty() ? config->log_level : log_level);
