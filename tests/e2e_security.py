@@ -55,7 +55,7 @@ class SecurityTest(EndToEnd):
         source.config.write_text("insecure = true\n" + source.config.read_text())
         source.start()
         for _ in range(3):
-            self.start(move, words=["closed"])
+            self.start(move, words=["certificates", "log"])
         self.assertEqual(target.words(50).count("it is another host"), 1)
         self.nothing_came(move)
 

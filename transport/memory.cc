@@ -143,8 +143,8 @@ absl::StatusOr<uint64_t> Seek(const Region& region, uint64_t offset, uint64_t en
   return FileError("look for holes in", region.path(), errno);
 }
 
-// open(2), but through no symbolic link anywhere in the path (Linux 5.6): where memory is made, nobody
-// must be able to lead it elsewhere.
+// open(2), but through no symbolic link anywhere in the path (Linux 5.6): where memory is made,
+// nobody must be able to lead it elsewhere.
 int CreateWithoutLinks(const std::string& path) {
   open_how how = {};
   how.flags = O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC;
@@ -190,8 +190,9 @@ absl::StatusOr<Region> Region::Create(std::string name, const std::string& path,
   if (auto status = CheckSize(path, size_bytes, kPageBytes); !status.ok()) return status;
   UniqueFd fd(CreateWithoutLinks(path));
   if (!fd.valid() && errno == ELOOP) {
-    return absl::FailedPreconditionError(absl::StrCat(
-        "create ", path, ": there is a symbolic link in its path; name the folder by its real path"));
+    return absl::FailedPreconditionError(
+        absl::StrCat("create ", path,
+                     ": there is a symbolic link in its path; name the folder by its real path"));
   }
   if (!fd.valid() && errno == EEXIST) {
     return absl::AlreadyExistsError(absl::StrCat(

@@ -24,6 +24,12 @@ absl::StatusOr<std::unique_ptr<ControlChannel>> DialControl(Dialer* dialer, absl
   if (!connection.ok()) return connection.status();
   auto channel = std::make_unique<ControlChannel>(*std::move(connection), dialer->peer());
   absl::StatusOr<uint32_t> common = ExchangeHello(channel.get(), deadline);
+  if (absl::IsUnavailable(common.status())) {
+    // Who may not come is told nothing.
+    return absl::UnavailableError(absl::StrCat(common.status().message(),
+                                               "; the log of its presyncd says why, if it was not "
+                                               "stopped: does it want certificates?"));
+  }
   if (!common.ok()) return common.status();
   *version = *common;
   return channel;

@@ -30,7 +30,10 @@ class PeerTest : public SessionTest {
     };
     Restart();
   }
-  ~PeerTest() override { service_.reset(); }  // it logs here
+  ~PeerTest() override {
+    session_.reset();
+    service_.reset();  // it logs here
+  }
 
   void Restart() {
     service_.reset();
