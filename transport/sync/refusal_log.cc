@@ -8,6 +8,7 @@
 namespace presync {
 
 void RefusalLog::Refuse(const std::string& who, const std::string& why, absl::Time now) {
+  std::string line;
   {
     absl::MutexLock lock(&mutex_);
     auto key = std::make_pair(who, why);
@@ -21,9 +22,9 @@ void RefusalLog::Refuse(const std::string& who, const std::string& why, absl::Ti
       return;
     }
     kinds_[key] = {.said = now};
-    if (key.first != who) return;
+    line = absl::StrCat("refused ", key.first, ": ", key.second);
   }
-  sink_(absl::StrCat("refused ", who, ": ", why));
+  sink_(line);
 }
 
 void RefusalLog::Flush(absl::Time now) {
