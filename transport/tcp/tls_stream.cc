@@ -58,7 +58,7 @@ class TlsStream final : public ByteStream {
 
   void Shutdown() override { socket_->Shutdown(); }
   void SetPacing(uint64_t bytes_per_s) override { socket_->SetPacing(bytes_per_s); }
-  std::optional<absl::Duration> QueueingDelay() const override { return socket_->QueueingDelay(); }
+  std::optional<PathState> path() const override { return socket_->path(); }
 
  private:
   static absl::Status Failed(const char* operation, const absl::Status& why) {
