@@ -51,14 +51,14 @@ class FuzzTarget final : public Dialer {
     for (std::thread& peer : peers_) peer.join();
   }
 
-  absl::StatusOr<UniqueFd> Dial(const Preamble& preamble, absl::Time) override {
+  absl::StatusOr<Connection> Dial(const Preamble& preamble, absl::Time) override {
     fuzz::SocketPair pair = fuzz::MakeSocketPair();
     if (preamble.kind == Preamble::Kind::kControl) {
       peers_.emplace_back([this, peer = std::move(pair.peer)]() mutable {
         fuzz::PlayControl(std::move(peer), script_.steps,
                           [this](const Body& message) { ran_ = ran_ || message.has_run(); });
       });
-      return std::move(pair.product);
+      return Connection(std::move(pair.product));
     }
     if (!honest_link_) {
       if (used_ < script_.streams.size()) {
@@ -67,7 +67,7 @@ class FuzzTarget final : public Dialer {
       // Nothing is read there: what does not fit waits.
     }
     sockets_.push_back(std::move(pair.peer));
-    return std::move(pair.product);
+    return Connection(std::move(pair.product));
   }
   const std::string& peer() const override { return name_; }
 
