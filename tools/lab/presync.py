@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import time
 
+from . import certificates as _certificates
 from . import guest as _guest
 from . import hosts as _hosts
 
@@ -44,8 +45,9 @@ class Refused(Exception):
 class Daemon:
     """One presyncd.  A context manager; it is stopped by its id, the guests it started too."""
 
-    def __init__(self, two, host, folder, guests=None, defaults=None):
-        """`guests`: {name: argv or monitor socket of a waiting QEMU}."""
+    def __init__(self, two, host, folder, guests=None, defaults=None, insecure=False, rules=None):
+        """`guests`: {name: argv or monitor socket of a waiting QEMU}.  With certificates, unless `insecure`.
+        `rules`: {peer: {key: value}}, who may push; all hosts of the lab if not given."""
         self.host = host
         self._two = two
         self.folder = pathlib.Path(folder) / host
@@ -54,14 +56,23 @@ class Daemon:
         self.socket = f"{self.folder}/presyncd.sock"
         self.log = f"{self.folder}/presyncd.log"
         self.process = None
+        self.prefix = []  # of the command: another user's rights, for example
+        if insecure:
+            self._security, self._rules = ["insecure = true"], {}
+        else:
+            certificates = _certificates.of_lab(folder, two)
+            self._security = _certificates.settings(certificates, host)
+            self._rules = {peer: {} for peer in two.hosts} if rules is None else rules
         self._write_config(guests or {}, defaults or {})
 
     def _write_config(self, guests, defaults):
         lines = [f'listen = "{self._two.address[self.host]}:{PORT}"', f'socket = "{self.socket}"',
                  f'state_folder = "{self.folder}/state"', f'run_folder = "{self.folder}/run"',
-                 f'ram_folder = "{self.ram}"']
+                 f'ram_folder = "{self.ram}"', *self._security]
         if defaults:
             lines += ["[defaults]", *(f"{key} = {json.dumps(value)}" for key, value in defaults.items())]
+        for peer, rules in self._rules.items():
+            lines += [f'[peer."{peer}"]', *(f"{key} = {json.dumps(value)}" for key, value in rules.items())]
         for name, how in guests.items():
             key = "attach" if isinstance(how, str) else "command"
             lines += [f"[guest.{name}]", f"{key} = {json.dumps(how)}"]
@@ -81,7 +92,7 @@ class Daemon:
         """Starts presyncd and waits until it answers."""
         with open(self.log, "a", encoding="utf-8") as log:
             self.process = self._two.popen(
-                self.host, [build_folder() / "tools" / "presyncd", "-c", self.config],
+                self.host, [*self.prefix, build_folder() / "tools" / "presyncd", "-c", self.config],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         deadline = time.monotonic() + seconds
         while True:
@@ -141,14 +152,16 @@ class Move:
             move.start(); move.source_daemon.ask("launch", NAME)
     """
 
-    def __init__(self, two, folder, spec, defaults=None, target_spec=None):
-        """`spec`: without a plug-in; it is added here.  `target_spec`: if it differs."""
+    def __init__(self, two, folder, spec, defaults=None, target_spec=None, insecure=False, rules=None):
+        """`spec`: without a plug-in; it is added here.  `target_spec`: if it differs.  `rules`: the target's."""
         self.two = two
         self.folder = pathlib.Path(folder)
         self.spec = spec
         self._stack = contextlib.ExitStack()
         self._target_spec = target_spec or spec
         self._defaults = defaults
+        self._insecure = insecure
+        self._rules = rules
         self.source = self.reader = self.source_daemon = self.target_daemon = None
         self.target_agent = f"{self.folder}/target.agent"
 
@@ -162,9 +175,10 @@ class Move:
                                      agent=self.target_agent, serial=f"{self.folder}/target.serial")
             command = _guest.qemu_argv(template, "target", sockets)
             self.target_daemon = stack.enter_context(
-                Daemon(self.two, "target", self.folder, {NAME: command}, self._defaults))
+                Daemon(self.two, "target", self.folder, {NAME: command}, self._defaults,
+                       self._insecure, self._rules))
             self.source_daemon = stack.enter_context(
-                Daemon(self.two, "source", self.folder, {}, self._defaults))
+                Daemon(self.two, "source", self.folder, {}, self._defaults, self._insecure))
             spec = dataclasses.replace(
                 self.spec, plugin=f"{plugin_path()},socket={self.folder}/source.glue")
             self.source = stack.enter_context(

@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "transport/tls/tls_identity.h"
+
 namespace presync {
 
 // "presync bench link": a server without a peer, a client with one.
@@ -18,6 +20,7 @@ struct BenchLinkCommand {
   // Both.
   std::string memory;  // ParseSize; empty: 256M for a client, 4G for a server
   std::string folder = "/dev/shm";
+  TlsFiles tls;  // all or none; a server takes plain clients beside those within TLS
   // Client.
   std::string transport = "auto";
   std::string size = "64K";
@@ -29,7 +32,8 @@ struct BenchLinkCommand {
   uint32_t tcp_streams = 4;
   uint32_t queue_pairs = 4;
   std::vector<std::string> devices;
-  std::string max_write;  // ParseSize; empty: the link's own
+  std::string max_write;             // ParseSize; empty: the link's own
+  std::string encryption = "plain";  // "tls", or "both": in turns, with the ratio
 };
 
 // Blocks until the measurement or the server has ended. Returns the exit code, as presync's help

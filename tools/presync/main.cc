@@ -218,6 +218,14 @@ CLI::App* AddBenchLink(CLI::App* app, BenchLinkCommand* o) {
       ->delimiter(',');
   link->add_option("--max-write", o->max_write,
                    "Longest single RDMA write: neighbouring messages are joined up to it (1M)");
+  link->add_option("--encryption", o->encryption,
+                   "plain, tls, or both: TCP in turns without and with TLS, and the ratio")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"plain", "tls", "both"}));
+  link->add_option("--certificate", o->tls.certificate,
+                   "For TLS, on both sides: as presyncd.toml's");
+  link->add_option("--key", o->tls.key, "The certificate's key");
+  link->add_option("--ca", o->tls.ca, "The authority's certificate");
   return link;
 }
 

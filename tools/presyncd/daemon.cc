@@ -77,6 +77,15 @@ absl::Status SetTransport(const Json& request, const Config& config,
   const std::string devices = TextOr(request, "rdma_devices", "");
   if (!devices.empty()) options->rdma.devices = absl::StrSplit(devices, ',', absl::SkipEmpty());
   options->rdma.on_demand_paging = config.rdma_on_demand_paging;
+  if (config.require_encryption) {
+    if (options->transport == Transport::kRdma) {
+      return absl::FailedPreconditionError(
+          "RDMA data is not encrypted, and this host requires encryption (require_encryption): "
+          "use --transport tcp");
+    }
+    options->transport = Transport::kTcp;
+    options->tcp_reason = "TCP, for this host requires encryption";
+  }
   options->log = LogLine;
   return absl::OkStatus();
 }
@@ -118,6 +127,9 @@ absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Create(Config config) {
   std::unique_ptr<Daemon> daemon(new Daemon(std::move(config)));
   daemon->lock_ = *std::move(lock);
   const Config& c = daemon->config_;
+  absl::StatusOr<std::unique_ptr<Security>> security = Security::Create(c);
+  if (!security.ok()) return security.status();
+  daemon->security_ = *std::move(security);
   absl::StatusOr<std::unique_ptr<QemuTargetHost>> host =
       QemuTargetHost::Create({.ram_folder = c.ram_folder,
                               .run_folder = c.run_folder + "/guests",
@@ -127,7 +139,8 @@ absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Create(Config config) {
   daemon->host_ = *std::move(host);
   {
     absl::MutexLock guard(&daemon->mutex_);
-    daemon->open_matters_ = RecoverHandovers(c.state_folder, daemon->host_.get(), LogLine);
+    daemon->open_matters_ =
+        RecoverHandovers(c.state_folder, daemon->host_.get(), daemon->security_->peers(), LogLine);
   }
   daemon->host_->EndWaitingLeftovers();
 
@@ -138,11 +151,26 @@ absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Create(Config config) {
   options.rdma.enabled = c.rdma;
   options.rdma.addresses = c.rdma_addresses;
   options.log = LogLine;
+  daemon->security_->Apply(&options);
   daemon->service_ =
       TargetService::Start(*std::move(listener), daemon->host_.get(), std::move(options));
+  const Json mode = daemon->security_->ToJson();
+  if (const std::string warning = TextOr(mode, "warning", ""); !warning.empty()) {
+    spdlog::warn("{}", warning);
+  }
+  if (TextOr(mode, "mode", "") == "this-host-only") {
+    spdlog::info("no certificates: only this host's own processes are talked to");
+  }
   spdlog::info("listening at {}:{}, {} guests configured to come here", c.listen_host,
                c.listen_port, c.guests.size());
   return daemon;
+}
+
+void Daemon::ReloadCertificates() {
+  const absl::Status status = security_->Reload();
+  LogLine(!status.ok(), status.ok()
+                            ? "certificates read again; connections from now on use them"
+                            : absl::StrCat("certificates stay as they were: ", status.message()));
 }
 
 void Daemon::Tick() { host_->RemoveLeftovers(); }
@@ -243,7 +271,7 @@ absl::StatusOr<Json> Daemon::Start(const Json& request) {
   const std::string name = TextOr(request, "name", "");
   absl::StatusOr<HostAndPort> to = ParseHostPort(TextOr(request, "to", ""), kDefaultPort);
   if (!to.ok()) return to.status();
-  auto dialer = std::make_unique<TcpDialer>(to->host, to->port);
+  auto dialer = std::make_unique<TcpDialer>(to->host, to->port, security_->peers());
   absl::StatusOr<SourceSessionOptions> options = SessionOptions(request, dialer->peer());
   if (!options.ok()) return options.status();
   if (absl::Status s = Claim(name); !s.ok()) return s;
@@ -343,6 +371,7 @@ absl::StatusOr<Json> Daemon::Record(const Json& request) {
 Json Daemon::Status(const Json& request) const {
   const std::string name = TextOr(request, "name", "");
   Json answer = {{"guests", Json::array()}, {"incoming", Json::array()}, {"open", Json::array()}};
+  answer["security"] = security_->ToJson();
   std::vector<std::shared_ptr<SourceSession>> sessions;
   {
     absl::MutexLock lock(&mutex_);

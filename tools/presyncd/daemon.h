@@ -15,6 +15,7 @@
 #include "qemu-glue/qemu_target_host.h"
 #include "tools/presyncd/config.h"
 #include "tools/presyncd/fixed_costs.h"
+#include "tools/presyncd/security.h"
 #include "transport/sync/source_session.h"
 #include "transport/sync/target_service.h"
 
@@ -29,6 +30,9 @@ class Daemon {
 
   // Answers one request of the local socket.
   nlohmann::json Handle(const nlohmann::json& request);
+
+  // Reads the certificates again, and logs what came of it.
+  void ReloadCertificates();
 
   // Housekeeping; call it every few seconds.
   void Tick();
@@ -51,6 +55,7 @@ class Daemon {
   std::shared_ptr<SourceSession> Find(const std::string& name) const ABSL_LOCKS_EXCLUDED(mutex_);
 
   const Config config_;
+  std::unique_ptr<Security> security_;
   UniqueFd lock_;  // on the state folder, while this daemon lives
   FixedCosts fixed_costs_;
   std::unique_ptr<QemuTargetHost> host_;

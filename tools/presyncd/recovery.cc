@@ -51,10 +51,10 @@ absl::Status QuitHere(const HandoverEntry& entry) {
   return (*guest)->Quit(absl::Now() + kTimeout);
 }
 
-absl::Status SettleGivenUp(const HandoverEntry& entry) {
+absl::Status SettleGivenUp(const HandoverEntry& entry, const PeerSecurity& security) {
   absl::StatusOr<HostAndPort> peer = ParseHostPort(entry.peer, kDefaultPort);
   if (!peer.ok()) return peer.status();
-  TcpDialer dialer(peer->host, peer->port);
+  TcpDialer dialer(peer->host, peer->port, security);
   absl::StatusOr<wire::Outcome> outcome =
       AskOutcome(&dialer, entry.session, entry.guest, absl::Now() + kTimeout);
   if (!outcome.ok()) {
@@ -77,13 +77,14 @@ absl::Status SettleGivenUp(const HandoverEntry& entry) {
   }
 }
 
-absl::Status Settle(const HandoverEntry& entry, QemuTargetHost* host) {
+absl::Status Settle(const HandoverEntry& entry, QemuTargetHost* host,
+                    const PeerSecurity& security) {
   switch (entry.phase) {
     case HandoverPhase::kPreparing:
     case HandoverPhase::kTakenBack:
       return ResumeHere(entry);
     case HandoverPhase::kGivenUp:
-      return SettleGivenUp(entry);
+      return SettleGivenUp(entry, security);
     case HandoverPhase::kMoved:
       return QuitHere(entry);
     case HandoverPhase::kWaiting:
@@ -109,7 +110,7 @@ absl::Status Close(const std::string& folder, const HandoverEntry& entry) {
 }  // namespace
 
 std::vector<std::string> RecoverHandovers(
-    const std::string& folder, QemuTargetHost* host,
+    const std::string& folder, QemuTargetHost* host, const PeerSecurity& security,
     const std::function<void(bool problem, const std::string& line)>& log) {
   HandoverRecord::RemoveUnused(folder);
   std::vector<std::string> open;
@@ -120,7 +121,7 @@ std::vector<std::string> RecoverHandovers(
   std::vector<std::string> unreadable;
   for (const HandoverEntry& entry : HandoverRecord::ReadAll(folder, &unreadable)) {
     if (entry.phase == HandoverPhase::kRunning || entry.phase == HandoverPhase::kNeverRan) continue;
-    absl::Status status = Settle(entry, host);
+    absl::Status status = Settle(entry, host, security);
     if (status.ok()) status = Close(folder, entry);
     const std::string what = absl::StrCat(entry.guest, ": an earlier presyncd left it ",
                                           PhaseName(entry.phase), " (peer ", entry.peer, ")");

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "qemu-glue/qemu_target_host.h"
+#include "transport/sync/dialer.h"
 
 namespace presync {
 
@@ -18,7 +19,7 @@ namespace presync {
 // Returns, for people, what could not be settled and what to do about it. Blocks for some seconds
 // at most for each open record.
 std::vector<std::string> RecoverHandovers(
-    const std::string& folder, QemuTargetHost* host,
+    const std::string& folder, QemuTargetHost* host, const PeerSecurity& security,
     const std::function<void(bool problem, const std::string& line)>& log);
 
 }  // namespace presync

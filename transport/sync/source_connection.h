@@ -31,6 +31,7 @@ struct SessionRequest {
   TcpSourceOptions tcp;
   SocketOptions socket;
   Transport transport = Transport::kAuto;
+  std::string tcp_reason = "TCP was asked for";  // for people, with kTcp
   RdmaSourceOptions rdma;
 };
 

@@ -35,6 +35,7 @@ struct SourceSessionOptions {
   TcpSourceOptions tcp;
   SocketOptions socket;
   Transport transport = Transport::kAuto;
+  std::string tcp_reason = SessionRequest().tcp_reason;
   RdmaSourceOptions rdma;
   absl::Duration connect_timeout = absl::Seconds(20);
   absl::Duration reconnect_every = absl::Seconds(1);
