@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "tools/presync/command.h"
+
 namespace presync {
 
 // "presync bench link": a server without a peer, a client with one.
@@ -35,5 +37,8 @@ struct BenchLinkCommand {
 // Blocks until the measurement or the server has ended. Returns the exit code, as presync's help
 // has them; what is wrong goes to stderr.
 int RunBenchLink(const BenchLinkCommand& command);
+
+// The subcommand with its own subcommands.
+RunCommand AddBench(CLI::App* app, CommandContext* context);
 
 }  // namespace presync
