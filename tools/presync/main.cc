@@ -9,6 +9,7 @@
 #include "tools/presync/doctor.h"
 #include "tools/presync/record.h"
 #include "tools/presync/replay.h"
+#include "tools/presync/report.h"
 #include "tools/presync/sync_commands.h"
 #include "tools/presyncd/config.h"
 
@@ -26,6 +27,7 @@ constexpr Subcommand kSubcommands[] = {
     {"status", "Show guests that are kept in sync, and those mirrored here", AddStatus},
     {"launch", "Run a guest on the host it was kept in sync with", AddLaunch},
     {"stop", "End a sync; the guest goes on here", AddStop},
+    {"report", "Make a page of a guest's sync and launches, with plots", AddReport},
     {"record", "Write down which pages a guest writes, for presync replay", AddRecord},
     {"replay", "Play recorded traces through the policies, off line", AddReplay},
     {"doctor", "Look whether this host, and a guest, are ready", AddDoctor},

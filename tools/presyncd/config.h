@@ -13,6 +13,7 @@
 namespace presync {
 
 inline constexpr uint16_t kDefaultPort = 7350;
+inline constexpr uint16_t kDefaultMetricsPort = 7352;
 inline constexpr char kDefaultConfigPath[] = "/etc/presync/presyncd.toml";
 inline constexpr char kDefaultSocketPath[] = "/run/presync/presyncd.sock";
 
@@ -25,6 +26,7 @@ struct Config {
   std::string ram_folder = "/dev/shm/presync";
   std::string log_level = "info";
   uint64_t max_guest_bytes = 0;
+  std::string metrics_listen;               // HOST:PORT of /metrics; empty: none
   bool rdma = true;                         // whether guests may come by RDMA
   std::vector<std::string> rdma_addresses;  // empty: where the control connection arrives
 
