@@ -28,8 +28,22 @@ def build_folder():
     return folder
 
 
+def installed():
+    """Whether the programs to use are those that a package installed: PRESYNC_INSTALLED is set."""
+    return bool(os.environ.get("PRESYNC_INSTALLED"))
+
+
+def program(name):
+    """The path of "presyncd" or "presync"."""
+    if installed():
+        return pathlib.Path({"presyncd": "/usr/sbin", "presync": "/usr/bin"}[name]) / name
+    return build_folder() / "tools" / name
+
+
 def plugin_path():
     """The library that QEMU loads."""
+    if installed():
+        return "/usr/lib/x86_64-linux-gnu/qemu/presync_glue.so"
     return str(build_folder() / "qemu-glue" / "plugin" / "presync_glue.so")
 
 
@@ -44,8 +58,8 @@ class Refused(Exception):
 class Daemon:
     """One presyncd.  A context manager; it is stopped by its id, the guests it started too."""
 
-    def __init__(self, two, host, folder, guests=None, defaults=None):
-        """`guests`: {name: argv or monitor socket of a waiting QEMU}."""
+    def __init__(self, two, host, folder, guests=None, defaults=None, settings=None):
+        """`guests`: {name: argv or monitor socket of a waiting QEMU}; `settings`: top-level keys of the configuration."""
         self.host = host
         self._two = two
         self.folder = pathlib.Path(folder) / host
@@ -54,12 +68,13 @@ class Daemon:
         self.socket = f"{self.folder}/presyncd.sock"
         self.log = f"{self.folder}/presyncd.log"
         self.process = None
-        self._write_config(guests or {}, defaults or {})
+        self._write_config(guests or {}, defaults or {}, settings or {})
 
-    def _write_config(self, guests, defaults):
+    def _write_config(self, guests, defaults, settings):
         lines = [f'listen = "{self._two.address[self.host]}:{PORT}"', f'socket = "{self.socket}"',
                  f'state_folder = "{self.folder}/state"', f'run_folder = "{self.folder}/run"',
                  f'ram_folder = "{self.ram}"']
+        lines += [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
         if defaults:
             lines += ["[defaults]", *(f"{key} = {json.dumps(value)}" for key, value in defaults.items())]
         for name, how in guests.items():
@@ -81,7 +96,7 @@ class Daemon:
         """Starts presyncd and waits until it answers."""
         with open(self.log, "a", encoding="utf-8") as log:
             self.process = self._two.popen(
-                self.host, [build_folder() / "tools" / "presyncd", "-c", self.config],
+                self.host, [program("presyncd"), "-c", self.config],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         deadline = time.monotonic() + seconds
         while True:
@@ -123,7 +138,7 @@ class Daemon:
 
     def run(self, *arguments, **options):
         """`presync ARGUMENTS` on this host, as subprocess.run."""
-        return subprocess.run([build_folder() / "tools" / "presync", "--socket", self.socket,
+        return subprocess.run([program("presync"), "--socket", self.socket,
                                *map(str, arguments)], check=False, **options)
 
     def ask(self, *arguments):
@@ -141,7 +156,7 @@ class Move:
             move.start(); move.source_daemon.ask("launch", NAME)
     """
 
-    def __init__(self, two, folder, spec, defaults=None, target_spec=None):
+    def __init__(self, two, folder, spec, defaults=None, target_spec=None, settings=None):
         """`spec`: without a plug-in; it is added here.  `target_spec`: if it differs."""
         self.two = two
         self.folder = pathlib.Path(folder)
@@ -149,6 +164,7 @@ class Move:
         self._stack = contextlib.ExitStack()
         self._target_spec = target_spec or spec
         self._defaults = defaults
+        self._settings = settings
         self.source = self.reader = self.source_daemon = self.target_daemon = None
         self.target_agent = f"{self.folder}/target.agent"
 
@@ -162,9 +178,9 @@ class Move:
                                      agent=self.target_agent, serial=f"{self.folder}/target.serial")
             command = _guest.qemu_argv(template, "target", sockets)
             self.target_daemon = stack.enter_context(
-                Daemon(self.two, "target", self.folder, {NAME: command}, self._defaults))
+                Daemon(self.two, "target", self.folder, {NAME: command}, self._defaults, self._settings))
             self.source_daemon = stack.enter_context(
-                Daemon(self.two, "source", self.folder, {}, self._defaults))
+                Daemon(self.two, "source", self.folder, {}, self._defaults, self._settings))
             spec = dataclasses.replace(
                 self.spec, plugin=f"{plugin_path()},socket={self.folder}/source.glue")
             self.source = stack.enter_context(
