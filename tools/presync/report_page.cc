@@ -1,5 +1,6 @@
 #include "tools/presync/report_page.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
