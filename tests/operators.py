@@ -97,7 +97,7 @@ class MetricsTest(unittest.TestCase):
 
     def test_off_unless_configured(self):
         _, folder, log = self.start("")
-        self.assertNotIn("metrics", log)
+        self.assertNotIn("metrics at", log)
         self.assertIn("metrics_listen", (ROOT / "tools" / "presyncd" / "presyncd.toml.example").read_text(encoding="utf-8"))
 
     def test_a_port_in_use_is_said(self):
@@ -208,6 +208,7 @@ class ReportTest(unittest.TestCase):
         self.assertGreaterEqual(dom.count("<polyline"), 5)
         self.assertEqual(dom.count("class=\"bar\""), len(report["steps"]))
         self.assertIn(f"{report['launch_ms']:.1f} ms", dom)
+        self.assertIn("<td>moved", dom)
         data = png.read_bytes()
         self.assertEqual(struct.unpack(">II", data[16:24]), (1000, 1900))
         self.assertGreater(len(data), 40_000, "an empty page is smaller")

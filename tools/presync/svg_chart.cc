@@ -210,7 +210,7 @@ std::string RenderTimeline(const Timeline& timeline) {
   if (timeline.goal) {
     const double at = x.Place(timeline.goal->first);
     absl::StrAppend(&svg, Segment(at, kTop, at, bottom, "goal"),
-                    Text(at, bottom + 32, timeline.goal->second, "middle", "class='goal'"));
+                    Text(at - 4, kTop + 12, timeline.goal->second, "end", "class='goal'"));
   }
   return absl::StrCat(svg, "</svg>");
 }

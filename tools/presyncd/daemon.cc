@@ -335,6 +335,7 @@ absl::StatusOr<Json> Daemon::Launch(const Json& request) {
   history_.Sample(session->status(), ordered_at);
   absl::StatusOr<HandoverReport> report = session->Launch(options, wait);
   const SessionStatus status = session->status();
+  history_.Sample(status, absl::Now());
   history_.NoteLaunch(status, ordered_at, report);
   metrics_->NoteLaunch(report);
   if (!report.ok()) return report.status();
