@@ -211,6 +211,9 @@ absl::StatusOr<TargetSlot*> TargetService::AcquireSlot(const SessionId& session,
     return absl::PermissionDeniedError("this session was opened by another peer");
   }
   auto it = find();
+  // Before anything is changed for it: who may not, ends and replaces nothing.
+  const TargetSlot* same = it != slots_.end() ? &*it : nullptr;
+  if (absl::Status s = CheckUse(same, guest, memory_bytes, peer_name); !s.ok()) return s;
   if (it != slots_.end() && it->session == session && it->busy) {
     if (it->channel != nullptr) it->channel->Shutdown();
     const auto let_go = [&] {
@@ -230,8 +233,6 @@ absl::StatusOr<TargetSlot*> TargetService::AcquireSlot(const SessionId& session,
         absl::StrCat("guest ", guest, " is already being mirrored here, from ", it->peer,
                      "; stop that sync first (presync stop ", guest, ", on its source)"));
   }
-  const TargetSlot* own = it != slots_.end() ? &*it : nullptr;
-  if (absl::Status s = CheckUse(own, guest, memory_bytes, peer_name); !s.ok()) return s;
   TargetSlot& slot = it != slots_.end() ? *it : slots_.emplace_back();
   slot.session = session;
   slot.guest = guest;
@@ -271,7 +272,10 @@ absl::Status TargetService::CheckUse(const TargetSlot* except, const std::string
 }
 
 void TargetService::ReleaseSlot(TargetSlot* slot, bool forget) {
-  std::list<TargetSlot> dropped;  // a place may take its time to end: not under the lock
+  std::list<TargetSlot> dropped;
+  // It may take its time to end, so not under the lock; and before the guest's name is free, for a
+  // new place would use the same files.
+  if (forget) slot->place.reset();
   absl::MutexLock lock(&mutex_);
   slot->busy = false;
   slot->channel = nullptr;

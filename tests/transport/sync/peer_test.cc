@@ -160,6 +160,17 @@ TEST_F(PeerTest, TakesNoMoreThanItsRulesAllow) {
   EXPECT_TRUE(Lives(first->get()));
 }
 
+TEST_F(PeerTest, WhoMayNotReplacesNoLostSessionEither) {
+  (*target_options_.peers)["elsewhere"] = {.guests = {"g2"}};
+  Restart();
+  const SessionId session = RandomId();
+  { ASSERT_TRUE(Open("one", session).ok()); }
+  ASSERT_TRUE(Await([&] { return service_->status()[0].state == "lost"; }));
+  EXPECT_EQ(Open("elsewhere", RandomId()).status().code(), absl::StatusCode::kPermissionDenied);
+  ASSERT_EQ(service_->status().size(), 1u);
+  EXPECT_EQ(service_->status()[0].session, IdToHex(session));
+}
+
 TEST_F(PeerTest, AllPeersTogetherTakeNoMoreThanEveryoneMay) {
   target_options_.everyone = {.max_guests = 1};
   Restart();
