@@ -15,6 +15,7 @@
 #include "tools/bench/link_bench.h"
 #include "tools/common/local_api.h"
 #include "tools/common/units.h"
+#include "transport/rdma/rdma_options.h"
 #include "transport/sync/dialer.h"
 #include "transport/sync/source_connection.h"
 #include "transport/sync/target_service.h"
@@ -31,8 +32,6 @@ constexpr absl::Duration kConnectTimeout = absl::Seconds(30);
 constexpr absl::Duration kStallTimeout = absl::Seconds(10);
 
 std::atomic<bool> interrupted = false;
-
-enum ExitCode { kOk = 0, kFailed = 1, kUsage = 2, kUnreachable = 3 };
 
 int Fail(const absl::Status& status, bool json, int code) {
   if (json) std::printf("%s\n", StatusToJson(status).dump().c_str());
@@ -265,7 +264,7 @@ int Measure(const BenchLinkCommand& command) {
   absl::StatusOr<std::vector<Way>> ways = ConnectWays(command, *to, *memory, *plan);
   if (!ways.ok()) {
     return Fail(ways.status(), command.json,
-                absl::IsUnavailable(ways.status()) ? kUnreachable : kFailed);
+                absl::IsUnavailable(ways.status()) ? kNoDaemon : kFailed);
   }
   const absl::Status measured = Measure(&*ways, *memory, *plan, command);
   wire::ControlMessage close;
@@ -276,12 +275,70 @@ int Measure(const BenchLinkCommand& command) {
   return measured.ok() ? kOk : Fail(measured, command.json, kFailed);
 }
 
+void AddLinkOptions(CLI::App* link, BenchLinkCommand* o) {
+  link->add_option("host", o->peer, "HOST or HOST:PORT of the server");
+  link->add_option("-p,--port", o->port, "The server's port")->capture_default_str();
+  link->add_option("--listen", o->listen, "Server: only on this address");
+  link->add_flag("--keep", o->keep, "Server: serve until interrupted");
+  link->add_option("--memory", o->memory,
+                   "Memory that is written to; server: the most it gives away (256M; server: 4G)");
+  link->add_option("--folder", o->folder, "Where that memory is: on tmpfs or hugetlbfs")
+      ->capture_default_str();
+  link->add_option("--transport", o->transport, "auto, rdma or tcp")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"auto", "rdma", "tcp"}));
+  link->add_option("-s,--size", o->size, "Bytes of a message, 4K to 4M")->capture_default_str();
+  link->add_flag("-a,--all", o->all_sizes, "All sizes from 4K to 4M");
+  link->add_option("--pattern", o->pattern,
+                   "contiguous: messages follow each other in memory; scattered: they lie apart")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"contiguous", "scattered"}));
+  link->add_option("-t,--depth", o->depth, "Messages under way at a time")
+      ->capture_default_str()
+      ->check(CLI::Range(1u, 65536u));
+  link->add_option("-n,--iterations", o->iterations, "Messages of each size (else: --duration)");
+  link->add_option("-D,--duration", o->duration, "Time for each size")->capture_default_str();
+  link->add_option("--tcp-streams", o->tcp_streams, "Connections of the TCP link")
+      ->capture_default_str()
+      ->check(CLI::Range(1u, 64u));
+  link->add_option("-q,--queue-pairs", o->queue_pairs, "Queue pairs on each RDMA device")
+      ->capture_default_str()
+      ->check(CLI::Range(1u, kMaxRdmaQueuePairs));
+  link->add_option("-d,--devices", o->devices, "RDMA devices of this host to use (else any)")
+      ->delimiter(',');
+  link->add_option("--max-write", o->max_write,
+                   "Longest single RDMA write: neighbouring messages are joined up to it (1M)");
+  link->add_option("--encryption", o->encryption,
+                   "plain, tls, or both: TCP in turns without and with TLS, and the ratio")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"plain", "tls", "both"}));
+  link->add_option("--certificate", o->tls.certificate,
+                   "For TLS, on both sides: as presyncd.toml's");
+  link->add_option("--key", o->tls.key, "The certificate's key");
+  link->add_option("--ca", o->tls.ca, "The authority's certificate");
+}
+
 }  // namespace
 
 int RunBenchLink(const BenchLinkCommand& command) {
   ::signal(SIGINT, [](int) { interrupted = true; });
   ::signal(SIGTERM, [](int) { interrupted = true; });
   return command.peer.empty() ? Serve(command) : Measure(command);
+}
+
+RunCommand AddBench(CLI::App* app, CommandContext* context) {
+  app->require_subcommand(1);
+  CLI::App* link = app->add_subcommand(
+      "link",
+      "How fast is the page link? Without HOST: the server, which ends with its first client. With "
+      "HOST: measure the link to the server there, as ib_write_bw does");
+  link->add_flag("--json", context->json, "Print JSON");
+  auto o = std::make_shared<BenchLinkCommand>();
+  AddLinkOptions(link, o.get());
+  return [o, context] {
+    o->json = context->json;
+    return RunBenchLink(*o);
+  };
 }
 
 }  // namespace presync

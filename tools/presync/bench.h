@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "tools/presync/command.h"
 #include "transport/tls/tls_identity.h"
 
 namespace presync {
@@ -39,5 +40,8 @@ struct BenchLinkCommand {
 // Blocks until the measurement or the server has ended. Returns the exit code, as presync's help
 // has them; what is wrong goes to stderr.
 int RunBenchLink(const BenchLinkCommand& command);
+
+// The subcommand with its own subcommands.
+RunCommand AddBench(CLI::App* app, CommandContext* context);
 
 }  // namespace presync

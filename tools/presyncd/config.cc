@@ -216,6 +216,20 @@ absl::Status SetListen(const toml::node& node, Config* config) {
   return absl::OkStatus();
 }
 
+// "" is off; the port may be left out.
+absl::Status SetMetricsListen(const toml::node& node, Config* config) {
+  const auto text = node.value_exact<std::string>();
+  if (!text) return absl::InvalidArgumentError("must be a string in quotes");
+  config->metrics_listen.clear();
+  if (text->empty()) return absl::OkStatus();
+  absl::StatusOr<HostAndPort> address = ParseHostPort(*text, kDefaultMetricsPort);
+  if (!address.ok()) return address.status();
+  const bool ipv6 = address->host.find(':') != std::string::npos;
+  config->metrics_listen =
+      absl::StrCat(ipv6 ? "[" : "", address->host, ipv6 ? "]:" : ":", address->port);
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::StatusOr<Config> ParseConfig(absl::string_view text, const std::string& path) {
@@ -230,6 +244,8 @@ absl::StatusOr<Config> ParseConfig(absl::string_view text, const std::string& pa
   TableReader reader(path);
   reader.On("listen", [&](const toml::node& node) { return SetListen(node, &config); });
   reader.Text("socket", &config.socket);
+  reader.On("metrics_listen",
+            [&](const toml::node& node) { return SetMetricsListen(node, &config); });
   reader.Text("state_folder", &config.state_folder);
   reader.Text("run_folder", &config.run_folder);
   reader.Text("ram_folder", &config.ram_folder);

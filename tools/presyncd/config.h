@@ -15,6 +15,7 @@
 namespace presync {
 
 inline constexpr uint16_t kDefaultPort = 7350;
+inline constexpr uint16_t kDefaultMetricsPort = 7352;
 inline constexpr char kDefaultConfigPath[] = "/etc/presync/presyncd.toml";
 inline constexpr char kDefaultSocketPath[] = "/run/presync/presyncd.sock";
 
@@ -28,6 +29,7 @@ struct Config {
   std::string socket_group;  // whose members may command presyncd, besides root and its own user
   std::string log_level = "info";
   uint64_t max_guest_bytes = 0;
+  std::string metrics_listen;               // HOST:PORT of /metrics; empty: none
   // Who other hosts are, and what they may: docs/security.md.
   TlsFiles tls;                     // all empty: no certificates
   bool insecure = false;            // without certificates, talk to other hosts all the same

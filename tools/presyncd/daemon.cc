@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <utility>
 
+#include "absl/algorithm/container.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
@@ -105,9 +106,12 @@ absl::Status CheckPromise(absl::Duration promise, absl::Duration fixed_cost,
 }  // namespace
 
 Daemon::Daemon(Config config)
-    : config_(std::move(config)), fixed_costs_(config_.state_folder + "/fixed-costs.json") {}
+    : config_(std::move(config)),
+      fixed_costs_(config_.state_folder + "/fixed-costs.json"),
+      metrics_(std::make_shared<Metrics>([this] { return View(); })) {}
 
 Daemon::~Daemon() {
+  metrics_server_.reset();
   std::map<std::string, std::shared_ptr<SourceSession>> sources;
   {
     absl::MutexLock lock(&mutex_);
@@ -163,6 +167,13 @@ absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Create(Config config) {
   }
   spdlog::info("listening at {}:{}, {} guests configured to come here", c.listen_host,
                c.listen_port, c.guests.size());
+  if (!c.metrics_listen.empty()) {
+    absl::StatusOr<std::unique_ptr<MetricsServer>> server =
+        MetricsServer::Start(c.metrics_listen, daemon->metrics_);
+    if (!server.ok()) return server.status();
+    daemon->metrics_server_ = *std::move(server);
+    spdlog::info("metrics at http://{}/metrics", c.metrics_listen);
+  }
   return daemon;
 }
 
@@ -173,7 +184,33 @@ void Daemon::ReloadCertificates() {
                             : absl::StrCat("certificates stay as they were: ", status.message()));
 }
 
-void Daemon::Tick() { host_->RemoveLeftovers(); }
+void Daemon::Tick() {
+  host_->RemoveLeftovers();
+  for (const SessionStatus& status : Sources()) {
+    history_.Sample(status, absl::Now());
+    metrics_->NoteLink(status);
+  }
+}
+
+std::vector<SessionStatus> Daemon::Sources() const {
+  std::vector<std::shared_ptr<SourceSession>> sessions;
+  {
+    absl::MutexLock lock(&mutex_);
+    for (const auto& [name, session] : sources_) {
+      if (session != nullptr) sessions.push_back(session);
+    }
+  }
+  std::vector<SessionStatus> statuses;
+  for (const auto& session : sessions) statuses.push_back(session->status());
+  return statuses;
+}
+
+Metrics::View Daemon::View() const {
+  Metrics::View view = {.sources = Sources(), .incoming = service_->status().size()};
+  absl::MutexLock lock(&mutex_);
+  view.open_matters = open_matters_.size();
+  return view;
+}
 
 std::string Daemon::Summary() const {
   absl::MutexLock lock(&mutex_);
@@ -183,6 +220,9 @@ std::string Daemon::Summary() const {
 
 Json Daemon::Handle(const Json& request) {
   const std::string command = TextOr(request, "command", "");
+  static constexpr absl::string_view kCommands[] = {"start",  "launch", "stop",
+                                                    "record", "status", "report"};
+  const bool known = absl::c_linear_search(kCommands, command);
   absl::StatusOr<Json> answer = absl::InvalidArgumentError(
       absl::StrCat("no such command: ", command, "; presync and presyncd differ in version?"));
   if (command == "start") answer = Start(request);
@@ -190,7 +230,9 @@ Json Daemon::Handle(const Json& request) {
   if (command == "stop") answer = Stop(request);
   if (command == "record") answer = Record(request);
   if (command == "status") answer = Status(request);
+  if (command == "report") answer = history_.Report(TextOr(request, "name", ""));
   if (!answer.ok()) {
+    metrics_->NoteError(known ? command : "unknown", answer.status().code());
     spdlog::warn("{} {}: {}", command, TextOr(request, "name", ""),
                  std::string(answer.status().message()));
     return StatusToJson(answer.status());
@@ -317,9 +359,14 @@ absl::StatusOr<Json> Daemon::Launch(const Json& request) {
   const absl::Duration wait =
       absl::Milliseconds(std::max<int64_t>(0, NumberOr(request, "wait_ms", 0)));
   spdlog::info("{}: launch to {}", name, session->status().peer);
+  const absl::Time ordered_at = absl::Now();
+  history_.Sample(session->status(), ordered_at);
   absl::StatusOr<HandoverReport> report = session->Launch(options, wait);
-  if (!report.ok()) return report.status();
   const SessionStatus status = session->status();
+  history_.Sample(status, absl::Now());
+  history_.NoteLaunch(status, ordered_at, report);
+  metrics_->NoteLaunch(report);
+  if (!report.ok()) return report.status();
   const double link = static_cast<double>(status.progress.link_bytes_per_s);
   // Not what a verification cost, and not a launch whose end was only heard of later.
   if (link > 0 && !options.verify && report->launch > absl::ZeroDuration()) {

@@ -15,6 +15,8 @@
 #include "qemu-glue/qemu_target_host.h"
 #include "tools/presyncd/config.h"
 #include "tools/presyncd/fixed_costs.h"
+#include "tools/presyncd/history.h"
+#include "tools/presyncd/metrics.h"
 #include "tools/presyncd/security.h"
 #include "transport/sync/source_session.h"
 #include "transport/sync/target_service.h"
@@ -34,7 +36,7 @@ class Daemon {
   // Reads the certificates again, and logs what came of it.
   void ReloadCertificates();
 
-  // Housekeeping; call it every few seconds.
+  // Housekeeping, and a look at every sync for history and metrics; call it about once a second.
   void Tick();
 
   // One line for systemd's status.
@@ -48,6 +50,8 @@ class Daemon {
   absl::StatusOr<nlohmann::json> Stop(const nlohmann::json& request);
   absl::StatusOr<nlohmann::json> Record(const nlohmann::json& request);
   nlohmann::json Status(const nlohmann::json& request) const;
+  std::vector<SessionStatus> Sources() const ABSL_LOCKS_EXCLUDED(mutex_);
+  Metrics::View View() const ABSL_LOCKS_EXCLUDED(mutex_);
   absl::StatusOr<SourceSessionOptions> SessionOptions(const nlohmann::json& request,
                                                       const std::string& peer) const;
   absl::Status Claim(const std::string& name) ABSL_LOCKS_EXCLUDED(mutex_);
@@ -58,6 +62,7 @@ class Daemon {
   std::unique_ptr<Security> security_;
   UniqueFd lock_;  // on the state folder, while this daemon lives
   FixedCosts fixed_costs_;
+  History history_;
   std::unique_ptr<QemuTargetHost> host_;
   std::unique_ptr<TargetService> service_;
 
@@ -66,6 +71,9 @@ class Daemon {
   // For each of them: what gives its QEMU's memory free of tracking again.
   std::map<std::string, std::function<absl::Status()>> stop_tracking_ ABSL_GUARDED_BY(mutex_);
   std::vector<std::string> open_matters_ ABSL_GUARDED_BY(mutex_);  // what recovery could not settle
+
+  const std::shared_ptr<Metrics> metrics_;
+  std::unique_ptr<MetricsServer> metrics_server_;  // last: its threads look at all of the above
 };
 
 }  // namespace presync

@@ -22,7 +22,7 @@
 namespace presync {
 namespace {
 
-constexpr int kTickMs = 5000;
+constexpr int kTickMs = 1000;
 
 // Under systemd the journal has its own times and takes the level from a prefix.
 void SetUpLog(const std::string& level) {
