@@ -77,6 +77,9 @@ class QmpClient {
                                      absl::Time deadline);
   absl::StatusOr<QmpEvent> WaitEvent(const std::string& name, absl::Time deadline);
 
+  // Ok while the connection can be used; else the error that every call returns.
+  const absl::Status& health() const { return broken_; }
+
   const std::string& path() const { return path_; }
   const QmpVersion& version() const { return version_; }
   // Who listens at the socket (SO_PEERCRED). That is QEMU only if QEMU itself opened the socket:

@@ -140,13 +140,27 @@ class Pair:
         daemon.ram.mkdir(mode=0o700)
         size = int(self.spec.memory_mb * self.RAM_FOLDER_FACTOR)
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}m,mode=700", "presync-lab", daemon.ram], check=True)
-        stack.callback(subprocess.run, ["umount", "-l", daemon.ram], check=False)
+        stack.callback(self._unmount, daemon.ram)
         return daemon
+
+    @staticmethod
+    def _unmount(folder):
+        subprocess.run(["umount", "-l", folder], check=False)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
     # ---- the guest ----
 
     def boot(self, side):
-        """A new guest on `side`; waits until it is up."""
+        """A new guest on `side`; waits until it is up. A machine that is very busy may need a second try."""
+        for attempt in range(3):
+            try:
+                return self._boot_once(side)
+            except LabError:
+                if attempt == 2:
+                    raise
+
+    def _boot_once(self, side):
         self._end_boot()
         self.boots += 1
         self.here, self.there = side, next(host for host in self.two.hosts if host != side)
@@ -158,11 +172,12 @@ class Pair:
             _guest.Guest(spec, "source", folder, popen=popen, monitors=2))
         self.monitor = source.sockets.qmp[0] + ".front"
         self._reader_for(f"{side}", source.sockets.agent)
-        source.wait_boot_named = side
-        try:
-            self.reader.wait_beat(side, 90)
-        except AgentError as error:
-            raise LabError(f"the guest did not come up: {error}\n{source.last_words()}") from error
+        deadline = time.monotonic() + 240
+        while True:
+            with contextlib.suppress(AgentError):
+                return self.reader.wait_beat(side, 5)
+            if source.process.poll() is not None or time.monotonic() > deadline:
+                raise LabError(f"the guest did not come up\n{source.last_words()}")
 
     def _popen_fronted(self, side, front, argv, **options):
         return self.two.popen(side, [TOOLS / "fronted", f"{self.folder}/fronts", front, *argv], **options)

@@ -11,7 +11,8 @@ from .faults import FAULTS, Run, draw
 from .pair import Pair, Violation
 
 COUNTS = ("guests_lost", "guests_doubled", "pages_differing", "restarts_failed")
-AGENT = "presync.area_mb=12 presync.pages_s=1500"
+# On a busy machine the kernel's own test of its timer fails before the guest has got any time.
+AGENT = "presync.area_mb=12 presync.pages_s=1500 no_timer_check"
 
 
 def small_guest(folder, memory_mb=128):

@@ -42,6 +42,8 @@ struct Options {
   // status
   bool watch = false;
   double interval_s = 1;
+  // settle
+  std::string where;
   // launch
   bool verify = false;
   RecordOptions record;
@@ -126,7 +128,7 @@ int Status(const Options& options) {
   do {
     const Answer answer = AskStatus(options);
     if (answer.exit_code == kOk && !options.name.empty() && answer.json["guests"].empty() &&
-        answer.json["incoming"].empty()) {
+        answer.json["incoming"].empty() && answer.json["open"].empty()) {
       return Fail(absl::NotFoundError(absl::StrCat("presyncd here knows no guest ", options.name)),
                   options.json);
     }
@@ -148,6 +150,13 @@ int Launch(const Options& options) {
                         {"verify", options.verify},
                         {"wait_ms", options.wait ? 3'600'000 : 0}};
   return Print(Ask(options, request, absl::Hours(2)), options, RenderLaunch);
+}
+
+int Settle(const Options& options) {
+  return Print(
+      Ask(options, {{"command", "settle"}, {"name", options.name}, {"where", options.where}},
+          absl::Seconds(90)),
+      options, RenderSettled);
 }
 
 int Stop(const Options& options) {
@@ -301,6 +310,16 @@ int Main(int argc, char** argv) {
   launch->add_flag("--wait", options.wait, "Wait for the first full sync");
   CLI::App* stop = add("stop", "End a sync; the guest goes on here");
   stop->add_option("name", options.name, "The guest's name")->required();
+  CLI::App* settle =
+      add("settle", "Say where a guest runs whose handover only a person can settle");
+  settle->add_option("name", options.name, "The guest's name, as presync status shows it")
+      ->required();
+  settle
+      ->add_option("where", options.where,
+                   "here: it certainly does not run on the other host, and goes on here; there: it "
+                   "runs on the other host; forget: the record says nothing useful any more")
+      ->required()
+      ->check(CLI::IsMember({"here", "there", "forget"}));
   CLI::App* record = add("record", "Write down which pages a guest writes, for presync replay");
   AddRecord(record, &options);
   CLI::App* replay = add("replay", "Play recorded traces through the policies, off line");
@@ -324,6 +343,7 @@ int Main(int argc, char** argv) {
   if (status->parsed()) return Status(options);
   if (launch->parsed()) return Launch(options);
   if (stop->parsed()) return Stop(options);
+  if (settle->parsed()) return Settle(options);
   if (record->parsed()) return Record(options);
   if (replay->parsed()) {
     replay_command.json = options.json;

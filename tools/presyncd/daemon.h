@@ -15,6 +15,7 @@
 #include "qemu-glue/qemu_target_host.h"
 #include "tools/presyncd/config.h"
 #include "tools/presyncd/fixed_costs.h"
+#include "tools/presyncd/recovery.h"
 #include "transport/sync/source_session.h"
 #include "transport/sync/target_service.h"
 
@@ -43,7 +44,10 @@ class Daemon {
   absl::StatusOr<nlohmann::json> Launch(const nlohmann::json& request);
   absl::StatusOr<nlohmann::json> Stop(const nlohmann::json& request);
   absl::StatusOr<nlohmann::json> Record(const nlohmann::json& request);
+  absl::StatusOr<nlohmann::json> Settle(const nlohmann::json& request);
   nlohmann::json Status(const nlohmann::json& request) const;
+  // Whether a session of this host has the guest in its hands.
+  bool InUse(const std::string& guest) const ABSL_LOCKS_EXCLUDED(mutex_);
   absl::StatusOr<SourceSessionOptions> SessionOptions(const nlohmann::json& request,
                                                       const std::string& peer) const;
   absl::Status Claim(const std::string& name) ABSL_LOCKS_EXCLUDED(mutex_);
@@ -55,12 +59,12 @@ class Daemon {
   FixedCosts fixed_costs_;
   std::unique_ptr<QemuTargetHost> host_;
   std::unique_ptr<TargetService> service_;
+  std::unique_ptr<RecoveryLoop> recovery_;  // after the above: it looks at them
 
   mutable absl::Mutex mutex_;
   std::map<std::string, std::shared_ptr<SourceSession>> sources_ ABSL_GUARDED_BY(mutex_);
   // For each of them: what gives its QEMU's memory free of tracking again.
   std::map<std::string, std::function<absl::Status()>> stop_tracking_ ABSL_GUARDED_BY(mutex_);
-  std::vector<std::string> open_matters_ ABSL_GUARDED_BY(mutex_);  // what recovery could not settle
 };
 
 }  // namespace presync

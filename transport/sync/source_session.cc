@@ -43,6 +43,11 @@ absl::string_view StateName(SessionState state) {
   return "unknown";
 }
 
+bool IsOver(SessionState state) {
+  return state == SessionState::kMoved || state == SessionState::kFailed ||
+         state == SessionState::kStopped;
+}
+
 absl::StatusOr<std::unique_ptr<SourceSession>> SourceSession::Start(
     SourceSessionOptions options, std::unique_ptr<Dialer> dialer, GuestMemory memory,
     std::unique_ptr<DirtyLog> log, std::unique_ptr<SourceGuest> guest) {
@@ -136,6 +141,29 @@ absl::Status SourceSession::Stop() {
   return absl::OkStatus();
 }
 
+absl::Status SourceSession::Decide(bool runs_here) {
+  absl::MutexLock lock(&mutex_);
+  if (published_.state != SessionState::kInDoubt) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(options_.guest, " is not in doubt, but ", StateName(published_.state)));
+  }
+  decision_ = runs_here;
+  const auto settled = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
+    return published_.state != SessionState::kInDoubt;
+  };
+  // A question to the target that is under way comes first; then the guest is resumed or ended.
+  mutex_.AwaitWithTimeout(absl::Condition(&settled), absl::Seconds(45));
+  if (published_.state == SessionState::kInDoubt || published_.state == SessionState::kStuck) {
+    return absl::FailedPreconditionError(published_.problem);
+  }
+  return absl::OkStatus();
+}
+
+std::optional<bool> SourceSession::TakeDecision() {
+  absl::MutexLock lock(&mutex_);
+  return std::exchange(decision_, std::nullopt);
+}
+
 // The session thread. -----------------------------------------------------------------------------
 
 void SourceSession::Run() {
@@ -224,7 +252,8 @@ SessionRequest SourceSession::Request() const {
           .tcp = options_.tcp,
           .socket = options_.socket,
           .transport = options_.transport,
-          .rdma = options_.rdma};
+          .rdma = options_.rdma,
+          .make_link = options_.make_link};
 }
 
 absl::Status SourceSession::Connect() {
@@ -352,11 +381,20 @@ void SourceSession::Serve(LaunchOrder* order) {
 // Given up, and no answer: ask until there is one. Neither yes nor silence lets the guest run here;
 // only the target's positive word that it never ran it.
 void SourceSession::ResolveDoubt() {
+  if (const std::optional<bool> runs_here = TakeDecision()) {
+    options_.log(true, absl::StrCat(options_.guest, ": settled by hand: it runs ",
+                                    *runs_here ? "here" : "there"));
+    if (!*runs_here) return Settle(SessionState::kMoved, absl::OkStatus());
+    record_->Append(HandoverPhase::kTakenBack).IgnoreError();
+    return ResumeHere("settled by hand; the guest goes on here");
+  }
   absl::StatusOr<wire::Outcome> outcome =
       AskOutcome(dialer_.get(), id_, options_.guest, absl::Now() + absl::Seconds(5));
   if (!outcome.ok()) {
-    problem_ = absl::StrCat("given up to ", dialer_->peer(),
-                            ", whose presyncd can't be asked: ", outcome.status().message());
+    problem_ =
+        absl::StrCat("given up to ", dialer_->peer(),
+                     ", whose presyncd can't be asked: ", outcome.status().message(),
+                     "; asked again every second. If that host is lost for good: ", HowToSettle());
   } else if (outcome->value() == wire::Outcome::RUNNING) {
     Settle(SessionState::kMoved, absl::OkStatus());
   } else if (outcome->value() == wire::Outcome::NEVER_RAN) {
@@ -364,12 +402,20 @@ void SourceSession::ResolveDoubt() {
     ResumeHere(absl::StrCat(dialer_->peer(), " never ran the guest; it goes on here"));
     return;
   } else {
-    problem_ = absl::StrCat("given up to ", dialer_->peer(),
-                            ", which answers: ", PrintableText(outcome->text()),
-                            "; look whether the guest runs there before resuming it here by hand");
+    problem_ =
+        absl::StrCat("given up to ", dialer_->peer(),
+                     ", which answers: ", PrintableText(outcome->text()), "; ", HowToSettle());
   }
   Publish();
   WaitForOrder(options_.reconnect_every);
+}
+
+// Where only a person can know.
+std::string SourceSession::HowToSettle() const {
+  return absl::StrCat("look at ", dialer_->peer(), " whether ", options_.guest,
+                      " runs there. If it does: presync settle ", options_.guest,
+                      " there. If it certainly does not, and never will: presync settle ",
+                      options_.guest, " here");
 }
 
 // The guest is this host's and stands still: tries until it runs, or its process has ended.

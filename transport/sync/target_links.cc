@@ -96,18 +96,27 @@ absl::Status TargetLinks::BringTcp(Entry* entry, uint32_t streams) {
   offer->set_token(IdToBytes(entry->token));
   offer->set_tcp_streams(streams);
   const absl::Status sent = Send(message);
-  absl::StatusOr<std::vector<UniqueFd>> sockets = service_->TakeStreams(
-      entry->token, absl::Now() + (sent.ok() ? kStreamsTimeout : absl::ZeroDuration()));
+  absl::StatusOr<std::unique_ptr<TargetLink>> link =
+      TakeTcp(entry->token, absl::Now() + (sent.ok() ? kStreamsTimeout : absl::ZeroDuration()));
   if (!sent.ok()) return sent;
-  if (!sockets.ok()) return sockets.status();
-  absl::StatusOr<std::unique_ptr<TcpTargetLink>> link =
-      TcpTargetLink::Create(memory_, *std::move(sockets), service_->options().socket);
   if (!link.ok()) return link.status();
   if (absl::Status s = Publish(entry, *std::move(link)); !s.ok()) return s;
   on_up_();
   service_->Log(
       false, absl::StrCat(guest_, ": link ", entry->number, " is up: tcp, ", streams, " streams"));
   return Send(MakeLinkReady(entry->number));
+}
+
+absl::StatusOr<std::unique_ptr<TargetLink>> TargetLinks::TakeTcp(const SessionToken& token,
+                                                                 absl::Time deadline) {
+  const TargetServiceOptions& options = service_->options();
+  if (options.make_link != nullptr) return options.make_link(token, memory_, deadline);
+  absl::StatusOr<std::vector<UniqueFd>> sockets = service_->TakeStreams(token, deadline);
+  if (!sockets.ok()) return sockets.status();
+  absl::StatusOr<std::unique_ptr<TcpTargetLink>> link =
+      TcpTargetLink::Create(memory_, *std::move(sockets), options.socket);
+  if (!link.ok()) return link.status();
+  return *std::move(link);
 }
 
 absl::Status TargetLinks::BringRdma(Entry* entry, uint32_t queue_pairs) {
