@@ -100,6 +100,10 @@ absl::Status QemuTargetGuest::AwaitLoaded(absl::Time deadline) {
 
 absl::Status QemuTargetGuest::Run(absl::Time deadline) {
   const absl::Time start = absl::Now();
+  if (process_.HasEnded()) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("QEMU (process ", pid(), ") had ended before it was told to run the guest"));
+  }
   // QEMU says RESUME when nothing can keep the vCPUs from running any more; its reply waits until
   // they let go of its main lock, 7 to 20 ms later under TCG (tools/demo, 2026-11-24).
   absl::StatusOr<bool> resumed = qmp_->ExecuteUntil("cont", nullptr, "RESUME", deadline);

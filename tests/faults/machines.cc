@@ -106,7 +106,7 @@ std::vector<PageIndex> Machines::WrongPages() {
 
 void Machines::KillSource() {
   absl::MutexLock lock(&mutex_);
-  const bool target_has_it = target_ != nullptr && target_->told;
+  const bool target_has_it = target_ != nullptr && target_->state == VmState::kRunning;
   if (source_ != VmState::kGone && !target_has_it) guest_killed_ = true;
   source_ = VmState::kGone;
   source_memory_.Die();
@@ -117,6 +117,11 @@ void Machines::KillTarget() {
   if (target_ == nullptr || target_->state == VmState::kGone) return;
   if (target_->told) guest_killed_ = true;
   target_->state = VmState::kGone;
+}
+
+void Machines::NoteTargetCrashed() {
+  absl::MutexLock lock(&mutex_);
+  if (target_ != nullptr && target_->state == VmState::kLoaded) target_->told = true;
 }
 
 std::string Machines::Describe() const {
@@ -356,13 +361,15 @@ class FaultyTarget final : public TargetGuest {
   }
 
   absl::Status Run(absl::Time) override {
-    // Whatever the monitor says, from here on the guest may run.
-    machines_->NoteToldToRun(vm_.get(), true);
     return Call("target run", [this] {
       PRESYNC_CHECK(machines_->state_of(*vm_) != VmState::kWaiting);
-      return machines_->MoveTarget(vm_.get(), {VmState::kLoaded}, VmState::kRunning)
-                 ? absl::OkStatus()
-                 : Alive();
+      machines_->NoteToldToRun(vm_.get(), true);
+      if (machines_->MoveTarget(vm_.get(), {VmState::kLoaded}, VmState::kRunning)) {
+        return absl::OkStatus();
+      }
+      machines_->NoteToldToRun(vm_.get(), false);
+      return absl::FailedPreconditionError(
+          "the guest's process had ended before it was told to run");
     });
   }
 

@@ -52,6 +52,8 @@ class Machines {
   std::vector<PageIndex> WrongPages() ABSL_LOCKS_EXCLUDED(mutex_);
   void KillSource() ABSL_LOCKS_EXCLUDED(mutex_);
   void KillTarget() ABSL_LOCKS_EXCLUDED(mutex_);
+  // Its record may say told-to-run: a loaded guest that is killed from now on was the guest's.
+  void NoteTargetCrashed() ABSL_LOCKS_EXCLUDED(mutex_);
   std::string Describe() const ABSL_LOCKS_EXCLUDED(mutex_);
 
   // As presyncd sees them. --------------------------------------------------------------------

@@ -84,6 +84,7 @@ class Scenario {
   Network network_;
   std::atomic<bool> no_room_ = false;
   std::array<std::atomic<bool>, 4> hit_ = {};
+  absl::Mutex strike_mutex_;         // a strike is whole before healing begins
   std::atomic<bool> armed_ = false;  // faults may come
   std::atomic<bool> healed_ = false;
   std::string source_durable_, target_durable_;  // where a crash leaves the records
@@ -279,6 +280,7 @@ void Scenario::Later(absl::Duration after, std::function<void()> what) {
 }
 
 void Scenario::Hit(size_t index) {
+  absl::ReaderMutexLock lock(&strike_mutex_);
   if (!armed_ || hit_[index].exchange(true)) return;
   const Strike& strike = plan_.strikes[index];
   const auto restore = [&](std::function<void()> undo) { Later(strike.lasts, std::move(undo)); };
@@ -286,10 +288,12 @@ void Scenario::Hit(size_t index) {
     case Fault::kCrashSource:
       return source_.life->Crash(source_durable_);
     case Fault::kCrashTarget:
-      return target_.life->Crash(target_durable_);
+      target_.life->Crash(target_durable_);
+      return machines_.NoteTargetCrashed();
     case Fault::kCrashBoth:
       source_.life->Crash(source_durable_);
-      return target_.life->Crash(target_durable_);
+      target_.life->Crash(target_durable_);
+      return machines_.NoteTargetCrashed();
     case Fault::kStopSource:
       return source_.life->Stop(strike.lasts);
     case Fault::kStopTarget:
@@ -334,7 +338,10 @@ void Scenario::Hit(size_t index) {
 
 // Nothing is broken any more; what is under way may still be late.
 void Scenario::Heal() {
-  armed_ = false;
+  {
+    absl::WriterMutexLock lock(&strike_mutex_);
+    armed_ = false;
+  }
   healed_ = true;
   std::vector<std::thread> late;
   {

@@ -277,7 +277,7 @@ class Run:
 
     def _note_guest_killed(self, side):
         """The source's QEMU is the guest until it was given up; the target's from the order to run on."""
-        told = self.plan.where in ("run", "running")
+        told = self.plan.where == "running" or (self.plan.where == "run" and not self.plan.first)
         if side == self.pair.here:
             self.guest_killed = True  # or it has moved already; decide() looks for it first
         elif told or self.plan.where == WHERE_LAUNCH:
