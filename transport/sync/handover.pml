@@ -162,19 +162,19 @@ active proctype Target() {
   mtype m;
 end:
   do
-  /* Conversation::BeginHandover, after PreparePlace and its QEMU */
+  /* TargetConversation::BeginHandover, after PreparePlace and its QEMU */
   :: atomic { t_up && t_at == idle && to_t?[Begin] -> to_t?m;
        if
        :: t_vm != running -> t_vm = incoming; t_record = waiting; t_at = ready; to_source(Ready)
        :: else -> linked = false                       /* QemuTargetHost::MakePlace refuses */
        fi }
-  /* Conversation::Load */
+  /* TargetConversation::Load */
   :: atomic { t_up && t_at == ready && to_t?[Load] -> to_t?m;
        if
        :: t_vm == incoming -> t_vm = loaded; t_at = may_give_up; to_source(Loaded)
        :: else -> t_at = aborting
        fi }
-  /* Conversation::RunGuest: the record, before QEMU is told. */
+  /* TargetConversation::RunGuest: the record, before QEMU is told. */
 #ifdef LATE_TARGET_RECORD
   :: atomic { t_up && t_at == may_give_up && to_t?[Run] -> to_t?m; t_at = told }
   :: atomic { t_up && t_at == told && t_vm == loaded -> t_vm = running; t_at = does_run }
@@ -200,7 +200,7 @@ end:
        linked = false }
 #endif
   :: atomic { t_up && t_at == does_run -> to_source(Running); t_record = ran; t_at = idle }
-  /* Conversation::AbortHandover: on the source's word, or at the connection's end (Conversation::End). */
+  /* TargetConversation::AbortHandover: on the source's word, or at the connection's end (Conversation::End). */
   :: atomic { t_up && T_IN_HAND && to_t?[Abort] -> to_t?m; t_at = aborting }
   :: atomic { t_up && T_IN_HAND && !linked && empty(to_t) -> t_at = aborting }
   :: atomic { t_up && T_IN_HAND -> t_at = aborting; linked = false }     /* silence, a bad message, a dead QEMU */

@@ -1,23 +1,13 @@
 #include "transport/sync/target_session.h"
 
-#include <errno.h>
-#include <fcntl.h>
-#include <poll.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cstring>
 #include <memory>
-#include <optional>
 #include <string>
-#include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "transport/sync/conversation.h"
-#include "transport/sync/handover_record.h"
-#include "transport/sync/page_hash.h"
-#include "transport/sync/target_links.h"
+#include "transport/sync/target_conversation.h"
 #include "transport/tcp/tcp_target_link.h"
 #include "transport/wire/version.h"
 
@@ -26,9 +16,7 @@ namespace {
 
 using Body = wire::ControlMessage;
 
-constexpr absl::Duration kSendTimeout = absl::Seconds(5);
 constexpr absl::Duration kStreamsTimeout = absl::Seconds(10);
-constexpr absl::Duration kGuestTimeout = absl::Seconds(30);
 // In a handover the source is busy with other things than pings: longer than its rounds and the
 // standstill together may take.
 constexpr absl::Duration kHandoverTimeout = absl::Minutes(3);
@@ -36,9 +24,6 @@ constexpr absl::Duration kHandoverTimeout = absl::Minutes(3);
 constexpr size_t kMaxNameBytes = 128;
 constexpr int kMaxRegions = 256;
 constexpr uint64_t kMaxRegionBytes = uint64_t{1} << 43;  // 8 TiB
-// Device state that is staged: QEMU's is some hundred KB, with video RAM some tens of MB.
-constexpr uint64_t kMaxStateBytes = uint64_t{1} << 30;
-constexpr size_t kMaxHashReplyBytes = 512 << 10;
 
 bool IsPlainName(const std::string& name) {
   return !name.empty() && name.size() <= kMaxNameBytes && name[0] != '.' &&
@@ -68,76 +53,9 @@ absl::Status CheckRequest(const wire::OpenSession& open) {
   return absl::OkStatus();
 }
 
-// Writes all of `bytes` to a pipe or socket whose reader is a loading guest.
-absl::Status WriteAll(int fd, absl::string_view bytes, absl::Time deadline) {
-  while (!bytes.empty()) {
-    const ssize_t n = ::write(fd, bytes.data(), bytes.size());
-    if (n > 0) {
-      bytes.remove_prefix(static_cast<size_t>(n));
-      continue;
-    }
-    if (errno == EINTR) continue;
-    if (errno != EAGAIN) {
-      return absl::UnavailableError(
-          absl::StrCat("the waiting guest does not take its device state: ", std::strerror(errno)));
-    }
-    const int64_t left_ms = absl::ToInt64Milliseconds(deadline - absl::Now());
-    pollfd p = {.fd = fd, .events = POLLOUT, .revents = 0};
-    if (left_ms <= 0 || ::poll(&p, 1, static_cast<int>(left_ms)) <= 0) {
-      return absl::DeadlineExceededError("the waiting guest does not take its device state");
-    }
-  }
-  return absl::OkStatus();
-}
+}  // namespace
 
-class Conversation {
- public:
-  Conversation(TargetService* service, ControlChannel* channel)
-      : service_(service), channel_(channel) {}
-
-  void Run();
-
- private:
-  absl::Status Open(const wire::OpenSession& open);
-  absl::Status OpenTcpLink(uint32_t streams, Body opened);
-  absl::StatusOr<wire::SessionOpened::Content> PreparePlace(const wire::OpenSession& open);
-  absl::Status ReserveRecord();
-  absl::Status Serve();
-  absl::Status Handle(const Body& message);
-  absl::Status BeginHandover();
-  absl::Status TakeState(const wire::StateChunk& chunk);
-  absl::Status AnswerHashes(const wire::HashRequest& request);
-  void FinishHashing();
-  absl::Status Load(const wire::Load& load);
-  absl::Status RunGuest();
-  void AbortHandover();
-  void End(const absl::Status& why);
-
-  absl::Status Send(const Body& message) {
-    return channel_->Send(message, absl::Now() + kSendTimeout);
-  }
-
-  TargetService* const service_;
-  ControlChannel* const channel_;
-  TargetSlot* slot_ = nullptr;
-  uint32_t version_ = 0;
-  std::unique_ptr<TargetLinks> links_;  // from the opened session on
-
-  // The handover, from BeginHandover on.
-  TargetGuest* guest_ = nullptr;
-  std::optional<HandoverRecord> record_;
-  UniqueFd state_stream_;
-  std::string staged_;
-  uint64_t state_bytes_ = 0;
-  std::thread hasher_;
-  bool loading_ =
-      false;  // bytes saved after the stop were given to the guest: it may have written its RAM
-  bool loaded_ = false;
-  bool forget_ = false;
-  bool over_ = false;
-};
-
-void Conversation::Run() {
+void TargetConversation::Run() {
   const absl::Time deadline = absl::Now() + service_->options().preamble_timeout;
   absl::StatusOr<uint32_t> version = ExchangeHello(channel_, deadline);
   if (!version.ok()) {
@@ -163,7 +81,7 @@ void Conversation::Run() {
   End(status);
 }
 
-absl::Status Conversation::Open(const wire::OpenSession& open) {
+absl::Status TargetConversation::Open(const wire::OpenSession& open) {
   if (absl::Status s = CheckRequest(open); !s.ok()) return s;
   const absl::StatusOr<SessionId> id = IdFromBytes(open.session_id());
   if (!id.ok()) return id.status();
@@ -189,7 +107,7 @@ absl::Status Conversation::Open(const wire::OpenSession& open) {
 }
 
 // Version 1: one TCP link, which comes with the session.
-absl::Status Conversation::OpenTcpLink(uint32_t streams, Body opened) {
+absl::Status TargetConversation::OpenTcpLink(uint32_t streams, Body opened) {
   streams = std::min(streams, service_->options().max_tcp_streams);
   const SessionToken token = service_->ExpectStreams(streams);
   opened.mutable_session_opened()->set_token(IdToBytes(token));
@@ -210,7 +128,7 @@ absl::Status Conversation::OpenTcpLink(uint32_t streams, Body opened) {
 }
 
 // Memory and waiting guest: those of the session if it comes back, else new ones.
-absl::StatusOr<wire::SessionOpened::Content> Conversation::PreparePlace(
+absl::StatusOr<wire::SessionOpened::Content> TargetConversation::PreparePlace(
     const wire::OpenSession& open) {
   std::vector<RegionRequest> regions;
   for (const wire::RegionSpec& spec : open.regions()) {
@@ -242,7 +160,7 @@ absl::StatusOr<wire::SessionOpened::Content> Conversation::PreparePlace(
 }
 
 // Ahead of any handover, which has to write it while it is timed.
-absl::Status Conversation::ReserveRecord() {
+absl::Status TargetConversation::ReserveRecord() {
   absl::StatusOr<HandoverRecord> record = HandoverRecord::Reserve(
       service_->options().record_folder, {.role = HandoverRole::kTarget,
                                           .phase = HandoverPhase::kWaiting,
@@ -255,7 +173,7 @@ absl::Status Conversation::ReserveRecord() {
   return absl::OkStatus();
 }
 
-absl::Status Conversation::Serve() {
+absl::Status TargetConversation::Serve() {
   while (!over_) {
     absl::StatusOr<Body> message = channel_->Receive(
         absl::Now() + (guest_ == nullptr ? service_->options().idle_timeout : kHandoverTimeout));
@@ -269,7 +187,7 @@ absl::Status Conversation::Serve() {
   return absl::OkStatus();
 }
 
-absl::Status Conversation::Handle(const Body& message) {
+absl::Status TargetConversation::Handle(const Body& message) {
   switch (message.body_case()) {
     case Body::kPing: {
       if (!loaded_) {
@@ -311,139 +229,7 @@ absl::Status Conversation::Handle(const Body& message) {
       absl::StrCat("message ", message.body_case(), " does not fit here"));
 }
 
-absl::Status Conversation::BeginHandover() {
-  if (guest_ != nullptr) return absl::FailedPreconditionError("a handover is already under way");
-  absl::StatusOr<TargetGuest*> guest = slot_->place->Waiting(absl::Now() + kGuestTimeout);
-  if (!guest.ok()) return guest.status();
-  if (absl::Status s = record_->Append(HandoverPhase::kWaiting); !s.ok()) return s;
-  guest_ = *guest;
-  absl::StatusOr<UniqueFd> stream = (*guest)->BeginLoad(absl::Now() + kGuestTimeout);
-  if (!stream.ok()) return stream.status();
-  state_stream_ = *std::move(stream);
-  ::fcntl(state_stream_.get(), F_SETFL, ::fcntl(state_stream_.get(), F_GETFL) | O_NONBLOCK);
-  service_->SetSlotState(slot_, "handover");
-  Body ready;
-  ready.mutable_handover_ready();
-  return Send(ready);
-}
-
-// Live state is loaded as it comes; staged state waits, for loading it reads guest RAM.
-absl::Status Conversation::TakeState(const wire::StateChunk& chunk) {
-  if (guest_ == nullptr || loading_) {
-    return absl::InvalidArgumentError("device state came outside a handover");
-  }
-  state_bytes_ += chunk.data().size();
-  if (chunk.staged() || !staged_.empty()) {
-    if (staged_.size() + chunk.data().size() > kMaxStateBytes) {
-      return absl::InvalidArgumentError("the device state is too long");
-    }
-    staged_ += chunk.data();
-    return absl::OkStatus();
-  }
-  return WriteAll(state_stream_.get(), chunk.data(), absl::Now() + kGuestTimeout);
-}
-
-absl::Status Conversation::AnswerHashes(const wire::HashRequest& request) {
-  HashPlan plan = {.run = {request.first_page(), request.pages()},
-                   .pages_per_hash = std::max(1u, request.pages_per_hash()),
-                   .only = {request.only().begin(), request.only().end()}};
-  if (plan.hashes() * kHashBytes > kMaxHashReplyBytes) {
-    return absl::InvalidArgumentError("too many hashes were asked for at once");
-  }
-  // In a thread of its own, so that the device state can be loaded meanwhile; one at a time.
-  FinishHashing();
-  hasher_ = std::thread([this, plan = std::move(plan)] {
-    absl::StatusOr<std::string> hashes = HashPages(slot_->place->memory(), plan);
-    Body reply;
-    if (hashes.ok()) {
-      reply.mutable_hash_reply()->set_first_page(plan.run.first);
-      *reply.mutable_hash_reply()->mutable_hashes() = *std::move(hashes);
-    } else {
-      reply = MakeRefused(hashes.status());
-    }
-    Send(reply).IgnoreError();  // the receiving side notices a connection that is gone
-  });
-  return absl::OkStatus();
-}
-
-void Conversation::FinishHashing() {
-  if (hasher_.joinable()) hasher_.join();
-}
-
-absl::Status Conversation::Load(const wire::Load& load) {
-  if (guest_ == nullptr || loading_ || load.state_bytes() != state_bytes_) {
-    return absl::InvalidArgumentError("the order to load does not match the device state received");
-  }
-  // Nothing of the network's may touch the guest's memory from here on.
-  if (absl::Status s = links_->CloseAll(); !s.ok()) return s;
-  loading_ = true;
-  slot_->content_kept = false;
-  const absl::Time deadline = absl::Now() + kGuestTimeout;
-  if (absl::Status s = WriteAll(state_stream_.get(), staged_, deadline); !s.ok()) return s;
-  state_stream_.reset();
-  if (absl::Status s = guest_->AwaitLoaded(deadline); !s.ok()) return s;
-  loaded_ = true;
-  Body loaded;
-  loaded.mutable_loaded();
-  return Send(loaded);
-}
-
-// The source has given the guest up. From the record on it is this host's.
-absl::Status Conversation::RunGuest() {
-  if (!loaded_)
-    return absl::InvalidArgumentError("the order to run came before everything was loaded");
-  FinishHashing();
-  if (absl::Status s = record_->Append(HandoverPhase::kToldToRun); !s.ok()) return s;
-  const absl::Time deadline = absl::Now() + kGuestTimeout;
-  absl::Status run = guest_->Run(deadline);
-  Body answer;
-  if (run.ok()) {
-    answer.mutable_running();
-    Send(answer).IgnoreError();  // if it is lost the source asks; the record knows
-    slot_->place->Keep();
-    record_->Append(HandoverPhase::kRunning).IgnoreError();
-    service_->Log(false, absl::StrCat(slot_->guest, ": runs here now"));
-  } else if (absl::IsFailedPrecondition(run) && record_->Append(HandoverPhase::kWaiting).ok()) {
-    // It refused, or had ended before. The order is taken back first: a record that still says so
-    // when its QEMU is gone would have the source end its own, and the guest would be nowhere.
-    if (absl::Status s = slot_->place->EndWaiting(); !s.ok()) {
-      service_->Log(true, absl::StrCat(slot_->guest, ": ", s.message()));
-      return s;  // the source asks, and is answered once that QEMU is gone
-    }
-    // If this can't be written, the answer has to be enough: after it the source does not ask.
-    record_->Append(HandoverPhase::kNeverRan).IgnoreError();
-    answer.mutable_outcome()->set_value(wire::Outcome::NEVER_RAN);
-    answer.mutable_outcome()->set_text(std::string(run.message()));
-    Send(answer).IgnoreError();
-    service_->Log(true, absl::StrCat(slot_->guest, ": could not be run: ", run.message()));
-  } else {
-    slot_->place->Keep();
-    service_->Log(true, absl::StrCat(slot_->guest,
-                                     ": was told to run, and whether it does is not "
-                                     "known: ",
-                                     run.message(), ". Look at ", slot_->place->address()));
-  }
-  forget_ = over_ = true;
-  return absl::OkStatus();
-}
-
-// The guest goes on at the source. The waiting one has eaten a part of the state: a new one must
-// wait.
-void Conversation::AbortHandover() {
-  over_ = true;
-  if (guest_ == nullptr) return;
-  guest_ = nullptr;
-  // Only a process that is certainly gone never ran; otherwise the record stays open, and Outcome
-  // decides.
-  const absl::Status ended = slot_->place->EndWaiting();
-  if (ended.ok()) {
-    record_->Append(HandoverPhase::kNeverRan).IgnoreError();
-  } else {
-    service_->Log(true, absl::StrCat(slot_->guest, ": ", ended.message()));
-  }
-}
-
-void Conversation::End(const absl::Status& why) {
+void TargetConversation::End(const absl::Status& why) {
   if (slot_ == nullptr) {
     if (!why.ok()) {
       service_->Log(true, absl::StrCat("refused ", channel_->peer(), ": ", why.message()));
@@ -464,10 +250,8 @@ void Conversation::End(const absl::Status& why) {
   service_->ReleaseSlot(slot_, forget_);
 }
 
-}  // namespace
-
 void RunTargetConversation(TargetService* service, ControlChannel* channel) {
-  Conversation(service, channel).Run();
+  TargetConversation(service, channel).Run();
 }
 
 }  // namespace presync

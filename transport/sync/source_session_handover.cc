@@ -1,0 +1,163 @@
+// How a source's session hands its guest over, and what it does until the guest's fate is settled.
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "transport/sync/conversation.h"
+#include "transport/sync/source_session.h"
+
+namespace presync {
+
+// Ahead of any launch, which has to write it while it is timed.
+absl::Status SourceSession::ReserveRecord() {
+  if (record_ != nullptr) return absl::OkStatus();
+  absl::StatusOr<HandoverRecord> record =
+      HandoverRecord::Reserve(options_.record_folder, {.role = HandoverRole::kSource,
+                                                       .phase = HandoverPhase::kPreparing,
+                                                       .guest = options_.guest,
+                                                       .session = id_,
+                                                       .peer = dialer_->peer(),
+                                                       .detail = options_.guest_address});
+  if (!record.ok()) return record.status();
+  record_ = std::make_unique<HandoverRecord>(*std::move(record));
+  return absl::OkStatus();
+}
+
+// Nothing is open any more.
+void SourceSession::RemoveRecord() {
+  if (record_ != nullptr) record_->Remove().IgnoreError();
+  record_.reset();
+}
+
+void SourceSession::Serve(LaunchOrder* order) {
+  if (!connected_ || state_ != SessionState::kSyncing) {
+    Answer(order, absl::FailedPreconditionError(
+                      absl::StrCat("the link to ", dialer_->peer(), " is down: ", problem_)));
+    return;
+  }
+  const absl::StatusOr<RunState> run_state = guest_->State(absl::Now() + absl::Seconds(10));
+  if (!run_state.ok() || *run_state != RunState::kRunning) {
+    Answer(order, run_state.ok()
+                      ? absl::FailedPreconditionError(
+                            "the guest is paused here; a launch would run it on the target: "
+                            "resume it first")
+                      : run_state.status());
+    return;
+  }
+  recording_.End("a launch ended it");
+  log_->StopRecording();
+  state_ = SessionState::kLaunching;
+  EndReturn();
+  Publish();
+  absl::Status recorded = ReserveRecord();
+  if (recorded.ok()) recorded = record_->Append(HandoverPhase::kPreparing);
+  if (!recorded.ok()) {
+    state_ = SessionState::kSyncing;
+    Answer(order, recorded);
+    return;
+  }
+  HandoverEnd end = RunSourceHandover(connection_.channel.get(), sync_.get(), guest_.get(), memory_,
+                                      record_.get(), order->options, order->ordered_at);
+  switch (end.result) {
+    case HandoverResult::kMoved:
+      Settle(SessionState::kMoved, absl::OkStatus());
+      Answer(order, end.report);
+      return;
+    case HandoverResult::kInDoubt:
+      sync_->DetachLink();
+      connection_ = {};
+      connected_ = false;
+      problem_ = std::string(end.why.message());
+      state_ = SessionState::kInDoubt;
+      Publish();
+      ResolveDoubt();
+      break;
+    case HandoverResult::kHere:
+      RemoveRecord();
+      LoseLink(end.why);
+      break;
+    case HandoverResult::kStuck:
+      LoseLink(end.why);
+      state_ = SessionState::kStuck;
+      break;
+  }
+  Answer(order, state_ == SessionState::kMoved ? absl::StatusOr<HandoverReport>(end.report)
+                                               : absl::StatusOr<HandoverReport>(end.why));
+}
+
+// Given up, and no answer: ask until there is one. Neither yes nor silence lets the guest run here;
+// only the target's positive word that it never ran it.
+void SourceSession::ResolveDoubt() {
+  if (const std::optional<bool> runs_here = TakeDecision()) {
+    options_.log(true, absl::StrCat(options_.guest, ": settled by hand: it runs ",
+                                    *runs_here ? "here" : "there"));
+    if (!*runs_here) return Settle(SessionState::kMoved, absl::OkStatus());
+    record_->Append(HandoverPhase::kTakenBack).IgnoreError();
+    return ResumeHere("settled by hand; the guest goes on here");
+  }
+  absl::StatusOr<wire::Outcome> outcome =
+      AskOutcome(dialer_.get(), id_, options_.guest, absl::Now() + absl::Seconds(5));
+  if (!outcome.ok()) {
+    problem_ =
+        absl::StrCat("given up to ", dialer_->peer(),
+                     ", whose presyncd can't be asked: ", outcome.status().message(),
+                     "; asked again every second. If that host is lost for good: ", HowToSettle());
+  } else if (outcome->value() == wire::Outcome::RUNNING) {
+    Settle(SessionState::kMoved, absl::OkStatus());
+  } else if (outcome->value() == wire::Outcome::NEVER_RAN) {
+    record_->Append(HandoverPhase::kTakenBack).IgnoreError();
+    ResumeHere(absl::StrCat(dialer_->peer(), " never ran the guest; it goes on here"));
+    return;
+  } else {
+    problem_ =
+        absl::StrCat("given up to ", dialer_->peer(),
+                     ", which answers: ", PrintableText(outcome->text()), "; ", HowToSettle());
+  }
+  Publish();
+  WaitForOrder(options_.reconnect_every);
+}
+
+// Where only a person can know.
+std::string SourceSession::HowToSettle() const {
+  return absl::StrCat("look at ", dialer_->peer(), " whether ", options_.guest,
+                      " runs there. If it does: presync settle ", options_.guest,
+                      " there. If it certainly does not, and never will: presync settle ",
+                      options_.guest, " here");
+}
+
+// The guest is this host's and stands still: tries until it runs, or its process has ended.
+void SourceSession::ResumeHere(const std::string& why) {
+  const absl::Status resumed = guest_->Resume(absl::Now() + absl::Seconds(30));
+  if (resumed.ok()) {
+    RemoveRecord();
+    state_ = SessionState::kConnecting;
+    problem_ = why;
+  } else if (absl::IsUnavailable(resumed)) {
+    RemoveRecord();
+    Settle(SessionState::kFailed, resumed);
+    return;
+  } else {
+    state_ = SessionState::kStuck;
+    problem_ = absl::StrCat("the guest is this host's and stands still: ", resumed.message());
+  }
+  Publish();
+  WaitForOrder(options_.reconnect_every);
+}
+
+// The session is over. A guest that moved must not be left where somebody could let it run again.
+void SourceSession::Settle(SessionState state, const absl::Status& why) {
+  state_ = state;
+  problem_ = std::string(why.message());
+  if (state == SessionState::kMoved) {
+    record_->Append(HandoverPhase::kMoved).IgnoreError();
+    if (absl::Status s = guest_->Quit(absl::Now() + absl::Seconds(10)); !s.ok()) {
+      problem_ = absl::StrCat("the guest has moved, but its old QEMU here did not quit (",
+                              s.message(), "): end it by hand, and never resume it");
+    } else {
+      RemoveRecord();
+    }
+  }
+  Publish();
+}
+
+}  // namespace presync
