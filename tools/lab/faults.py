@@ -81,6 +81,7 @@ class Run:
         self.struck = threading.Event()  # the fault came
         self.over = threading.Event()  # the run heals: a fault that lasts ends now
         self._threads = []
+        self._striking = threading.Lock()  # a strike is whole before healing begins
         self.report = None
 
     def __call__(self):
@@ -98,7 +99,8 @@ class Run:
         if plan.where == WHERE_LAUNCH:
             self._later(plan.after_s)
         self._await_launch(launch)
-        self.over.set()
+        with self._striking:
+            self.over.set()
         for thread in self._threads:
             thread.join(30)
         pair.heal()
@@ -209,12 +211,17 @@ class Run:
             return None
         if not self.plan.first:
             forward()
-        self._strike(in_background=True)
+        self._strike()
         return None
 
-    def _strike(self, in_background=False):
+    def _strike(self):
         """The fault, now. One that lasts ends in a thread of its own."""
-        self.struck.set()
+        with self._striking:
+            if not self.over.is_set():
+                self.struck.set()
+                self._hit()
+
+    def _hit(self):
         what, _, whom = self.plan.fault.partition(" ")
         pair = self.pair
         if what in ("kill", "stop"):

@@ -307,7 +307,8 @@ class Pair:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(qemu.pid, signal.SIGCONT)
         for side, daemon in self.daemons.items():
-            if daemon.process.poll() is not None:
+            if not alive(daemon.process.pid):  # poll() says nothing while another thread waits for it
+                daemon.process.wait()
                 try:
                     daemon.start(40)
                 except LabError as error:
