@@ -14,14 +14,18 @@ constexpr uint64_t kNanosPerSecond = 1'000'000'000;
 // Above any link there is; keeps doubling without a cap from overflowing.
 constexpr uint64_t kMaxRate = uint64_t{1} << 42;
 constexpr uint64_t kLinkShare = 100;  // start, floor and slow growth: 1 % of the link
+constexpr int kCalmPerDoubling = 5;   // of the step of slow growth, in intervals
+constexpr int kMostDoublings = 6;
 
 // These follow the papers named in the header; the two durations are this project's design, to be
 // revised by measurement on real links.
 constexpr double kFullQueue = 0.5;
 constexpr absl::Duration kLatencySlack = absl::Microseconds(25);
-// A queue in the network that is this long is shared with somebody, or made by us. LEDBAT (RFC
-// 6817) allows 100 ms, for home routers; a burst of 256 KiB takes 2 ms at 1 Gb/s.
-constexpr absl::Duration kQueueingTarget = absl::Milliseconds(5);
+// A queue that is longer than this, or than half the round trip on longer paths, is shared with
+// somebody, or made by us. LEDBAT (RFC 6817) allows 100 ms, for home routers; but a single Linux
+// TCP flow keeps no more than some 1 ms in the queue of its own host (tcp_limit_output_bytes), and
+// it is to be seen.
+constexpr absl::Duration kLeastQueueingTarget = absl::Microseconds(500);
 constexpr uint64_t kSmallestBackOffPermille = 500;
 constexpr uint64_t kDelayGainPermille = 800;  // Swift's beta
 constexpr absl::Duration kLatencyWindow = absl::Seconds(10);
@@ -50,6 +54,7 @@ Pacer::Pacer(const Options& options, absl::Time now)
       last_demand_(now),
       min_latency_since_(now) {
   PRESYNC_CHECK(options.interval >= absl::Nanoseconds(1));
+  PRESYNC_CHECK(options.burst >= absl::Nanoseconds(1));
   PRESYNC_CHECK(options.initial_bytes_per_s > 0);
   rate_ = Floor(PacerSignals());
 }
@@ -57,8 +62,8 @@ Pacer::Pacer(const Options& options, absl::Time now)
 uint64_t Pacer::Cap(const PacerSignals& signals) const {
   uint64_t cap = kMaxRate;
   if (signals.link_bytes_per_s > 0) {
-    const uint64_t twice_link = 2 * std::min(signals.link_bytes_per_s, kMaxRate / 2);
-    cap = std::min(std::max(twice_link, options_.initial_bytes_per_s), kMaxRate);
+    const uint64_t link = std::min(signals.link_bytes_per_s, kMaxRate / 2);
+    cap = std::max(2 * link, options_.initial_bytes_per_s);
   }
   return options_.max_bytes_per_s > 0 ? std::min(cap, options_.max_bytes_per_s) : cap;
 }
@@ -83,8 +88,7 @@ void Pacer::Refill(absl::Time now) {
   token_billionths_ = static_cast<uint64_t>(billionths % kNanosPerSecond);
   last_refill_ = now;
 
-  const int64_t depth =
-      static_cast<int64_t>(std::max(BytesIn(rate_, options_.interval), kPageBytes));
+  const int64_t depth = static_cast<int64_t>(std::max(BytesIn(rate_, options_.burst), kPageBytes));
   // Compared as a difference: a long silence may be worth more bytes than 64 bits hold.
   if (tokens_ >= depth || bytes >= absl::uint128(static_cast<uint64_t>(depth - tokens_))) {
     tokens_ = depth;
@@ -114,8 +118,9 @@ uint64_t Pacer::BackOffPermille(const PacerSignals& signals) const {
   if (signals.congestion_marks || signals.guest_pressure || signals.queue_fill > kFullQueue) {
     return kSmallestBackOffPermille;
   }
+  const absl::Duration target = std::max(kLeastQueueingTarget, signals.round_trip / 2);
   const uint64_t excess = std::max(ExcessDelayPermille(signals.completion_latency),
-                                   ExcessPermille(signals.queueing_delay, kQueueingTarget));
+                                   ExcessPermille(signals.queueing_delay, target));
   const uint64_t cut = kDelayGainPermille * excess / 1000;
   return std::max(1000 - cut, kSmallestBackOffPermille);
 }
@@ -140,11 +145,14 @@ void Pacer::OnInterval(absl::Time now, const PacerSignals& signals) {
   if (was_idle) rate_ = std::min(rate_, ssthresh_ / 2);
   if (back_off < 1000) {
     ++pressed_intervals_;
+    calm_intervals_ = 0;
     ssthresh_ = std::max(rate_ / 2, floor);
     rate_ = rate_ * back_off / 1000;
   } else {
     pressed_intervals_ = 0;
-    if (signals.demand && !was_idle) Grow(floor);
+    if (signals.demand && !was_idle) {
+      Grow(floor << std::min(calm_intervals_++ / kCalmPerDoubling, kMostDoublings));
+    }
   }
   rate_ = std::clamp(rate_, floor, Cap(signals));
 }

@@ -15,6 +15,7 @@ struct PacerSignals {
   uint64_t link_bytes_per_s = 0;  // best estimate of the link's goodput; 0 = unknown
   absl::Duration completion_latency = absl::ZeroDuration();  // median; 0 = none measured
   absl::Duration queueing_delay = absl::ZeroDuration();      // in the network; 0 = none, or unknown
+  absl::Duration round_trip = absl::ZeroDuration();          // of the path without any queue
   double queue_fill = 0;                                     // of the link's send queue, 0 to 1
   bool congestion_marks = false;                             // ECN or CNP counters grew
   bool guest_pressure = false;                               // the guest is visibly slowed
@@ -31,13 +32,16 @@ class Pacer {
     // the link is more. Should be small against the slowest link.
     uint64_t initial_bytes_per_s = 1 << 20;
     absl::Duration interval = absl::Milliseconds(100);
+    // What the bucket holds, as time at the rate: longer bursts would fill the network's queues by
+    // themselves. Twice the time between two looks at the bucket, or bytes are lost to a late one.
+    absl::Duration burst = absl::Milliseconds(20);
   };
 
-  // Preconditions (CHECKed): interval and initial_bytes_per_s are above 0.
+  // Preconditions (CHECKed): interval, burst and initial_bytes_per_s are above 0.
   Pacer(const Options& options, absl::Time now);
 
-  // Bytes that may be sent now. Never negative; a burst is at most one interval's worth, or one
-  // page where that is more: otherwise a very low cap would never let a page go.
+  // Bytes that may be sent now. Never negative, and at most Options::burst's worth, or one page
+  // where that is more: otherwise a very low cap would never let a page go.
   uint64_t AvailableBytes(absl::Time now);
 
   // Takes `bytes` from the bucket; may go into debt by one write, which later tokens pay off.
@@ -45,8 +49,9 @@ class Pacer {
 
   // Adapts the rate, at most once an interval (a call that comes earlier changes nothing but what
   // it learns of latency and demand). With demand it doubles up to ssthresh, then grows by 1 % of
-  // the link; on pressure ssthresh becomes half the rate, and the rate shrinks with the delay above
-  // target, or by half for signals that don't say how bad it is. After 2 s without demand it
+  // the link, and by twice as much after every 5 intervals without pressure: who filled the link
+  // has left it. On pressure ssthresh becomes half the rate, and the rate shrinks with the delay
+  // above target, or by half for signals that don't say how bad it is. After 2 s without demand it
   // restarts at min(rate, ssthresh / 2). It goes up to twice the link's estimated rate: below
   // saturation an estimate is only a lower bound, which must be able to grow.
   void OnInterval(absl::Time now, const PacerSignals& signals);
@@ -84,6 +89,7 @@ class Pacer {
   absl::Duration previous_min_latency_ = absl::InfiniteDuration();
   absl::Time min_latency_since_;
   int pressed_intervals_ = 0;
+  int calm_intervals_ = 0;  // without pressure, with demand
 };
 
 }  // namespace presync

@@ -58,7 +58,9 @@ struct LinkStats {
   // How long bytes wait in queues of the network now, this link's own among them; zero where it is
   // not known (RDMA has marks and latency instead).
   absl::Duration queueing_delay = absl::ZeroDuration();
-  // Congestion notifications that this host's sending caused, as its device counts them.
+  absl::Duration round_trip = absl::ZeroDuration();  // without any queue; zero: not known
+  // Signs that this host's sending met congestion: notifications that its device counts, over TCP
+  // segments that were sent again.
   uint64_t congestion_marks = 0;
 };
 

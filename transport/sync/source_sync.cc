@@ -49,8 +49,7 @@ SourceSync::SourceSync(const GuestMemory* memory, DirtyLog* log, SourceSyncOptio
       log_(log),
       options_(std::move(options)),
       policy_(std::move(policy)),
-      pacer_({.max_bytes_per_s = options_.max_bytes_per_s, .interval = options_.scan_interval},
-             options_.now()),
+      pace_(options_.max_bytes_per_s, options_.scan_interval, options_.now()),
       ledger_(memory->pages(), /*target_is_zero=*/false),
       maybe_holes_(memory->pages(), true) {}
 
@@ -66,7 +65,7 @@ void SourceSync::AttachLink(SourceLink* link, TargetContent content) {
 void SourceSync::BeginWith(SourceLink* link) {
   link_ = link;
   held_ = false;
-  marks_ = link->stats().congestion_marks;
+  pace_.Begin(link);
   open_sample_ = {.since = options_.now()};
   last_confirmed_ = absl::InfinitePast();
   next_probe_ = absl::InfinitePast();
@@ -87,6 +86,7 @@ void SourceSync::SwitchLink(SourceLink* link) {
 void SourceSync::DetachLink() {
   if (link_ == nullptr) return;
   wire_bytes_before_ += link_->stats().wire_bytes;
+  pace_.End();
   link_ = nullptr;
   held_ = false;
   pending_.clear();
@@ -104,22 +104,26 @@ absl::Status SourceSync::Tick() {
   if (now >= next_scan_) {
     // Pressure that goes on although the pace was cut does not come from sending alone: look less
     // often too.
-    const int stretch = pacer_.pressed_intervals() >= 2 ? 2 : 1;
+    const int stretch = pace_.pressed_intervals() >= 2 ? 2 : 1;
     next_scan_ = std::max(next_scan_ + stretch * options_.scan_interval, now);
     if (absl::Status s = Scan(); !s.ok()) return s;
     if (now >= next_hole_walk_) {
       next_hole_walk_ = now + kHoleWalkEvery;
       if (absl::Status s = FindDiscarded(); !s.ok()) return s;
     }
-    AdaptPace(now);
+    pace_.OnInterval(now, link_rate_.bytes_per_s());
+    if (pace_.paced()) open_sample_.saturated = commit_sample_.saturated = false;
     UpdateMeters(now);
   }
   if (link_ == nullptr) return absl::OkStatus();
+  pace_.Sample();
   if (absl::Status s = Collect(); !s.ok()) return s;
   if (absl::Status s = PostPending(); !s.ok()) return s;
   if (held_) return pending_.empty() ? CommitIfDue(/*now=*/true) : absl::OkStatus();
 
-  if (!first_pass_done_ && now >= next_probe_ && options_.max_bytes_per_s == 0) {
+  const bool rate_matters = !first_pass_done_ || pace_.rate_is_suspect();
+  if (rate_matters && now >= next_probe_ && options_.max_bytes_per_s == 0 &&
+      pace_.pressed_intervals() == 0) {
     if (absl::Status s = ProbeRate(now); !s.ok()) return s;
   }
   const PageCount set_point = SetPointPages(options_.max_launch_time, cost());
@@ -129,8 +133,8 @@ absl::Status SourceSync::Tick() {
   const PageCount goal = std::min(set_point, policy_->Goal(set_point));
   const PageCount above = PagesToSend(sendable, goal, UINT64_MAX);
   if (above > 0 && pending_.empty()) {
-    const PageCount allowed = PagesToSend(sendable, goal, pacer_.AvailableBytes(now));
-    starved_ |= allowed < above;
+    const PageCount allowed = PagesToSend(sendable, goal, pace_.AvailableBytes(now));
+    if (allowed < above) pace_.NoteStarved();
     // A few writes at a time keep the choice fresh; the link takes more at the next step.
     if (absl::Status s = Send(std::min(allowed, 4 * kMaxWritePages)); !s.ok()) return s;
   }
@@ -149,6 +153,7 @@ absl::Status SourceSync::ProbeRate(absl::Time now) {
   const uint64_t worth = static_cast<uint64_t>(static_cast<double>(link_rate_.bytes_per_s()) *
                                                absl::ToDoubleSeconds(kProbeLasts));
   const uint64_t bytes = std::clamp(worth, kLeastProbeBytes, kMostProbeBytes);
+  pace_.Lift();
   if (absl::Status s = Send(static_cast<PageCount>(bytes / kPageBytes)); !s.ok()) return s;
   if (!pending_.empty()) return absl::OkStatus();  // back-pressure marks the sample by itself
   open_sample_.saturated = true;
@@ -201,6 +206,8 @@ absl::Status SourceSync::Collect() {
       const absl::Time since = std::max(commit_sample_.since, last_confirmed_);
       link_rate_.OnSample(commit_sample_.bytes, now - since, commit_sample_.saturated);
       last_confirmed_ = now;
+      if (commit_sample_.saturated) pace_.OnMeasured();
+      pace_.Resume();
     }
   }
   return absl::OkStatus();
@@ -284,13 +291,13 @@ absl::Status SourceSync::PostPending() {
       if (noted_writes_) noted_writes_->Set(batch[i].run);
       if (batch[i].zero) continue;
       const uint64_t bytes = PagesToBytes(batch[i].run.count);
-      pacer_.Spend(bytes);
+      pace_.Spend(bytes);
       if (open_sample_.bytes == 0) open_sample_.since = options_.now();
       open_sample_.bytes += bytes;
     }
     pending_.erase(pending_.begin(), pending_.begin() + static_cast<std::ptrdiff_t>(*posted));
     if (*posted < count) {
-      open_sample_.saturated = true;
+      open_sample_.saturated |= !pace_.paced();
       return absl::OkStatus();
     }
   }
@@ -318,6 +325,7 @@ absl::Status SourceSync::CommitIfDue(bool now) {
 }
 
 absl::Status SourceSync::PushAll() {
+  pace_.Lift();
   if (absl::Status s = Collect(); !s.ok()) return s;
   if (absl::Status s = PostPending(); !s.ok()) return s;
   return pending_.empty() ? Send(ledger_.sendable().count()) : absl::OkStatus();
@@ -338,26 +346,6 @@ absl::Status SourceSync::Flush(absl::Time deadline) {
       return s;
     }
   }
-}
-
-void SourceSync::AdaptPace(absl::Time now) {
-  PacerSignals signals = {.link_bytes_per_s = link_rate_.bytes_per_s(), .demand = starved_};
-  if (link_ != nullptr) {
-    const LinkStats stats = link_->stats();
-    // The network's latency, and not that of all completions: over TCP those say when the kernel
-    // took the bytes, and on a busy host that jitters by far more than any network delay; the rate
-    // fell to its floor by it (2026-11-22). A queue worth a whole interval of the link is full:
-    // what waits there came too early.
-    signals.completion_latency = stats.network_latency;
-    signals.queueing_delay = stats.queueing_delay;
-    signals.congestion_marks = stats.congestion_marks > marks_;
-    marks_ = stats.congestion_marks;
-    const double interval_bytes = std::max<double>(
-        1 << 20, signals.link_bytes_per_s * absl::ToDoubleSeconds(options_.scan_interval));
-    signals.queue_fill = std::min(1.0, stats.queued_bytes / interval_bytes);
-  }
-  starved_ = false;
-  pacer_.OnInterval(now, signals);
 }
 
 void SourceSync::UpdateMeters(absl::Time now) {
@@ -383,7 +371,7 @@ SyncProgress SourceSync::progress() const {
       .first_pass_done = first_pass_done_,
       .predicted_launch = PredictLaunchTime(residual, cost()),
       .rate_bytes_per_s = rate_bytes_per_s_,
-      .allowed_bytes_per_s = pacer_.rate_bytes_per_s(),
+      .allowed_bytes_per_s = pace_.rate_bytes_per_s(),
       .link_bytes_per_s = link_rate_.bytes_per_s(),
       .wire_bytes = wire_bytes_before_ + (link_ != nullptr ? link_->stats().wire_bytes : 0),
       .pages_sent = pages_sent_,

@@ -14,12 +14,12 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "predictor/link_rate.h"
-#include "predictor/pacer.h"
 #include "predictor/policy.h"
 #include "predictor/set_point.h"
 #include "transport/dirty_log.h"
 #include "transport/link.h"
 #include "transport/memory.h"
+#include "transport/sync/link_pace.h"
 #include "transport/sync/page_ledger.h"
 
 namespace presync {
@@ -86,9 +86,9 @@ class SourceSync {
   // Whether the link has accepted work that waits for completion or back-pressure to end.
   bool busy() const { return !pending_.empty() || ledger_.in_flight() > 0; }
 
-  // For a launch.
-  // ------------------------------------------------------------------------------------ Looks now,
-  // whatever the interval says.
+  // --- For a launch ---
+
+  // Looks now, whatever the interval says.
   absl::Status Scan();
   // Finds pages that left the guest's memory (holes) and are not zero on the target: they become
   // stale.
@@ -133,14 +133,13 @@ class SourceSync {
   absl::Status PostPending();
   absl::Status CommitIfDue(bool now);
   void BeginWith(SourceLink* link);
-  void AdaptPace(absl::Time now);
   void UpdateMeters(absl::Time now);
 
   const GuestMemory* memory_;
   DirtyLog* log_;
   SourceSyncOptions options_;
   std::unique_ptr<SendPolicy> policy_;
-  Pacer pacer_;
+  LinkPace pace_;
   LinkRateEstimator link_rate_;
   std::string link_kind_;                                // whose rate that is
   std::map<std::string, LinkRateEstimator> kind_rates_;  // of kinds that were used before
@@ -157,8 +156,6 @@ class SourceSync {
   absl::Time next_probe_ = absl::InfinitePast();
   bool first_pass_done_ = false;
   bool held_ = false;
-  uint64_t marks_ = 0;    // the link's congestion marks at the last interval
-  bool starved_ = false;  // since the last interval the pacer held something back
 
   // The commit under way, and what it measures.
   struct CommitSample {

@@ -25,9 +25,6 @@ absl::Status Gone(const char* operation, int error) {
       absl::StrCat(operation, ": ", std::generic_category().message(error), hint));
 }
 
-// A round trip that was measured longer ago says nothing of now.
-constexpr uint32_t kFreshAckMs = 500;
-
 class SocketStream final : public ByteStream {
  public:
   explicit SocketStream(UniqueFd socket) : socket_(std::move(socket)) {}
@@ -73,16 +70,19 @@ class SocketStream final : public ByteStream {
   }
 
   // The kernel's smoothed round trip above the least of the last 5 minutes (tcp_min_rtt_wlen).
-  std::optional<absl::Duration> QueueingDelay() const override {
+  std::optional<PathState> path() const override {
     tcp_info info = {};
     socklen_t length = sizeof(info);
     if (getsockopt(socket_.get(), IPPROTO_TCP, TCP_INFO, &info, &length) != 0 ||
         length < offsetof(tcp_info, tcpi_min_rtt) + sizeof(info.tcpi_min_rtt) ||
-        info.tcpi_last_ack_recv > kFreshAckMs || info.tcpi_min_rtt == 0 ||
-        info.tcpi_rtt < info.tcpi_min_rtt) {
+        info.tcpi_min_rtt == 0) {
       return std::nullopt;
     }
-    return absl::Microseconds(info.tcpi_rtt - info.tcpi_min_rtt);
+    const uint32_t queued_us = info.tcpi_rtt - std::min(info.tcpi_rtt, info.tcpi_min_rtt);
+    return PathState{.queueing_delay = absl::Microseconds(queued_us),
+                     .round_trip = absl::Microseconds(info.tcpi_min_rtt),
+                     .age = absl::Milliseconds(info.tcpi_last_ack_recv),
+                     .retransmits = info.tcpi_total_retrans};
   }
 
  private:

@@ -17,8 +17,16 @@
 
 namespace presync {
 
-// One thread may send while another receives; Shutdown, SetPacing and
-// QueueingDelay may be called from any thread.
+struct PathState {
+  // How much longer bytes took to the peer and back than they ever did: what they wait in queues.
+  absl::Duration queueing_delay = absl::ZeroDuration();
+  absl::Duration round_trip = absl::ZeroDuration();  // the least that was ever seen
+  absl::Duration age = absl::ZeroDuration();         // since the last acknowledgement
+  uint64_t retransmits = 0;  // segments sent again, since the connection was made
+};
+
+// One thread may send while another receives; Shutdown, SetPacing and path()
+// may be called from any thread.
 class ByteStream {
  public:
   virtual ~ByteStream() = default;
@@ -37,9 +45,8 @@ class ByteStream {
   // Caps what this stream sends, bytes per second; 0 = no cap. May be ignored.
   virtual void SetPacing(uint64_t bytes_per_s) = 0;
 
-  // How much longer than ever before bytes take to the peer and back now, which is what they wait
-  // in queues; nothing where that is not known, or nothing was acknowledged for half a second.
-  virtual std::optional<absl::Duration> QueueingDelay() const { return std::nullopt; }
+  // What the connection has seen of its path; nothing where that is not known.
+  virtual std::optional<PathState> path() const { return std::nullopt; }
 };
 
 struct SocketOptions {

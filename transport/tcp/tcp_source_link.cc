@@ -1,6 +1,7 @@
 #include "transport/tcp/tcp_source_link.h"
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -9,6 +10,9 @@
 
 namespace presync {
 namespace {
+
+// What was heard of the path longer ago says nothing of now.
+constexpr absl::Duration kFreshAck = absl::Milliseconds(500);
 
 // What a piece takes of a queue: also a piece without payload takes some.
 uint64_t ChargedBytes(const Frame& frame) {
@@ -176,14 +180,18 @@ absl::Status TcpSourceLink::Wait(absl::Time deadline) {
   return absl::OkStatus();
 }
 
-// The least of the streams': they share the path, and what only one of them waits for is not a
-// queue of the network.
-absl::Duration TcpSourceLink::QueueingDelay() const {
-  absl::Duration least = absl::InfiniteDuration();
+// The streams share the path: the one that heard from it last knows best.
+void TcpSourceLink::AddPathState(LinkStats* stats) const {
+  absl::Duration newest = kFreshAck;
   for (const auto& stream : streams_) {
-    least = std::min(least, stream->bytes->QueueingDelay().value_or(absl::InfiniteDuration()));
+    const std::optional<PathState> path = stream->bytes->path();
+    if (!path) continue;
+    stats->congestion_marks += path->retransmits;
+    if (path->age > newest) continue;
+    newest = path->age;
+    stats->queueing_delay = path->queueing_delay;
+    stats->round_trip = path->round_trip;
   }
-  return least == absl::InfiniteDuration() ? absl::ZeroDuration() : least;
 }
 
 LinkStats TcpSourceLink::stats() const {
@@ -196,7 +204,7 @@ LinkStats TcpSourceLink::stats() const {
     recent = latencies_;
     count = std::min<uint64_t>(measured_, recent.size());
   }
-  stats.queueing_delay = QueueingDelay();
+  AddPathState(&stats);
   if (count == 0) return stats;
   std::nth_element(recent.begin(), recent.begin() + count / 2, recent.begin() + count);
   stats.completion_latency = recent[count / 2];

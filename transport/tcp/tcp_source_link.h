@@ -83,7 +83,7 @@ class TcpSourceLink final : public SourceLink {
   void Push(Stream* stream, const Item& item) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // The next items to send together; false: the link is over.
   bool TakeBatch(size_t index, std::vector<Item>* batch, bool* backlogged);
-  absl::Duration QueueingDelay() const;
+  void AddPathState(LinkStats* stats) const;
   void UpdateCommitted() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void FinishBatch(size_t index, absl::Span<const Item> batch, uint64_t wire_bytes);
   bool HasNews() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
