@@ -259,7 +259,16 @@ absl::StatusOr<RunState> QemuSourceGuest::State(absl::Time deadline) {
     if (absl::IsUnavailable(status)) return RunState::kGone;
     return status;
   }
-  return QueryGuestState(*qmp_, process_, deadline);
+  absl::StatusOr<std::string> status = QueryRunState(*qmp_, deadline);
+  if (!status.ok() && !qmp_->health().ok()) {
+    if (absl::Status again = EnsureMonitor(deadline); !again.ok()) {
+      if (absl::IsUnavailable(again)) return RunState::kGone;
+      return again;
+    }
+    status = QueryRunState(*qmp_, deadline);
+  }
+  if (!status.ok()) return status.status();
+  return ToRunState(*status);
 }
 
 }  // namespace presync

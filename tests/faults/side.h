@@ -35,10 +35,14 @@ class Life {
   bool crashed() const { return crashed_; }
 
   // The process ends without a word; `durable` becomes what its record folder holds.
-  void Crash(const std::string& durable) {
+  void Crash(const std::filesystem::path& durable) {
     absl::WriterMutexLock lock(&gate_);
     if (crashed_) return;
-    std::filesystem::copy(record_folder_, durable, std::filesystem::copy_options::recursive);
+    std::filesystem::create_directory(durable);
+    std::error_code gone;  // a record that is removed at this very moment is removed
+    for (const auto& record : std::filesystem::directory_iterator(record_folder_, gone)) {
+      std::filesystem::copy_file(record.path(), durable / record.path().filename(), gone);
+    }
     crashed_ = true;
   }
 
