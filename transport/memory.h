@@ -34,8 +34,8 @@ class Region {
   // Creates the file (mode 0600, it must not exist) and reserves all its memory, zeroed, so that a
   // sync can't run out of it. Blocks: a second for some GiB. ALREADY_EXISTS: a file is in the way.
   // RESOURCE_EXHAUSTED: too little memory on the host or room in the file system.
-  // FAILED_PRECONDITION: neither tmpfs nor hugetlbfs. INVALID_ARGUMENT: `size_bytes` is 0 or no
-  // multiple of 4096, on hugetlbfs of its page size. On failure nothing is left behind.
+  // FAILED_PRECONDITION: neither tmpfs nor hugetlbfs, or a symbolic link is in the path.
+  // INVALID_ARGUMENT: a size of 0, or no multiple of the pages there. A failure leaves nothing.
   static absl::StatusOr<Region> Create(std::string name, const std::string& path,
                                        uint64_t size_bytes);
 

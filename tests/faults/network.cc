@@ -207,8 +207,10 @@ absl::StatusOr<std::unique_ptr<TargetLink>> Network::MeetAtTarget(const SessionI
 class NetworkDialer final : public Dialer {
  public:
   NetworkDialer(Network* network, Life* life) : network_(network), life_(life) {}
-  absl::StatusOr<UniqueFd> Dial(const Preamble& preamble, absl::Time) override {
-    return network_->Connect(life_, preamble);
+  absl::StatusOr<presync::Connection> Dial(const Preamble& preamble, absl::Time) override {
+    absl::StatusOr<UniqueFd> socket = network_->Connect(life_, preamble);
+    if (!socket.ok()) return socket.status();
+    return presync::Connection(*std::move(socket));
   }
   const std::string& peer() const override { return peer_; }
 

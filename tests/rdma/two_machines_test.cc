@@ -41,7 +41,8 @@ class TwoMachines : public ::testing::TestWithParam<std::string> {
  protected:
   TwoMachines() {
     const HostAndPort target = *ParseHostPort(GetParam(), 7351);
-    dialer_ = std::make_unique<TcpDialer>(target.host, target.port);
+    dialer_ = std::make_unique<TcpDialer>(target.host, target.port,
+                                          PeerSecurity{.plain = PlainPeers::kAnyone});
     // The other machine may still be booting.
     for (const absl::Time end = absl::Now() + absl::Seconds(120); absl::Now() < end;) {
       absl::StatusOr<SourceConnection> connection = Connect();

@@ -55,6 +55,31 @@ TEST(Config, ReadsWhatConcernsRdma) {
   EXPECT_THAT(ErrorOf("[defaults]\ntransport = 'ib'"), HasSubstr("auto, rdma, tcp"));
 }
 
+TEST(Config, ReadsWhoMayDoWhat) {
+  const absl::StatusOr<Config> config = ParseConfig(
+      "certificate = '/c'\nkey = '/k'\nca = '/a'\nrequire_encryption = true\nmax_guests = 9\n"
+      "max_memory = '64G'\nsocket_group = 'ops'\n[peer.\"h1.example\"]\nmax_guests = 2\n"
+      "max_memory = '8G'\nguests = ['web-*']\nfolders = ['/dev/shm/presync']\n[peer.h2]\n",
+      "presyncd.toml");
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->tls.key, "/k");
+  EXPECT_EQ(config->everyone.max_guests, 9u);
+  EXPECT_EQ(config->everyone.max_memory_bytes, uint64_t{64} << 30);
+  EXPECT_EQ(config->socket_group, "ops");
+  EXPECT_EQ(config->peers.size(), 2u);
+  EXPECT_EQ(config->peers.at("h1.example").max_guests, 2u);
+  EXPECT_EQ(config->peers.at("h1.example").folders[0], "/dev/shm/presync");
+  EXPECT_THAT(ErrorOf("[peer.h1]\nmax_gests = 1"), HasSubstr("max_gests: no such key"));
+}
+
+TEST(Config, RefusesSecurityThatContradictsItself) {
+  const std::string tls = "certificate = '/c'\nkey = '/k'\nca = '/a'\n";
+  EXPECT_THAT(ErrorOf("certificate = '/c'\nkey = '/k'"), HasSubstr("set all or none"));
+  EXPECT_THAT(ErrorOf((tls + "insecure = true").c_str()), HasSubstr("contradict"));
+  EXPECT_THAT(ErrorOf("require_encryption = true"), HasSubstr("needs certificate"));
+  EXPECT_THAT(ErrorOf("[peer.h1]"), HasSubstr("nobody has a name"));
+}
+
 TEST(Config, SaysWhereAndWhatIsWrong) {
   EXPECT_THAT(ErrorOf("listen = 'x'\nlissten = 'y'"), HasSubstr("presyncd.toml:2: lissten"));
   EXPECT_THAT(ErrorOf("listen = "), HasSubstr("presyncd.toml:1"));

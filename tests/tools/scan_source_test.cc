@@ -17,6 +17,7 @@
 #include "tests/transport/sync/model_guest.h"
 #include "tools/common/local_api.h"
 #include "tools/common/trace_file.h"
+#include "tools/presyncd/local_access.h"
 #include "tools/presyncd/local_server.h"
 #include "tools/presyncd/recording_api.h"
 
@@ -133,7 +134,8 @@ TEST(RecordLogTest, AGuestThatEndsIsSaid) {
 TEST(RecordBesideSyncTest, EachWriteIsInExactlyOneScan) {
   const TempFolder folder;
   RecordedGuest guest;
-  auto server = LocalServer::Start(folder / "sock", [&](const Json& r) { return guest.Handle(r); });
+  auto server = LocalServer::Start(folder / "sock", LocalAccess(),
+                                   [&](const Json& r) { return guest.Handle(r); });
   ASSERT_TRUE(server.ok()) << server.status();
   auto source = RecordBesideSync(folder / "sock", "g1", kInterval);
   ASSERT_TRUE(source.ok()) << source.status();
@@ -165,7 +167,8 @@ TEST(RecordBesideSyncTest, EachWriteIsInExactlyOneScan) {
 TEST(RecordBesideSyncTest, ASecondRecordingIsRefused) {
   const TempFolder folder;
   RecordedGuest guest;
-  auto server = LocalServer::Start(folder / "sock", [&](const Json& r) { return guest.Handle(r); });
+  auto server = LocalServer::Start(folder / "sock", LocalAccess(),
+                                   [&](const Json& r) { return guest.Handle(r); });
   ASSERT_TRUE(server.ok()) << server.status();
   auto first = RecordBesideSync(folder / "sock", "g1", kInterval);
   ASSERT_TRUE(first.ok()) << first.status();
@@ -175,11 +178,12 @@ TEST(RecordBesideSyncTest, ASecondRecordingIsRefused) {
 TEST(RecordBesideSyncTest, AScanThatComesInPartsIsWhole) {
   const TempFolder folder;
   int takes = 0;
-  auto server = LocalServer::Start(folder / "sock", [&](const Json& request) -> Json {
-    if (request["action"] == "start") return {{"ok", true}, {"pages", 100}};
-    if (++takes == 1) return {{"ok", true}, {"runs", {5, 1, 9, 2}}, {"ends", {1}}};
-    return {{"ok", true}, {"runs", {20, 1, 3, 1}}, {"ends", {1, 2}}};
-  });
+  auto server =
+      LocalServer::Start(folder / "sock", LocalAccess(), [&](const Json& request) -> Json {
+        if (request["action"] == "start") return {{"ok", true}, {"pages", 100}};
+        if (++takes == 1) return {{"ok", true}, {"runs", {5, 1, 9, 2}}, {"ends", {1}}};
+        return {{"ok", true}, {"runs", {20, 1, 3, 1}}, {"ends", {1, 2}}};
+      });
   ASSERT_TRUE(server.ok()) << server.status();
   auto source = RecordBesideSync(folder / "sock", "g1", kInterval);
   ASSERT_TRUE(source.ok()) << source.status();
@@ -195,10 +199,11 @@ TEST(RecordBesideSyncTest, PagesThatCannotBeAreRefused) {
       {99, 2}, {5, 0}, {4294967295, 4294967295}, {8, 4, 9, 1}, {9, 1, 8, 1}, {-1, 1}, {"x", 1}};
   for (const Json& runs : broken) {
     const TempFolder folder;
-    auto server = LocalServer::Start(folder / "sock", [&](const Json& request) -> Json {
-      if (request["action"] == "start") return {{"ok", true}, {"pages", 100}};
-      return {{"ok", true}, {"runs", runs}, {"ends", {runs.size() / 2}}};
-    });
+    auto server =
+        LocalServer::Start(folder / "sock", LocalAccess(), [&](const Json& request) -> Json {
+          if (request["action"] == "start") return {{"ok", true}, {"pages", 100}};
+          return {{"ok", true}, {"runs", runs}, {"ends", {runs.size() / 2}}};
+        });
     ASSERT_TRUE(server.ok()) << server.status();
     auto source = RecordBesideSync(folder / "sock", "g1", kInterval);
     ASSERT_TRUE(source.ok()) << source.status();

@@ -57,6 +57,14 @@ TEST_F(RegionTest, CreateNeverFollowsASymbolicLink) {
   EXPECT_EQ(Region::Create("r", path_, kSize).status().code(), absl::StatusCode::kAlreadyExists);
   EXPECT_FALSE(std::filesystem::exists(elsewhere));
   std::filesystem::remove(path_);
+  // Nor one that a folder in the path is.
+  std::filesystem::create_directory(elsewhere);
+  std::filesystem::create_directory_symlink(elsewhere, path_);
+  EXPECT_EQ(Region::Create("r", path_ + "/ram", kSize).status().code(),
+            absl::StatusCode::kFailedPrecondition);
+  EXPECT_TRUE(std::filesystem::is_empty(elsewhere));
+  std::filesystem::remove(path_);
+  std::filesystem::remove(elsewhere);
 }
 
 TEST_F(RegionTest, CreateSaysWhatIsMissingAndLeavesNothing) {

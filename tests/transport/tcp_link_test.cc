@@ -9,6 +9,7 @@
 
 #include "tests/transport/link_contract.h"
 #include "tests/transport/loopback.h"
+#include "tests/transport/tls/certificates.h"
 #include "transport/tcp/frame.h"
 #include "transport/tcp/tcp_source_link.h"
 #include "transport/tcp/tcp_target_link.h"
@@ -83,6 +84,40 @@ LinkKind Kind(std::string name, size_t streams, Compression compression,
           }};
 }
 
+// Within TLS, both ends with real certificates.
+absl::StatusOr<LinkPair> ConnectTls(size_t streams, const GuestMemory& source,
+                                    const GuestMemory& target) {
+  auto sockets = ConnectLoopback(streams);
+  if (!sockets.ok()) return sockets.status();
+  const auto& certificates = TestCertificates::Shared();
+  const auto one = certificates.Identity("one");
+  const auto two = certificates.Identity("two");
+  const absl::Time deadline = absl::Now() + absl::Seconds(20);
+  std::vector<Connection> dialled, accepted;
+  for (size_t i = 0; i < streams; ++i) {
+    std::unique_ptr<TlsSession> theirs;
+    std::thread other(
+        [&] { theirs = *TlsSession::Accept(sockets->target[i].get(), *two, deadline); });
+    auto ours = TlsSession::Connect(sockets->source[i].get(), *one, "127.0.0.1", deadline);
+    other.join();
+    if (!ours.ok()) return ours.status();
+    dialled.emplace_back(std::move(sockets->source[i]), *std::move(ours));
+    accepted.emplace_back(std::move(sockets->target[i]), std::move(theirs));
+  }
+  TcpSourceOptions options;
+  options.queue_bytes_per_stream = (uint64_t{1} << 20) / streams;
+  LinkPair pair;
+  pair.source = *TcpSourceLink::Create(&source, *MakeStreams(std::move(dialled), {}), options);
+  pair.target = *TcpTargetLink::Create(&target, *MakeStreams(std::move(accepted), {}));
+  return pair;
+}
+
+LinkKind TlsKind(std::string name, size_t streams) {
+  return {std::move(name), [=](const GuestMemory& source, const GuestMemory& target) {
+            return ConnectTls(streams, source, target);
+          }};
+}
+
 INSTANTIATE_TEST_SUITE_P(
     Tcp, LinkContract,
     ::testing::Values(Kind("streams_1", 1, Compression::kNone),
@@ -91,7 +126,8 @@ INSTANTIATE_TEST_SUITE_P(
                       Kind("streams_7", 7, Compression::kNone), Kind("lz4", 4, Compression::kLz4),
                       Kind("zstd", 2, Compression::kZstd), Kind("auto", 2, Compression::kAuto),
                       Kind("socketpair", 2, Compression::kNone, ConnectLocally),
-                      Kind("trickle", 2, Compression::kLz4, ConnectLoopback, true)),
+                      Kind("trickle", 2, Compression::kLz4, ConnectLoopback, true),
+                      TlsKind("tls_1", 1), TlsKind("tls_4", 4)),
     [](const auto& kind) { return kind.param.name; });
 
 constexpr PageCount kPages = 1024;

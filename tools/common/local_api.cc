@@ -87,7 +87,8 @@ absl::StatusOr<Json> CallLocal(const std::string& socket_path, const Json& reque
     const bool denied = errno == EACCES;
     return absl::UnavailableError(absl::StrCat(
         "can't reach presyncd at ", socket_path, ": ", std::strerror(errno),
-        denied ? "; run presync as presyncd's user (root, usually)"
+        denied ? "; presyncd takes orders from root, its own user and the members of socket_group "
+                 "(presyncd.toml): sudo presync ..., or join that group"
                : "; is it running? (systemctl start presyncd, or --socket for another place)"));
   }
   if (absl::Status s = WriteJsonLine(fd.get(), request); !s.ok()) return s;

@@ -208,7 +208,7 @@ def run(options):
         page.write_text(experiment_page.render(result))
 
     say(f"\nTwo hosts joined by a {options.link} Mbit/s link, guests of 256 MB ({result['accelerator']}), seed"
-        f" {options.seed}. Not in the comparison:")
+        f" {options.seed}. presync runs without TLS (--insecure), as stock QEMU does. Not in the comparison:")
     for mode, why in launches.LEFT_OUT.items():
         say(f"  {mode:20} {why}")
     if "launches" in options.part:

@@ -78,7 +78,7 @@ def run(link_mbit, alone_s=8, both_s=20, after_s=12):
     with _presync.run_folder() as folder:
         spec = _guest.GuestSpec(image=image, data_disk=_guest.copy_data_disk(image, folder), workload="hammer",
                                 memory_mb=512, kernel_args="presync.area_mb=200")
-        with _hosts.TwoHosts(link_mbit) as two, _presync.Move(two, folder, spec) as move:
+        with _hosts.TwoHosts(link_mbit) as two, _presync.Move(two, folder, spec, insecure=True) as move:
             time.sleep(3)
             flow = Flow(two, alone_s + both_s)
             time.sleep(alone_s)

@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import time
 
+from . import certificates as _certificates
 from . import guest as _guest
 from . import hosts as _hosts
 
@@ -28,8 +29,22 @@ def build_folder():
     return folder
 
 
+def installed():
+    """Whether the programs to use are those that a package installed: PRESYNC_INSTALLED is set."""
+    return bool(os.environ.get("PRESYNC_INSTALLED"))
+
+
+def program(name):
+    """The path of "presyncd" or "presync"."""
+    if installed():
+        return pathlib.Path({"presyncd": "/usr/sbin", "presync": "/usr/bin"}[name]) / name
+    return build_folder() / "tools" / name
+
+
 def plugin_path():
     """The library that QEMU loads."""
+    if installed():
+        return "/usr/lib/x86_64-linux-gnu/qemu/presync_glue.so"
     return str(build_folder() / "qemu-glue" / "plugin" / "presync_glue.so")
 
 
@@ -44,8 +59,10 @@ class Refused(Exception):
 class Daemon:
     """One presyncd.  A context manager; it is stopped by its id, the guests it started too."""
 
-    def __init__(self, two, host, folder, guests=None, defaults=None):
-        """`guests`: {name: argv or monitor socket of a waiting QEMU}."""
+    def __init__(self, two, host, folder, guests=None, defaults=None, insecure=False, rules=None, settings=None):
+        """`guests`: {name: argv or monitor socket of a waiting QEMU}.  With certificates, unless `insecure`.
+        `rules`: {peer: {key: value}}, who may push; all hosts of the lab if not given.
+        `settings`: further top-level keys of the configuration."""
         self.host = host
         self._two = two
         self.folder = pathlib.Path(folder) / host
@@ -54,14 +71,24 @@ class Daemon:
         self.socket = f"{self.folder}/presyncd.sock"
         self.log = f"{self.folder}/presyncd.log"
         self.process = None
-        self._write_config(guests or {}, defaults or {})
+        self.prefix = []  # of the command: another user's rights, for example
+        if insecure:
+            self._security, self._rules = ["insecure = true"], {}
+        else:
+            certificates = _certificates.of_lab(folder, two)
+            self._security = _certificates.settings(certificates, host)
+            self._rules = {peer: {} for peer in two.hosts} if rules is None else rules
+        self._write_config(guests or {}, defaults or {}, settings or {})
 
-    def _write_config(self, guests, defaults):
+    def _write_config(self, guests, defaults, settings):
         lines = [f'listen = "{self._two.address[self.host]}:{PORT}"', f'socket = "{self.socket}"',
                  f'state_folder = "{self.folder}/state"', f'run_folder = "{self.folder}/run"',
-                 f'ram_folder = "{self.ram}"']
+                 f'ram_folder = "{self.ram}"', *self._security]
+        lines += [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
         if defaults:
             lines += ["[defaults]", *(f"{key} = {json.dumps(value)}" for key, value in defaults.items())]
+        for peer, rules in self._rules.items():
+            lines += [f'[peer."{peer}"]', *(f"{key} = {json.dumps(value)}" for key, value in rules.items())]
         for name, how in guests.items():
             key = "attach" if isinstance(how, str) else "command"
             lines += [f"[guest.{name}]", f"{key} = {json.dumps(how)}"]
@@ -81,7 +108,7 @@ class Daemon:
         """Starts presyncd and waits until it answers."""
         with open(self.log, "a", encoding="utf-8") as log:
             self.process = self._two.popen(
-                self.host, [build_folder() / "tools" / "presyncd", "-c", self.config],
+                self.host, [*self.prefix, program("presyncd"), "-c", self.config],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         deadline = time.monotonic() + seconds
         while True:
@@ -123,7 +150,7 @@ class Daemon:
 
     def run(self, *arguments, **options):
         """`presync ARGUMENTS` on this host, as subprocess.run."""
-        return subprocess.run([build_folder() / "tools" / "presync", "--socket", self.socket,
+        return subprocess.run([program("presync"), "--socket", self.socket,
                                *map(str, arguments)], check=False, **options)
 
     def ask(self, *arguments):
@@ -141,14 +168,17 @@ class Move:
             move.start(); move.source_daemon.ask("launch", NAME)
     """
 
-    def __init__(self, two, folder, spec, defaults=None, target_spec=None):
-        """`spec`: without a plug-in; it is added here.  `target_spec`: if it differs."""
+    def __init__(self, two, folder, spec, defaults=None, target_spec=None, insecure=False, rules=None, settings=None):
+        """`spec`: without a plug-in; it is added here.  `target_spec`: if it differs.  `rules`: the target's."""
         self.two = two
         self.folder = pathlib.Path(folder)
         self.spec = spec
         self._stack = contextlib.ExitStack()
         self._target_spec = target_spec or spec
         self._defaults = defaults
+        self._insecure = insecure
+        self._rules = rules
+        self._settings = settings
         self.source = self.reader = self.source_daemon = self.target_daemon = None
         self.target_agent = f"{self.folder}/target.agent"
 
@@ -162,9 +192,11 @@ class Move:
                                      agent=self.target_agent, serial=f"{self.folder}/target.serial")
             command = _guest.qemu_argv(template, "target", sockets)
             self.target_daemon = stack.enter_context(
-                Daemon(self.two, "target", self.folder, {NAME: command}, self._defaults))
+                Daemon(self.two, "target", self.folder, {NAME: command}, self._defaults,
+                       self._insecure, self._rules, self._settings))
             self.source_daemon = stack.enter_context(
-                Daemon(self.two, "source", self.folder, {}, self._defaults))
+                Daemon(self.two, "source", self.folder, {}, self._defaults, self._insecure,
+                       settings=self._settings))
             spec = dataclasses.replace(
                 self.spec, plugin=f"{plugin_path()},socket={self.folder}/source.glue")
             self.source = stack.enter_context(

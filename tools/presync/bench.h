@@ -5,6 +5,9 @@
 #include <string>
 #include <vector>
 
+#include "tools/presync/command.h"
+#include "transport/tls/tls_identity.h"
+
 namespace presync {
 
 // "presync bench link": a server without a peer, a client with one.
@@ -18,6 +21,7 @@ struct BenchLinkCommand {
   // Both.
   std::string memory;  // ParseSize; empty: 256M for a client, 4G for a server
   std::string folder = "/dev/shm";
+  TlsFiles tls;  // all or none; a server takes plain clients beside those within TLS
   // Client.
   std::string transport = "auto";
   std::string size = "64K";
@@ -29,11 +33,15 @@ struct BenchLinkCommand {
   uint32_t tcp_streams = 4;
   uint32_t queue_pairs = 4;
   std::vector<std::string> devices;
-  std::string max_write;  // ParseSize; empty: the link's own
+  std::string max_write;             // ParseSize; empty: the link's own
+  std::string encryption = "plain";  // "tls", or "both": in turns, with the ratio
 };
 
 // Blocks until the measurement or the server has ended. Returns the exit code, as presync's help
 // has them; what is wrong goes to stderr.
 int RunBenchLink(const BenchLinkCommand& command);
+
+// The subcommand with its own subcommands.
+RunCommand AddBench(CLI::App* app, CommandContext* context);
 
 }  // namespace presync

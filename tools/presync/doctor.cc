@@ -10,6 +10,7 @@
 
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <nlohmann/json.hpp>
 
 #include "absl/strings/str_cat.h"
@@ -210,6 +211,17 @@ int RunDoctor(const DoctorOptions& options) {
   }
   if (options.json) std::printf("%s\n", json.dump().c_str());
   return problems == 0 ? 0 : 1;
+}
+
+RunCommand AddDoctor(CLI::App* app, CommandContext* context) {
+  auto o = std::make_shared<DoctorOptions>();
+  app->add_option("--qmp", o->qmp, "Also look at the QEMU behind this monitor");
+  app->add_option("--glue", o->glue, "The plug-in's socket, if it is not found by itself");
+  return [o, context] {
+    o->json = context->json;
+    o->socket = context->socket;
+    return RunDoctor(*o);
+  };
 }
 
 }  // namespace presync

@@ -4,6 +4,8 @@
 #include <string>
 #include <vector>
 
+#include "tools/presync/command.h"
+
 namespace presync {
 
 struct DoctorOptions {
@@ -28,5 +30,7 @@ std::vector<Finding> ExamineGuest(const std::string& qmp, const std::string& glu
 
 // Prints the findings. 0 if there is no problem, 1 otherwise.
 int RunDoctor(const DoctorOptions& options);
+
+RunCommand AddDoctor(CLI::App* app, CommandContext* context);
 
 }  // namespace presync

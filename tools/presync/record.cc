@@ -1,9 +1,11 @@
 #include "tools/presync/record.h"
 
+#include <signal.h>
 #include <unistd.h>
 
 #include <cstdio>
 #include <filesystem>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <utility>
 #include <vector>
@@ -21,8 +23,6 @@
 
 namespace presync {
 namespace {
-
-enum ExitCode { kOk = 0, kFailed = 1, kNoDaemon = 3 };
 
 constexpr absl::Duration kStep = absl::Milliseconds(200);  // Ctrl-C is heard this soon
 
@@ -170,6 +170,29 @@ int RunRecord(const RecordOptions& options, const std::atomic<bool>* interrupted
                  std::string(stopped.message()).c_str());
   }
   return Report(options, *totals, *interval);
+}
+
+RunCommand AddRecord(CLI::App* app, CommandContext* context) {
+  auto o = std::make_shared<RecordOptions>();
+  app->add_option("name", o->name, "A guest that presyncd keeps in sync; with --qmp any name")
+      ->required();
+  app->add_option("--out", o->out, "The trace file; compressed if it ends in .zst")->required();
+  app->add_option("--qmp", o->qmp,
+                  "Open the guest behind this monitor without presyncd, which must not have it "
+                  "(needs root)");
+  app->add_option("--glue", o->glue, "With --qmp: the plug-in's socket, if it is not found");
+  app->add_option("--seconds", o->seconds, "How long (default: until Ctrl-C)")
+      ->check(CLI::Range(0.1, 1e6));
+  app->add_option("--interval", o->interval, "Time between two scans, 10ms to 60s")
+      ->capture_default_str();
+  return [o, context] {
+    static std::atomic<bool>* interrupted;
+    interrupted = &context->interrupted;
+    ::signal(SIGTERM, [](int) { *interrupted = true; });  // the file is to be whole then, too
+    o->socket = context->socket;
+    o->json = context->json;
+    return RunRecord(*o, interrupted);
+  };
 }
 
 }  // namespace presync

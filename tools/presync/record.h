@@ -4,6 +4,8 @@
 #include <atomic>
 #include <string>
 
+#include "tools/presync/command.h"
+
 namespace presync {
 
 struct RecordOptions {
@@ -21,5 +23,7 @@ struct RecordOptions {
 // these. Returns presync's exit code: 1 after an error, which was said, 3 if presyncd can't be
 // reached.
 int RunRecord(const RecordOptions& options, const std::atomic<bool>* interrupted);
+
+RunCommand AddRecord(CLI::App* app, CommandContext* context);
 
 }  // namespace presync

@@ -78,6 +78,7 @@ std::string RenderGuest(const Json& guest) {
 
 std::string RenderStatus(const Json& status) {
   std::string text;
+  const std::string warning = TextOr(status.value("security", Json::object()), "warning", "");
   for (const Json& guest : status.value("guests", Json::array())) {
     absl::StrAppend(&text, RenderGuest(guest), "\n");
   }
@@ -88,9 +89,9 @@ std::string RenderStatus(const Json& status) {
   for (const Json& matter : status.value("open", Json::array())) {
     if (matter.is_string()) absl::StrAppend(&text, "! ", matter.get<std::string>(), "\n");
   }
-  if (text.empty()) return "no guest is kept in sync from or to this host";
+  if (text.empty()) text = "no guest is kept in sync from or to this host\n";
   text.pop_back();
-  return text;
+  return warning.empty() ? text : absl::StrCat("! ", warning, "\n", text);
 }
 
 std::string RenderLaunch(const Json& report) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <filesystem>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <utility>
@@ -233,6 +234,34 @@ int RunReplay(const ReplayCommand& command) {
   }
   if (command.json) std::printf("%s\n", rows.dump(1).c_str());
   return 0;
+}
+
+RunCommand AddReplay(CLI::App* app, CommandContext* context) {
+  auto r = std::make_shared<ReplayCommand>();
+  app->add_option("--trace", r->traces, "Trace files, plain or zstd-compressed")->required();
+  app->add_option("--policy", r->policies,
+                  "every-scan, once-a-second, skip-if-dirty, oldest, ewma, learned, optimum or all")
+      ->required()
+      ->delimiter(',');
+  auto* set_point = app->add_option("--set-point", r->set_points, "Stale pages to hold at most")
+                        ->delimiter(',')
+                        ->check(CLI::NonNegativeNumber);
+  app->add_option("--max-launch-time", r->max_launch_time,
+                  "Instead: what a launch may take, e.g. 100ms; needs --link")
+      ->excludes(set_point);
+  app->add_option("--link", r->link,
+                  "The link's goodput, e.g. 1Gbit: limits each scan, and predicts launch times");
+  r->fixed_cost = "45ms";
+  app->add_option("--fixed-cost", r->fixed_cost, "What a launch takes besides moving memory")
+      ->capture_default_str();
+  app->add_option("--back-off", r->max_back_off_log2,
+                  "Arming back-off of up to 2^this scans; 0 is off")
+      ->capture_default_str()
+      ->check(CLI::Range(0, 5));
+  return [r, context] {
+    r->json = context->json;
+    return RunReplay(*r);
+  };
 }
 
 }  // namespace presync

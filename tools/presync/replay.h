@@ -4,6 +4,8 @@
 #include <string>
 #include <vector>
 
+#include "tools/presync/command.h"
+
 namespace presync {
 
 struct ReplayCommand {
@@ -19,5 +21,7 @@ struct ReplayCommand {
 // Prints a table, or JSON. Returns the exit code: 0 done, 1 a trace can't be read, 2 wrong usage;
 // the reason goes to stderr.
 int RunReplay(const ReplayCommand& command);
+
+RunCommand AddReplay(CLI::App* app, CommandContext* context);
 
 }  // namespace presync

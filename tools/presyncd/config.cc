@@ -168,6 +168,44 @@ absl::Status ReadDefaults(const toml::node& node, const std::string& path, Confi
   return OnTable(node, reader);
 }
 
+// What a peer, or all of them, may take: in [peer.NAME] and at the top.
+void ReadRules(TableReader* reader, PeerRules* rules) {
+  reader->Number("max_guests", &rules->max_guests, 100000);
+  reader->Parsed("max_memory", &rules->max_memory_bytes, &ParseSize);
+}
+
+absl::Status ReadPeer(const toml::node& node, const std::string& path, PeerRules* rules) {
+  TableReader reader(path);
+  ReadRules(&reader, rules);
+  reader.Texts("guests", &rules->guests, 10000);
+  reader.Texts("folders", &rules->folders, 100);
+  return OnTable(node, reader);
+}
+
+absl::Status ReadPeers(const toml::node& node, const std::string& path, Config* config) {
+  TableReader peers(path);
+  const toml::table* table = node.as_table();
+  if (table == nullptr) return absl::InvalidArgumentError("write it as [peer.NAME]");
+  for (const auto& [key, value] : *table) {
+    PeerRules* rules = &config->peers[std::string(key.str())];
+    peers.On(std::string(key.str()),
+             [&path, rules](const toml::node& n) { return ReadPeer(n, path, rules); });
+  }
+  return peers.Read(*table);
+}
+
+void ReadSecurity(TableReader* reader, const std::string& path, Config* config) {
+  reader->Text("certificate", &config->tls.certificate);
+  reader->Text("key", &config->tls.key);
+  reader->Text("ca", &config->tls.ca);
+  reader->Flag("insecure", &config->insecure);
+  reader->Flag("require_encryption", &config->require_encryption);
+  reader->Text("socket_group", &config->socket_group);
+  reader->Number("max_connections", &config->max_connections, 10000);
+  ReadRules(reader, &config->everyone);
+  reader->On("peer", [&path, config](const toml::node& n) { return ReadPeers(n, path, config); });
+}
+
 absl::Status SetListen(const toml::node& node, Config* config) {
   const auto text = node.value_exact<std::string>();
   if (!text) return absl::InvalidArgumentError("must be a string in quotes");
@@ -175,6 +213,20 @@ absl::Status SetListen(const toml::node& node, Config* config) {
   if (!address.ok()) return address.status();
   config->listen_host = address->host;
   config->listen_port = address->port;
+  return absl::OkStatus();
+}
+
+// "" is off; the port may be left out.
+absl::Status SetMetricsListen(const toml::node& node, Config* config) {
+  const auto text = node.value_exact<std::string>();
+  if (!text) return absl::InvalidArgumentError("must be a string in quotes");
+  config->metrics_listen.clear();
+  if (text->empty()) return absl::OkStatus();
+  absl::StatusOr<HostAndPort> address = ParseHostPort(*text, kDefaultMetricsPort);
+  if (!address.ok()) return address.status();
+  const bool ipv6 = address->host.find(':') != std::string::npos;
+  config->metrics_listen =
+      absl::StrCat(ipv6 ? "[" : "", address->host, ipv6 ? "]:" : ":", address->port);
   return absl::OkStatus();
 }
 
@@ -192,11 +244,14 @@ absl::StatusOr<Config> ParseConfig(absl::string_view text, const std::string& pa
   TableReader reader(path);
   reader.On("listen", [&](const toml::node& node) { return SetListen(node, &config); });
   reader.Text("socket", &config.socket);
+  reader.On("metrics_listen",
+            [&](const toml::node& node) { return SetMetricsListen(node, &config); });
   reader.Text("state_folder", &config.state_folder);
   reader.Text("run_folder", &config.run_folder);
   reader.Text("ram_folder", &config.ram_folder);
   reader.Word("log_level", &config.log_level, {"debug", "info", "warn", "error"});
   reader.Parsed("max_guest_memory", &config.max_guest_bytes, &ParseSize);
+  ReadSecurity(&reader, path, &config);
   reader.Flag("rdma", &config.rdma);
   reader.Texts("rdma_addresses", &config.rdma_addresses, kMaxRdmaDevices);
   reader.On("defaults", [&](const toml::node& node) { return ReadDefaults(node, path, &config); });
@@ -212,7 +267,33 @@ absl::StatusOr<Config> ParseConfig(absl::string_view text, const std::string& pa
     return guests.Read(*table);
   });
   if (absl::Status s = reader.Read(parsed); !s.ok()) return s;
+  if (absl::Status s = CheckSecurity(config); !s.ok()) {
+    return absl::InvalidArgumentError(absl::StrCat(path, ": ", s.message()));
+  }
   return config;
+}
+
+absl::Status CheckSecurity(const Config& config) {
+  const TlsFiles& tls = config.tls;
+  const bool any = !tls.certificate.empty() || !tls.key.empty() || !tls.ca.empty();
+  const bool all = !tls.certificate.empty() && !tls.key.empty() && !tls.ca.empty();
+  if (any && !all) {
+    return absl::InvalidArgumentError("certificate, key and ca belong together: set all or none");
+  }
+  if (any && config.insecure) {
+    return absl::InvalidArgumentError(
+        "insecure and certificates contradict each other: with certificates nothing goes without "
+        "them");
+  }
+  if (!any && config.require_encryption) {
+    return absl::InvalidArgumentError(
+        "require_encryption needs certificate, key and ca: without them nothing is encrypted");
+  }
+  if (!any && !config.peers.empty()) {
+    return absl::InvalidArgumentError(
+        "[peer.NAME] needs certificate, key and ca: without them nobody has a name");
+  }
+  return absl::OkStatus();
 }
 
 absl::StatusOr<Config> LoadConfig(const std::string& path) {

@@ -9,10 +9,13 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "qemu-glue/qemu_target_host.h"
+#include "transport/sync/peer_rules.h"
+#include "transport/tls/tls_identity.h"
 
 namespace presync {
 
 inline constexpr uint16_t kDefaultPort = 7350;
+inline constexpr uint16_t kDefaultMetricsPort = 7352;
 inline constexpr char kDefaultConfigPath[] = "/etc/presync/presyncd.toml";
 inline constexpr char kDefaultSocketPath[] = "/run/presync/presyncd.sock";
 
@@ -23,8 +26,18 @@ struct Config {
   std::string state_folder = "/var/lib/presync";  // handover records: must survive a reboot
   std::string run_folder = "/run/presync";
   std::string ram_folder = "/dev/shm/presync";
+  std::string socket_group;  // whose members may command presyncd, besides root and its own user
   std::string log_level = "info";
   uint64_t max_guest_bytes = 0;
+  std::string metrics_listen;               // HOST:PORT of /metrics; empty: none
+  // Who other hosts are, and what they may: docs/security.md.
+  TlsFiles tls;                     // all empty: no certificates
+  bool insecure = false;            // without certificates, talk to other hosts all the same
+  bool require_encryption = false;  // no RDMA
+  std::map<std::string, PeerRules> peers;
+  PeerRules everyone = {.max_guests = 64};  // all peers together
+  uint32_t max_connections = 256;
+
   bool rdma = true;                         // whether guests may come by RDMA
   std::vector<std::string> rdma_addresses;  // empty: where the control connection arrives
 
@@ -46,8 +59,11 @@ struct Config {
 };
 
 // INVALID_ARGUMENT with file, line and key: bad syntax, an unknown key, a value that makes no
-// sense. NOT_FOUND: no such file.
+// sense, settings that contradict each other. NOT_FOUND: no such file.
 absl::StatusOr<Config> LoadConfig(const std::string& path);
+// What contradicts itself in what is about security. LoadConfig and ParseConfig look already; for
+// whoever changes it afterwards. INVALID_ARGUMENT.
+absl::Status CheckSecurity(const Config& config);
 absl::StatusOr<Config> ParseConfig(absl::string_view text, const std::string& path);
 
 }  // namespace presync

@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <utility>
 
+#include "absl/algorithm/container.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
@@ -76,6 +77,15 @@ absl::Status SetTransport(const Json& request, const Config& config,
   const std::string devices = TextOr(request, "rdma_devices", "");
   if (!devices.empty()) options->rdma.devices = absl::StrSplit(devices, ',', absl::SkipEmpty());
   options->rdma.on_demand_paging = config.rdma_on_demand_paging;
+  if (config.require_encryption) {
+    if (options->transport == Transport::kRdma) {
+      return absl::FailedPreconditionError(
+          "RDMA data is not encrypted, and this host requires encryption (require_encryption): "
+          "use --transport tcp");
+    }
+    options->transport = Transport::kTcp;
+    options->tcp_reason = "TCP, for this host requires encryption";
+  }
   options->log = LogLine;
   return absl::OkStatus();
 }
@@ -103,9 +113,12 @@ absl::Status CheckPromise(absl::Duration promise, absl::Duration fixed_cost,
 }  // namespace
 
 Daemon::Daemon(Config config)
-    : config_(std::move(config)), fixed_costs_(config_.state_folder + "/fixed-costs.json") {}
+    : config_(std::move(config)),
+      fixed_costs_(config_.state_folder + "/fixed-costs.json"),
+      metrics_(std::make_shared<Metrics>([this] { return View(); })) {}
 
 Daemon::~Daemon() {
+  metrics_server_.reset();
   recovery_.reset();
   std::map<std::string, std::shared_ptr<SourceSession>> sources;
   {
@@ -126,6 +139,9 @@ absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Create(Config config) {
   std::unique_ptr<Daemon> daemon(new Daemon(std::move(config)));
   daemon->lock_ = *std::move(lock);
   const Config& c = daemon->config_;
+  absl::StatusOr<std::unique_ptr<Security>> security = Security::Create(c);
+  if (!security.ok()) return security.status();
+  daemon->security_ = *std::move(security);
   absl::StatusOr<std::unique_ptr<QemuTargetHost>> host =
       QemuTargetHost::Create({.ram_folder = c.ram_folder,
                               .run_folder = c.run_folder + "/guests",
@@ -133,7 +149,8 @@ absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Create(Config config) {
                               .guests = c.guests});
   if (!host.ok()) return host.status();
   daemon->host_ = *std::move(host);
-  auto recovery = std::make_unique<RecoveryLoop>(c.state_folder, daemon->host_.get(), LogLine);
+  auto recovery = std::make_unique<RecoveryLoop>(c.state_folder, daemon->host_.get(),
+                                                 daemon->security_->peers(), LogLine);
   daemon->host_->EndWaitingLeftovers();
 
   absl::StatusOr<UniqueFd> listener = Listen(c.listen_host, c.listen_port);
@@ -143,17 +160,65 @@ absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Create(Config config) {
   options.rdma.enabled = c.rdma;
   options.rdma.addresses = c.rdma_addresses;
   options.log = LogLine;
+  daemon->security_->Apply(&options);
   daemon->service_ =
       TargetService::Start(*std::move(listener), daemon->host_.get(), std::move(options));
+  const Json mode = daemon->security_->ToJson();
+  if (const std::string warning = TextOr(mode, "warning", ""); !warning.empty()) {
+    spdlog::warn("{}", warning);
+  }
+  if (TextOr(mode, "mode", "") == "this-host-only") {
+    spdlog::info("no certificates: only this host's own processes are talked to");
+  }
   daemon->recovery_ = std::move(recovery);
   daemon->recovery_->Start(
       [raw = daemon.get()](const std::string& guest) { return raw->InUse(guest); });
   spdlog::info("listening at {}:{}, {} guests configured to come here", c.listen_host,
                c.listen_port, c.guests.size());
+  if (!c.metrics_listen.empty()) {
+    absl::StatusOr<std::unique_ptr<MetricsServer>> server =
+        MetricsServer::Start(c.metrics_listen, daemon->metrics_);
+    if (!server.ok()) return server.status();
+    daemon->metrics_server_ = *std::move(server);
+    spdlog::info("metrics at http://{}/metrics", c.metrics_listen);
+  }
   return daemon;
 }
 
-void Daemon::Tick() { host_->RemoveLeftovers(); }
+void Daemon::ReloadCertificates() {
+  const absl::Status status = security_->Reload();
+  LogLine(!status.ok(), status.ok()
+                            ? "certificates read again; connections from now on use them"
+                            : absl::StrCat("certificates stay as they were: ", status.message()));
+}
+
+void Daemon::Tick() {
+  host_->RemoveLeftovers();
+  for (const SessionStatus& status : Sources()) {
+    history_.Sample(status, absl::Now());
+    metrics_->NoteLink(status);
+  }
+}
+
+std::vector<SessionStatus> Daemon::Sources() const {
+  std::vector<std::shared_ptr<SourceSession>> sessions;
+  {
+    absl::MutexLock lock(&mutex_);
+    for (const auto& [name, session] : sources_) {
+      if (session != nullptr) sessions.push_back(session);
+    }
+  }
+  std::vector<SessionStatus> statuses;
+  for (const auto& session : sessions) statuses.push_back(session->status());
+  return statuses;
+}
+
+Metrics::View Daemon::View() const {
+  Metrics::View view = {.sources = Sources(), .incoming = service_->status().size()};
+  absl::MutexLock lock(&mutex_);
+  view.open_matters = recovery_ == nullptr ? 0 : recovery_->open().size();
+  return view;
+}
 
 std::string Daemon::Summary() const {
   absl::MutexLock lock(&mutex_);
@@ -163,6 +228,9 @@ std::string Daemon::Summary() const {
 
 Json Daemon::Handle(const Json& request) {
   const std::string command = TextOr(request, "command", "");
+  static constexpr absl::string_view kCommands[] = {"start",  "launch", "stop",
+                                                    "record", "settle", "status", "report"};
+  const bool known = absl::c_linear_search(kCommands, command);
   absl::StatusOr<Json> answer = absl::InvalidArgumentError(
       absl::StrCat("no such command: ", command, "; presync and presyncd differ in version?"));
   if (command == "start") answer = Start(request);
@@ -171,7 +239,9 @@ Json Daemon::Handle(const Json& request) {
   if (command == "record") answer = Record(request);
   if (command == "settle") answer = Settle(request);
   if (command == "status") answer = Status(request);
+  if (command == "report") answer = history_.Report(TextOr(request, "name", ""));
   if (!answer.ok()) {
+    metrics_->NoteError(known ? command : "unknown", answer.status().code());
     spdlog::warn("{} {}: {}", command, TextOr(request, "name", ""),
                  std::string(answer.status().message()));
     return StatusToJson(answer.status());
@@ -250,7 +320,7 @@ absl::StatusOr<Json> Daemon::Start(const Json& request) {
   const std::string name = TextOr(request, "name", "");
   absl::StatusOr<HostAndPort> to = ParseHostPort(TextOr(request, "to", ""), kDefaultPort);
   if (!to.ok()) return to.status();
-  auto dialer = std::make_unique<TcpDialer>(to->host, to->port);
+  auto dialer = std::make_unique<TcpDialer>(to->host, to->port, security_->peers());
   absl::StatusOr<SourceSessionOptions> options = SessionOptions(request, dialer->peer());
   if (!options.ok()) return options.status();
   if (absl::Status s = Claim(name); !s.ok()) return s;
@@ -296,9 +366,14 @@ absl::StatusOr<Json> Daemon::Launch(const Json& request) {
   const absl::Duration wait =
       absl::Milliseconds(std::max<int64_t>(0, NumberOr(request, "wait_ms", 0)));
   spdlog::info("{}: launch to {}", name, session->status().peer);
+  const absl::Time ordered_at = absl::Now();
+  history_.Sample(session->status(), ordered_at);
   absl::StatusOr<HandoverReport> report = session->Launch(options, wait);
-  if (!report.ok()) return report.status();
   const SessionStatus status = session->status();
+  history_.Sample(status, absl::Now());
+  history_.NoteLaunch(status, ordered_at, report);
+  metrics_->NoteLaunch(report);
+  if (!report.ok()) return report.status();
   const double link = static_cast<double>(status.progress.link_bytes_per_s);
   // Not what a verification cost, and not a launch whose end was only heard of later.
   if (link > 0 && !options.verify && report->launch > absl::ZeroDuration()) {
@@ -382,6 +457,7 @@ Json Daemon::Status(const Json& request) const {
                  {"incoming", Json::array()},
                  {"open", Json::array()},
                  {"open_matters", Json::array()}};
+  answer["security"] = security_->ToJson();
   std::vector<std::shared_ptr<SourceSession>> sessions;
   {
     absl::MutexLock lock(&mutex_);

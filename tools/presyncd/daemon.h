@@ -15,7 +15,10 @@
 #include "qemu-glue/qemu_target_host.h"
 #include "tools/presyncd/config.h"
 #include "tools/presyncd/fixed_costs.h"
+#include "tools/presyncd/history.h"
+#include "tools/presyncd/metrics.h"
 #include "tools/presyncd/recovery.h"
+#include "tools/presyncd/security.h"
 #include "transport/sync/source_session.h"
 #include "transport/sync/target_service.h"
 
@@ -31,7 +34,10 @@ class Daemon {
   // Answers one request of the local socket.
   nlohmann::json Handle(const nlohmann::json& request);
 
-  // Housekeeping; call it every few seconds.
+  // Reads the certificates again, and logs what came of it.
+  void ReloadCertificates();
+
+  // Housekeeping, and a look at every sync for history and metrics; call it about once a second.
   void Tick();
 
   // One line for systemd's status.
@@ -48,6 +54,8 @@ class Daemon {
   nlohmann::json Status(const nlohmann::json& request) const;
   // Whether a session of this host has the guest in its hands.
   bool InUse(const std::string& guest) const ABSL_LOCKS_EXCLUDED(mutex_);
+  std::vector<SessionStatus> Sources() const ABSL_LOCKS_EXCLUDED(mutex_);
+  Metrics::View View() const ABSL_LOCKS_EXCLUDED(mutex_);
   absl::StatusOr<SourceSessionOptions> SessionOptions(const nlohmann::json& request,
                                                       const std::string& peer) const;
   absl::Status Claim(const std::string& name) ABSL_LOCKS_EXCLUDED(mutex_);
@@ -55,8 +63,10 @@ class Daemon {
   std::shared_ptr<SourceSession> Find(const std::string& name) const ABSL_LOCKS_EXCLUDED(mutex_);
 
   const Config config_;
+  std::unique_ptr<Security> security_;
   UniqueFd lock_;  // on the state folder, while this daemon lives
   FixedCosts fixed_costs_;
+  History history_;
   std::unique_ptr<QemuTargetHost> host_;
   std::unique_ptr<TargetService> service_;
   std::unique_ptr<RecoveryLoop> recovery_;  // after the above: it looks at them
@@ -65,6 +75,9 @@ class Daemon {
   std::map<std::string, std::shared_ptr<SourceSession>> sources_ ABSL_GUARDED_BY(mutex_);
   // For each of them: what gives its QEMU's memory free of tracking again.
   std::map<std::string, std::function<absl::Status()>> stop_tracking_ ABSL_GUARDED_BY(mutex_);
+
+  const std::shared_ptr<Metrics> metrics_;
+  std::unique_ptr<MetricsServer> metrics_server_;  // last: its threads look at all of the above
 };
 
 }  // namespace presync

@@ -23,6 +23,7 @@ constexpr size_t kMaxRequests = 64;
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<LocalServer>> LocalServer::Start(const std::string& path,
+                                                                const LocalAccess& access,
                                                                 Handler handler) {
   sockaddr_un address = {};
   address.sun_family = AF_UNIX;
@@ -39,16 +40,18 @@ absl::StatusOr<std::unique_ptr<LocalServer>> LocalServer::Start(const std::strin
   ::unlink(path.c_str());
   UniqueFd listener(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   if (!listener.valid() || ::bind(listener.get(), raw_address, sizeof(address)) != 0 ||
-      ::chmod(path.c_str(), 0660) != 0 || ::listen(listener.get(), 16) != 0) {
+      !access.ApplyTo(path).ok() || ::listen(listener.get(), 16) != 0) {
     return absl::UnavailableError(absl::StrCat("listen at ", path, ": ", std::strerror(errno)));
   }
   return std::unique_ptr<LocalServer>(
-      new LocalServer(path, std::move(listener), std::move(handler)));
+      new LocalServer(path, std::move(listener), access, std::move(handler)));
 }
 
-LocalServer::LocalServer(std::string path, UniqueFd listener, Handler handler)
+LocalServer::LocalServer(std::string path, UniqueFd listener, const LocalAccess& access,
+                         Handler handler)
     : path_(std::move(path)),
       listener_(std::move(listener)),
+      access_(access),
       handler_(std::move(handler)),
       acceptor_([this] { Accept(); }) {}
 
@@ -82,8 +85,9 @@ void LocalServer::Accept() {
 }
 
 void LocalServer::Serve(UniqueFd socket) {
-  const absl::StatusOr<nlohmann::json> request =
+  absl::StatusOr<nlohmann::json> request =
       ReadJsonLine(socket.get(), absl::Now() + kRequestTimeout);
+  if (absl::Status s = access_.Check(socket.get()); !s.ok()) request = s;
   const nlohmann::json answer = request.ok() ? handler_(*request) : StatusToJson(request.status());
   WriteJsonLine(socket.get(), answer).IgnoreError();
 }

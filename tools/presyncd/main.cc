@@ -3,7 +3,9 @@
 #include <signal.h>
 #include <spdlog/sinks/stdout_sinks.h>
 #include <spdlog/spdlog.h>
+#include <sys/prctl.h>
 #include <sys/signalfd.h>
+#include <sys/stat.h>
 #include <systemd/sd-daemon.h>
 #include <unistd.h>
 
@@ -20,7 +22,7 @@
 namespace presync {
 namespace {
 
-constexpr int kTickMs = 5000;
+constexpr int kTickMs = 1000;
 
 // Under systemd the journal has its own times and takes the level from a prefix.
 void SetUpLog(const std::string& level) {
@@ -31,15 +33,24 @@ void SetUpLog(const std::string& level) {
   spdlog::set_level(spdlog::level::from_str(level));
 }
 
-// Blocks SIGINT and SIGTERM for all threads (call it before there are any); readable when one came.
+// Blocks SIGINT, SIGTERM and SIGHUP for all threads (call it before there are any); readable when
+// one came.
 UniqueFd EndSignals() {
   sigset_t set;
   sigemptyset(&set);
+  sigaddset(&set, SIGHUP);
   sigaddset(&set, SIGINT);
   sigaddset(&set, SIGTERM);
   ::pthread_sigmask(SIG_BLOCK, &set, nullptr);
   ::signal(SIGPIPE, SIG_IGN);
   return UniqueFd(::signalfd(-1, &set, SFD_CLOEXEC));
+}
+
+// The signal that made `signals` readable.
+uint32_t TakeSignal(const UniqueFd& signals) {
+  signalfd_siginfo taken = {};
+  (void)!::read(signals.get(), &taken, sizeof(taken));
+  return taken.ssi_signo;
 }
 
 // Another one ends the process as it does by default.
@@ -53,13 +64,18 @@ void UnblockEndSignals() {
 
 int Serve(Config config, const UniqueFd& signals) {
   const std::string socket = config.socket;
+  absl::StatusOr<LocalAccess> access = LocalAccess::ForGroup(config.socket_group);
+  if (!access.ok()) {
+    spdlog::error("{}", std::string(access.status().message()));
+    return 1;
+  }
   absl::StatusOr<std::unique_ptr<Daemon>> daemon = Daemon::Create(std::move(config));
   if (!daemon.ok()) {
     spdlog::error("{}", std::string(daemon.status().message()));
     return 1;
   }
   absl::StatusOr<std::unique_ptr<LocalServer>> server = LocalServer::Start(
-      socket, [&](const nlohmann::json& request) { return (*daemon)->Handle(request); });
+      socket, *access, [&](const nlohmann::json& request) { return (*daemon)->Handle(request); });
   if (!server.ok()) {
     spdlog::error("{}", std::string(server.status().message()));
     return 1;
@@ -68,15 +84,17 @@ int Serve(Config config, const UniqueFd& signals) {
   spdlog::info("ready; commands at {}", socket);
   while (true) {
     pollfd p = {.fd = signals.get(), .events = POLLIN, .revents = 0};
-    if (::poll(&p, 1, kTickMs) > 0) break;
+    if (::poll(&p, 1, kTickMs) > 0) {
+      if (TakeSignal(signals) != SIGHUP) break;
+      (*daemon)->ReloadCertificates();
+      continue;
+    }
     (*daemon)->Tick();
     sd_notify(0, absl::StrCat("STATUS=", (*daemon)->Summary()).c_str());
   }
   sd_notify(0, "STOPPING=1");
   spdlog::info("stopping; guests go on where they run");
   // The commands first: a launch under way is let finish. A second signal does not wait for it.
-  signalfd_siginfo taken;
-  (void)!::read(signals.get(), &taken, sizeof(taken));
   UnblockEndSignals();
   server->reset();
   daemon->reset();
@@ -91,8 +109,12 @@ int Main(int argc, char** argv) {
   std::string config_path = kDefaultConfigPath;
   std::string log_level;
   bool check = false;
+  bool insecure = false;
   app.add_option("-c,--config", config_path, "Configuration file")->capture_default_str();
   app.add_option("--log-level", log_level, "debug, info, warn or error (over the file's)");
+  app.add_flag("--insecure", insecure,
+               "Talk to other hosts without certificates: nothing is encrypted, anybody may push "
+               "guests here");
   app.add_flag("--check", check, "Read the configuration, say what is wrong with it, and end");
   app.set_version_flag("--version", "presyncd " PRESYNC_VERSION);
   try {
@@ -106,10 +128,20 @@ int Main(int argc, char** argv) {
     std::fprintf(stderr, "presyncd: %s\n", std::string(config.status().message()).c_str());
     return 2;
   }
+  config->insecure = config->insecure || insecure;
+  if (absl::Status s = CheckSecurity(*config); !s.ok()) {
+    std::fprintf(stderr, "presyncd: %s: %s\n", config_path.c_str(),
+                 std::string(s.message()).c_str());
+    return 2;
+  }
   if (check) {
     std::printf("%s is good\n", config_path.c_str());
     return 0;
   }
+  // The unit hands capabilities down to whatever is started; they are meant for presyncd alone, not
+  // for the QEMUs that it starts.
+  ::prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0);
+  ::umask(077);  // what is made here is nobody else's, unless it is said
   const UniqueFd signals = EndSignals();
   SetUpLog(log_level.empty() ? config->log_level : log_level);
   return Serve(*std::move(config), signals);

@@ -63,13 +63,14 @@ absl::Status QemuRecoveryHost::QuitSource(const HandoverEntry& entry) {
 absl::StatusOr<wire::Outcome> QemuRecoveryHost::AskTarget(const HandoverEntry& entry) {
   absl::StatusOr<HostAndPort> peer = ParseHostPort(entry.peer, kDefaultPort);
   if (!peer.ok()) return peer.status();
-  TcpDialer dialer(peer->host, peer->port);
+  TcpDialer dialer(peer->host, peer->port, security_);
   return AskOutcome(&dialer, entry.session, entry.guest, absl::Now() + kTimeout);
 }
 
-RecoveryLoop::RecoveryLoop(const std::string& folder, QemuTargetHost* host,
+RecoveryLoop::RecoveryLoop(const std::string& folder, QemuTargetHost* host, PeerSecurity security,
                            std::function<void(bool problem, const std::string& line)> log)
-    : host_(host), recovery_({.folder = folder, .log = std::move(log)}, &host_) {
+    : host_(host, std::move(security)),
+      recovery_({.folder = folder, .log = std::move(log)}, &host_) {
   HandoverRecord::RemoveUnused(folder);
   in_use_ = [](const std::string&) { return false; };
   recovery_.Pass(in_use_);

@@ -6,11 +6,13 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
 #include "qemu-glue/qemu_target_host.h"
+#include "transport/sync/dialer.h"
 #include "transport/sync/recovery.h"
 
 namespace presync {
@@ -19,7 +21,8 @@ namespace presync {
 class QemuRecoveryHost final : public RecoveryHost {
  public:
   // `host` must outlive it.
-  explicit QemuRecoveryHost(QemuTargetHost* host) : host_(host) {}
+  QemuRecoveryHost(QemuTargetHost* host, PeerSecurity security)
+      : host_(host), security_(std::move(security)) {}
 
   absl::Status ResumeSource(const HandoverEntry& entry) override;
   absl::Status QuitSource(const HandoverEntry& entry) override;
@@ -29,6 +32,7 @@ class QemuRecoveryHost final : public RecoveryHost {
 
  private:
   QemuTargetHost* const host_;
+  const PeerSecurity security_;
 };
 
 // Settles what an earlier presyncd left: once when it is made, then every few seconds in a thread
@@ -37,7 +41,7 @@ class RecoveryLoop {
  public:
   // Goes through the records in `folder` once, which blocks for some seconds at most for each open
   // one; nothing may be listening yet. `host` must outlive it.
-  RecoveryLoop(const std::string& folder, QemuTargetHost* host,
+  RecoveryLoop(const std::string& folder, QemuTargetHost* host, PeerSecurity security,
                std::function<void(bool problem, const std::string& line)> log);
   ~RecoveryLoop();
 

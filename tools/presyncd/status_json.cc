@@ -48,6 +48,7 @@ Json TargetStatusToJson(const TargetStatus& status) {
   return {{"name", status.guest},
           {"session", status.session},
           {"from", status.peer},
+          {"certificate", status.peer_name},
           {"state", status.state}};
 }
 

@@ -1,9 +1,5 @@
 #include "transport/sync/dialer.h"
 
-#include <errno.h>
-#include <sys/socket.h>
-
-#include <cstring>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -11,19 +7,48 @@
 
 namespace presync {
 
-TcpDialer::TcpDialer(std::string host, uint16_t port)
-    : host_(std::move(host)), port_(port), peer_(FormatHostPort(host_, port_)) {}
+TcpDialer::TcpDialer(std::string host, uint16_t port, PeerSecurity security)
+    : host_(std::move(host)),
+      port_(port),
+      peer_(FormatHostPort(host_, port_)),
+      security_(std::move(security)) {}
 
-absl::StatusOr<UniqueFd> TcpDialer::Dial(const Preamble& preamble, absl::Time deadline) {
+absl::StatusOr<Connection> TcpDialer::Dial(const Preamble& preamble, absl::Time deadline) {
   absl::StatusOr<UniqueFd> socket = Connect(host_, port_, deadline);
   if (!socket.ok()) return socket.status();
-  // A fresh connection's buffer holds a preamble: this does not block.
-  const auto bytes = EncodePreamble(preamble);
-  if (::send(socket->get(), bytes.data(), bytes.size(), MSG_NOSIGNAL) !=
-      static_cast<ssize_t>(bytes.size())) {
-    return absl::UnavailableError(absl::StrCat("connect to ", peer_, ": ", std::strerror(errno)));
+  Connection connection(*std::move(socket));
+  if (security_.identity != nullptr) {
+    absl::StatusOr<std::unique_ptr<TlsSession>> tls =
+        TlsSession::Connect(connection.fd(), *security_.identity, host_, deadline);
+    if (!tls.ok()) {
+      return absl::Status(tls.status().code(),
+                          absl::StrCat("connect to ", peer_, ": ", tls.status().message(),
+                                       absl::IsUnavailable(tls.status())
+                                           ? "; does its presyncd have certificates, and is it "
+                                             "willing to talk to this host? See its log"
+                                           : ""));
+    }
+    connection = Connection(connection.TakeSocket(), *std::move(tls));
+  } else if (security_.plain == PlainPeers::kThisHost && !IsPeerOnThisHost(connection.fd())) {
+    return absl::PermissionDeniedError(absl::StrCat(
+        peer_,
+        " is another host, and without certificates presync talks to this one only; set "
+        "certificate, key and ca (docs/security.md), or allow it with insecure = true"));
   }
-  return socket;
+  const auto bytes = EncodePreamble(preamble);
+  absl::Span<const char> left(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+  while (!left.empty()) {
+    short events = 0;
+    const absl::StatusOr<size_t> sent = connection.TrySend(left, &events);
+    absl::Status status = sent.status();
+    if (sent.ok()) left.remove_prefix(*sent);
+    if (sent.ok() && *sent == 0) status = AwaitSocket(connection.fd(), events, deadline);
+    if (!status.ok()) {
+      return absl::Status(status.code(),
+                          absl::StrCat("connect to ", peer_, ": ", status.message()));
+    }
+  }
+  return connection;
 }
 
 }  // namespace presync

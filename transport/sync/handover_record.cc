@@ -50,6 +50,7 @@ absl::StatusOr<std::string> EncodeBlock(const HandoverEntry& entry) {
       {"guest", entry.guest},
       {"session", IdToHex(entry.session)},
       {"peer", entry.peer},
+      {"peer_name", entry.peer_name},
       {"detail", entry.detail},
   };
   std::string block = json.dump(-1, ' ', true, nlohmann::json::error_handler_t::replace);
@@ -74,6 +75,7 @@ std::optional<HandoverEntry> DecodeBlock(absl::string_view block) {
   entry.role = field("role") == "target" ? HandoverRole::kTarget : HandoverRole::kSource;
   entry.guest = field("guest");
   entry.peer = field("peer");
+  entry.peer_name = field("peer_name");
   entry.detail = field("detail");
   const absl::StatusOr<SessionId> id = IdFromHex(field("session"));
   if (!id.ok()) return std::nullopt;

@@ -40,8 +40,9 @@ struct HandoverEntry {
   HandoverPhase phase = HandoverPhase::kPreparing;
   std::string guest;
   SessionId session = {};
-  std::string peer;    // the other host, for people
-  std::string detail;  // how to reach the guest's QEMU here (its QMP socket), for recovery
+  std::string peer;       // the other host, for people
+  std::string peer_name;  // the name in its certificate; empty: it showed none, or is a target
+  std::string detail;     // how to reach the guest's QEMU here (its QMP socket), for recovery
 };
 
 // One writer, not thread-safe.

@@ -19,10 +19,17 @@ using Body = wire::ControlMessage;
 
 absl::StatusOr<std::unique_ptr<ControlChannel>> DialControl(Dialer* dialer, absl::Time deadline,
                                                             uint32_t* version) {
-  absl::StatusOr<UniqueFd> socket = dialer->Dial({.kind = Preamble::Kind::kControl}, deadline);
-  if (!socket.ok()) return socket.status();
-  auto channel = std::make_unique<ControlChannel>(*std::move(socket), dialer->peer());
+  absl::StatusOr<Connection> connection =
+      dialer->Dial({.kind = Preamble::Kind::kControl}, deadline);
+  if (!connection.ok()) return connection.status();
+  auto channel = std::make_unique<ControlChannel>(*std::move(connection), dialer->peer());
   absl::StatusOr<uint32_t> common = ExchangeHello(channel.get(), deadline);
+  if (absl::IsUnavailable(common.status())) {
+    // Who may not come is told nothing.
+    return absl::UnavailableError(absl::StrCat(common.status().message(),
+                                               "; the log of its presyncd says why, if it was not "
+                                               "stopped: does it want certificates?"));
+  }
   if (!common.ok()) return common.status();
   *version = *common;
   return channel;
@@ -49,15 +56,17 @@ absl::StatusOr<std::unique_ptr<SourceLink>> DialTcpLink(Dialer* dialer, const Gu
         absl::StrCat(dialer->peer(), " opened the session with a bad token or stream count"));
   }
   if (request.make_link != nullptr) return request.make_link(*token, deadline);
-  std::vector<UniqueFd> sockets;
+  std::vector<Connection> connections;
   for (uint32_t i = 0; i < streams; ++i) {
-    absl::StatusOr<UniqueFd> socket =
+    absl::StatusOr<Connection> connection =
         dialer->Dial({.kind = Preamble::Kind::kData, .stream = i, .token = *token}, deadline);
-    if (!socket.ok()) return socket.status();
-    sockets.push_back(*std::move(socket));
+    if (!connection.ok()) return connection.status();
+    connections.push_back(*std::move(connection));
   }
+  auto made = MakeStreams(std::move(connections), request.socket);
+  if (!made.ok()) return made.status();
   absl::StatusOr<std::unique_ptr<TcpSourceLink>> link =
-      TcpSourceLink::Create(memory, std::move(sockets), request.tcp, request.socket);
+      TcpSourceLink::Create(memory, *std::move(made), request.tcp);
   if (!link.ok()) return link.status();
   return *std::move(link);
 }
@@ -125,7 +134,7 @@ absl::Status OpenFirstLink(Dialer* dialer, const GuestMemory* memory, const Sess
                            SourceConnection* connection, absl::Time deadline) {
   LinkOpening opening(dialer, memory, request, connection);
   if (request.transport == Transport::kTcp) {
-    connection->why = "TCP was asked for";
+    connection->why = request.tcp_reason;
     return opening.Open(wire::OpenLink::TCP, deadline);
   }
   absl::Status rdma = CheckRdma(request.rdma.devices);

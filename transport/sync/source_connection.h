@@ -37,6 +37,7 @@ struct SessionRequest {
   TcpSourceOptions tcp;
   SocketOptions socket;
   Transport transport = Transport::kAuto;
+  std::string tcp_reason = "TCP was asked for";  // for people, with kTcp
   RdmaSourceOptions rdma;
   MakeSourceLink make_link = nullptr;  // null: TCP connections
 };

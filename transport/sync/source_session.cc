@@ -252,6 +252,7 @@ SessionRequest SourceSession::Request() const {
           .tcp = options_.tcp,
           .socket = options_.socket,
           .transport = options_.transport,
+          .tcp_reason = options_.tcp_reason,
           .rdma = options_.rdma,
           .make_link = options_.make_link};
 }

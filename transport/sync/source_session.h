@@ -36,6 +36,7 @@ struct SourceSessionOptions {
   TcpSourceOptions tcp;
   SocketOptions socket;
   Transport transport = Transport::kAuto;
+  std::string tcp_reason = SessionRequest().tcp_reason;
   RdmaSourceOptions rdma;
   MakeSourceLink make_link = nullptr;  // see SessionRequest
   absl::Duration connect_timeout = absl::Seconds(20);

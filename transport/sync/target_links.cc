@@ -88,7 +88,7 @@ absl::Status TargetLinks::BringTcp(Entry* entry, uint32_t streams) {
   {
     absl::MutexLock lock(&entry->mutex);
     if (entry->cancelled) return absl::CancelledError("it was closed before it was offered");
-    entry->token = service_->ExpectStreams(streams);
+    entry->token = service_->ExpectStreams(streams, *channel_);
   }
   wire::ControlMessage message;
   wire::LinkOffer* offer = message.mutable_link_offer();
@@ -96,25 +96,30 @@ absl::Status TargetLinks::BringTcp(Entry* entry, uint32_t streams) {
   offer->set_token(IdToBytes(entry->token));
   offer->set_tcp_streams(streams);
   const absl::Status sent = Send(message);
-  absl::StatusOr<std::unique_ptr<TargetLink>> link =
-      TakeTcp(entry->token, absl::Now() + (sent.ok() ? kStreamsTimeout : absl::ZeroDuration()));
+  bool encrypted = false;
+  absl::StatusOr<std::unique_ptr<TargetLink>> link = TakeTcp(
+      entry->token, absl::Now() + (sent.ok() ? kStreamsTimeout : absl::ZeroDuration()), &encrypted);
   if (!sent.ok()) return sent;
   if (!link.ok()) return link.status();
   if (absl::Status s = Publish(entry, *std::move(link)); !s.ok()) return s;
   on_up_();
-  service_->Log(
-      false, absl::StrCat(guest_, ": link ", entry->number, " is up: tcp, ", streams, " streams"));
+  service_->Log(false, absl::StrCat(guest_, ": link ", entry->number, " is up: tcp, ", streams,
+                                    " streams", encrypted ? ", TLS" : ""));
   return Send(MakeLinkReady(entry->number));
 }
 
 absl::StatusOr<std::unique_ptr<TargetLink>> TargetLinks::TakeTcp(const SessionToken& token,
-                                                                 absl::Time deadline) {
+                                                                 absl::Time deadline,
+                                                                 bool* encrypted) {
   const TargetServiceOptions& options = service_->options();
   if (options.make_link != nullptr) return options.make_link(token, memory_, deadline);
-  absl::StatusOr<std::vector<UniqueFd>> sockets = service_->TakeStreams(token, deadline);
-  if (!sockets.ok()) return sockets.status();
+  absl::StatusOr<std::vector<Connection>> connections = service_->TakeStreams(token, deadline);
+  if (!connections.ok()) return connections.status();
+  *encrypted = connections->front().encrypted();
+  auto made = MakeStreams(*std::move(connections), options.socket);
+  if (!made.ok()) return made.status();
   absl::StatusOr<std::unique_ptr<TcpTargetLink>> link =
-      TcpTargetLink::Create(memory_, *std::move(sockets), options.socket);
+      TcpTargetLink::Create(memory_, *std::move(made));
   if (!link.ok()) return link.status();
   return *std::move(link);
 }
@@ -123,6 +128,10 @@ absl::Status TargetLinks::BringRdma(Entry* entry, uint32_t queue_pairs) {
   const RdmaTargetOptions& options = service_->options().rdma;
   if (!options.enabled) {
     return absl::UnimplementedError("RDMA is switched off in this host's configuration");
+  }
+  if (service_->options().require_encryption) {
+    return absl::FailedPreconditionError(
+        "this host requires encryption (require_encryption), and RDMA data is not encrypted");
   }
   RdmaListen listen = {.addresses = options.addresses,
                        .token = RandomId(),

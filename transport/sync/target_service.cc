@@ -1,14 +1,10 @@
 #include "transport/sync/target_service.h"
 
-#include <errno.h>
-#include <poll.h>
-#include <sys/socket.h>
-
 #include <algorithm>
-#include <cstring>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "transport/sync/handover_record.h"
 #include "transport/sync/target_session.h"
 #include "transport/tcp/socket.h"
@@ -21,26 +17,8 @@ constexpr absl::Duration kSweepEvery = absl::Milliseconds(200);
 // How long a session that comes back waits for its old conversation to let go.
 constexpr absl::Duration kTakeOverTimeout = absl::Seconds(10);
 
-// Reads exactly one preamble; slow or short peers fail.
-absl::StatusOr<Preamble> ReadPreamble(int fd, absl::Duration timeout) {
-  const absl::Time deadline = absl::Now() + timeout;
-  uint8_t bytes[kPreambleBytes];
-  size_t have = 0;
-  while (have < sizeof(bytes)) {
-    const int64_t left_ms = absl::ToInt64Milliseconds(deadline - absl::Now());
-    pollfd p = {.fd = fd, .events = POLLIN, .revents = 0};
-    if (left_ms <= 0 || ::poll(&p, 1, static_cast<int>(left_ms)) <= 0) {
-      return absl::DeadlineExceededError("it did not say what it is for");
-    }
-    const ssize_t n = ::recv(fd, bytes + have, sizeof(bytes) - have, MSG_DONTWAIT);
-    if (n > 0) {
-      have += static_cast<size_t>(n);
-    } else if (n == 0 || (errno != EAGAIN && errno != EINTR)) {
-      return absl::UnavailableError("it was closed before it said what it is for");
-    }
-  }
-  return DecodePreamble(bytes);
-}
+// When no connection can be taken, for want of descriptors: how long until the next try.
+constexpr absl::Duration kAcceptRest = absl::Milliseconds(100);
 
 }  // namespace
 
@@ -53,18 +31,21 @@ std::unique_ptr<TargetService> TargetService::Start(UniqueFd listener, TargetHos
 }
 
 TargetService::TargetService(UniqueFd listener, TargetHost* host, TargetServiceOptions options)
-    : listener_(std::move(listener)), host_(host), options_(std::move(options)) {}
+    : listener_(std::move(listener)),
+      host_(host),
+      options_(std::move(options)),
+      refusals_([this](const std::string& line) { Log(true, line); }) {}
 
 TargetService::~TargetService() {
   ending_ = true;
   acceptor_.join();
   CloseConnections();
-  std::list<Connection> connections;
+  std::list<Client> clients;
   {
     absl::MutexLock lock(&mutex_);
-    connections.swap(connections_);
+    clients.swap(clients_);
   }
-  for (Connection& connection : connections) connection.thread.join();
+  for (Client& client : clients) client.thread.join();
 }
 
 void TargetService::CloseConnections() {
@@ -85,59 +66,116 @@ void TargetService::AcceptLoop() {
     if (accepted.ok()) {
       std::string peer = PeerName(accepted->get());
       Adopt(*std::move(accepted), std::move(peer));
+    } else if (!absl::IsDeadlineExceeded(accepted.status())) {
+      refusals_.Refuse("connections", std::string(accepted.status().message()), absl::Now());
+      absl::SleepFor(kAcceptRest);
     }
   }
 }
 
-void TargetService::Adopt(UniqueFd socket, std::string peer) {
-  absl::MutexLock lock(&mutex_);
-  if (connections_.size() >= options_.max_connections) {
-    Log(true, absl::StrCat("refused ", peer, ": ", connections_.size(), " connections are open"));
-    return;
+absl::Status TargetService::CheckLimits(const std::string& address) const {
+  uint32_t all_new = 0;
+  uint32_t new_from_there = 0;
+  for (const Client& client : clients_) {
+    if (!client.is_new || client.done) continue;
+    ++all_new;
+    new_from_there += client.address == address;
   }
-  Connection& connection = connections_.emplace_back();
-  connection.thread = std::thread(
-      [this, &connection, peer = std::move(peer), socket = std::move(socket)]() mutable {
-        Serve(std::move(socket), peer);
-        connection.done = true;
-      });
+  if (clients_.size() >= options_.max_connections || all_new >= options_.max_new) {
+    return absl::ResourceExhaustedError("as many connections as may be are open");
+  }
+  if (new_from_there >= options_.max_new_per_address) {
+    return absl::ResourceExhaustedError("too many new connections from there at a time");
+  }
+  return absl::OkStatus();
 }
 
-void TargetService::Serve(UniqueFd socket, const std::string& peer) {
-  const absl::StatusOr<Preamble> preamble = ReadPreamble(socket.get(), options_.preamble_timeout);
-  if (!preamble.ok()) {
-    Log(true, absl::StrCat("refused a connection from ", peer, ": ", preamble.status().message()));
+void TargetService::Adopt(UniqueFd socket, std::string peer) {
+  const std::string address = PeerAddress(socket.get());
+  absl::Status limits;
+  {
+    absl::MutexLock lock(&mutex_);
+    limits = CheckLimits(address);
+    if (limits.ok()) {
+      Client& client = clients_.emplace_back();
+      client.address = address;
+      client.thread = std::thread(
+          [this, &client, peer = std::move(peer), socket = std::move(socket)]() mutable {
+            Serve(&client, std::move(socket), peer);
+            client.done = true;
+          });
+      return;
+    }
+  }
+  refusals_.Refuse(address, std::string(limits.message()), absl::Now());
+}
+
+void TargetService::Serve(Client* client, UniqueFd socket, const std::string& peer) {
+  absl::StatusOr<Admitted> admitted =
+      Admit(std::move(socket), options_.admission, absl::Now() + options_.preamble_timeout);
+  client->is_new = false;
+  absl::Status status = admitted.status();
+  if (status.ok() && admitted->preamble.kind == Preamble::Kind::kData) {
+    status = DeliverStream(admitted->preamble, std::move(admitted->connection));
+  }
+  if (!status.ok()) {
+    refusals_.Refuse(client->address, std::string(status.message()), absl::Now());
     return;
   }
-  if (preamble->kind == Preamble::Kind::kData) {
-    DeliverStream(*preamble, std::move(socket));
-    return;
-  }
-  ControlChannel channel(std::move(socket), peer);
+  if (admitted->preamble.kind != Preamble::Kind::kControl) return;
+  const std::string name = admitted->connection.peer_name();
+  ControlChannel channel(std::move(admitted->connection),
+                         name.empty() ? peer : absl::StrCat(peer, " (", name, ")"));
   RunTargetConversation(this, &channel);
 }
 
-SessionToken TargetService::ExpectStreams(uint32_t count) {
+void TargetService::LogRefusal(const ControlChannel& channel, const absl::Status& why) {
+  const std::string name = channel.peer_name();
+  // Without the port, which is another one each time.
+  const std::string& peer = channel.peer();
+  const std::string address = peer.substr(0, peer.find(' ')).substr(0, peer.rfind(':'));
+  refusals_.Refuse(name.empty() ? address : absl::StrCat(address, " (", name, ")"),
+                   std::string(why.message()), absl::Now());
+}
+
+const PeerRules* TargetService::RulesOf(const ControlChannel& channel) const {
+  const std::string name = channel.peer_name();
+  return name.empty() ? nullptr : FindRules(options_.peers, name);
+}
+
+absl::Status TargetService::CheckPeer(const ControlChannel& channel) const {
+  const std::string name = channel.peer_name();
+  if (name.empty() || FindRules(options_.peers, name) != nullptr) return absl::OkStatus();
+  return absl::PermissionDeniedError(
+      absl::StrCat(name,
+                   ", as its certificate names it, may not keep guests in sync with this "
+                   "host; to let it, add [peer.\"",
+                   name, "\"] to this host's presyncd.toml and restart presyncd"));
+}
+
+SessionToken TargetService::ExpectStreams(uint32_t count, const ControlChannel& channel) {
   const SessionToken token = RandomId();
   absl::MutexLock lock(&mutex_);
   rendezvous_[token].streams.resize(count);
+  rendezvous_[token].peer_name = channel.peer_name();
   return token;
 }
 
-void TargetService::DeliverStream(const Preamble& preamble, UniqueFd socket) {
+absl::Status TargetService::DeliverStream(const Preamble& preamble, Connection connection) {
   absl::MutexLock lock(&mutex_);
   const auto it = rendezvous_.find(preamble.token);
-  if (it == rendezvous_.end() || preamble.stream >= it->second.streams.size() ||
-      it->second.streams[preamble.stream].valid()) {
-    Log(true, "refused a data connection: its token or stream number is not expected");
-    return;
+  if (it == rendezvous_.end() || it->second.peer_name != connection.peer_name() ||
+      preamble.stream >= it->second.streams.size() || it->second.streams[preamble.stream].valid()) {
+    return absl::PermissionDeniedError(
+        "a data connection whose token or stream number is not expected from this peer");
   }
-  it->second.streams[preamble.stream] = std::move(socket);
+  it->second.streams[preamble.stream] = std::move(connection);
   ++it->second.arrived;
+  return absl::OkStatus();
 }
 
-absl::StatusOr<std::vector<UniqueFd>> TargetService::TakeStreams(const SessionToken& token,
-                                                                 absl::Time deadline) {
+absl::StatusOr<std::vector<Connection>> TargetService::TakeStreams(const SessionToken& token,
+                                                                   absl::Time deadline) {
   absl::MutexLock lock(&mutex_);
   StreamRendezvous& rendezvous = rendezvous_[token];
   const auto complete = [&rendezvous, this] {
@@ -145,7 +183,7 @@ absl::StatusOr<std::vector<UniqueFd>> TargetService::TakeStreams(const SessionTo
   };
   mutex_.AwaitWithDeadline(absl::Condition(&complete), deadline);
   const bool all = rendezvous.arrived == rendezvous.streams.size() && !ending_;
-  std::vector<UniqueFd> streams = std::move(rendezvous.streams);
+  std::vector<Connection> streams = std::move(rendezvous.streams);
   rendezvous_.erase(token);
   if (!all) return absl::DeadlineExceededError("the source did not open its data connections");
   return streams;
@@ -159,14 +197,22 @@ void TargetService::ForgetStreams(const SessionToken& token) {
 
 absl::StatusOr<TargetSlot*> TargetService::AcquireSlot(const SessionId& session,
                                                        const std::string& guest,
+                                                       uint64_t memory_bytes,
                                                        ControlChannel* channel) {
+  const std::string peer_name = channel->peer_name();
   std::list<TargetSlot> replaced;  // a place may take its time to end: not under the lock
   absl::MutexLock lock(&mutex_);
   const auto find = [&] {
     return std::find_if(slots_.begin(), slots_.end(),
                         [&](const TargetSlot& slot) { return slot.guest == guest; });
   };
+  if (IsOthers(session, peer_name)) {
+    return absl::PermissionDeniedError("this session was opened by another peer");
+  }
   auto it = find();
+  // Before anything is changed for it: who may not, ends and replaces nothing.
+  const TargetSlot* same = it != slots_.end() ? &*it : nullptr;
+  if (absl::Status s = CheckUse(same, guest, memory_bytes, peer_name); !s.ok()) return s;
   if (it != slots_.end() && it->session == session && it->busy) {
     if (it->channel != nullptr) it->channel->Shutdown();
     const auto let_go = [&] { return find() == slots_.end() || !find()->busy; };
@@ -186,6 +232,8 @@ absl::StatusOr<TargetSlot*> TargetService::AcquireSlot(const SessionId& session,
   TargetSlot& slot = it != slots_.end() ? *it : slots_.emplace_back();
   slot.session = session;
   slot.guest = guest;
+  slot.peer_name = peer_name;
+  slot.memory_bytes = memory_bytes;
   slot.peer = channel->peer();
   slot.state = "mirroring";
   slot.channel = channel;
@@ -194,8 +242,36 @@ absl::StatusOr<TargetSlot*> TargetService::AcquireSlot(const SessionId& session,
   return &slot;
 }
 
+bool TargetService::IsOthers(const SessionId& session, const std::string& peer_name) const {
+  return std::any_of(slots_.begin(), slots_.end(), [&](const TargetSlot& slot) {
+    return slot.session == session && slot.peer_name != peer_name;
+  });
+}
+
+absl::Status TargetService::CheckUse(const TargetSlot* except, const std::string& guest,
+                                     uint64_t memory_bytes, const std::string& peer_name) const {
+  PeerUse all, own;
+  for (const TargetSlot& slot : slots_) {
+    if (&slot == except) continue;
+    for (PeerUse* use : {&all, &own}) {
+      if (use == &own && slot.peer_name != peer_name) continue;
+      ++use->guests;
+      use->memory_bytes += slot.memory_bytes;
+    }
+  }
+  absl::Status status = CheckRules(options_.everyone, all, guest, memory_bytes, "all peers");
+  const PeerRules* rules = peer_name.empty() ? nullptr : FindRules(options_.peers, peer_name);
+  if (rules != nullptr) {
+    status.Update(CheckRules(*rules, own, guest, memory_bytes, peer_name));
+  }
+  return status;
+}
+
 void TargetService::ReleaseSlot(TargetSlot* slot, bool forget) {
-  std::list<TargetSlot> dropped;  // a place may take its time to end: not under the lock
+  std::list<TargetSlot> dropped;
+  // It may take its time to end, so not under the lock; and before the guest's name is free, for a
+  // new place would use the same files.
+  if (forget) slot->place.reset();
   absl::MutexLock lock(&mutex_);
   slot->busy = false;
   slot->channel = nullptr;
@@ -214,7 +290,7 @@ void TargetService::SetSlotState(TargetSlot* slot, const std::string& state) {
 
 void TargetService::Sweep() {
   std::list<TargetSlot> expired;
-  std::list<Connection> ended;
+  std::list<Client> ended;
   {
     absl::MutexLock lock(&mutex_);
     for (auto it = slots_.begin(); it != slots_.end();) {
@@ -224,13 +300,14 @@ void TargetService::Sweep() {
       }
       it = next;
     }
-    for (auto it = connections_.begin(); it != connections_.end();) {
+    for (auto it = clients_.begin(); it != clients_.end();) {
       const auto next = std::next(it);
-      if (it->done) ended.splice(ended.end(), connections_, it);
+      if (it->done) ended.splice(ended.end(), clients_, it);
       it = next;
     }
   }
-  for (Connection& connection : ended) connection.thread.join();
+  refusals_.Flush(absl::Now());
+  for (Client& client : ended) client.thread.join();
   for (const TargetSlot& slot : expired) {
     Log(true, absl::StrCat(slot.guest, ": its source did not come back; its memory is given up"));
   }
@@ -243,18 +320,24 @@ std::vector<TargetStatus> TargetService::status() const {
     TargetStatus status = {.guest = slot.guest,
                            .session = IdToHex(slot.session),
                            .peer = slot.peer,
+                           .peer_name = slot.peer_name,
                            .state = slot.state};
     all.push_back(std::move(status));
   }
   return all;
 }
 
-wire::Outcome TargetService::Outcome(const SessionId& session, const std::string& guest) {
+wire::Outcome TargetService::Outcome(const SessionId& session, const std::string& guest,
+                                     const std::string& peer_name) {
   wire::Outcome outcome;
   {
     // While a conversation still has the guest in hand its fate is open: end it, then read the
     // record.
     absl::MutexLock lock(&mutex_);
+    if (IsOthers(session, peer_name)) {
+      outcome.set_text("that session was opened by another peer");
+      return outcome;
+    }
     const auto in_hand = [&] {
       return std::any_of(slots_.begin(), slots_.end(), [&](const TargetSlot& slot) {
         return slot.session == session && slot.busy;
@@ -274,7 +357,10 @@ wire::Outcome TargetService::Outcome(const SessionId& session, const std::string
     if (entry.role != HandoverRole::kTarget || entry.session != session || entry.guest != guest) {
       continue;
     }
-    if (entry.phase == HandoverPhase::kRunning) {
+    // Of a time before there were certificates: anybody who may come may ask.
+    if (!entry.peer_name.empty() && entry.peer_name != peer_name) {
+      outcome.set_text("that session was opened by another peer");
+    } else if (entry.phase == HandoverPhase::kRunning) {
       outcome.set_value(wire::Outcome::RUNNING);
       outcome.set_text("it runs here");
     } else if (entry.phase == HandoverPhase::kToldToRun) {

@@ -18,10 +18,12 @@
 #include "transport/link.h"
 #include "transport/memory.h"
 #include "transport/rdma/rdma_options.h"
+#include "transport/sync/admission.h"
+#include "transport/sync/peer_rules.h"
+#include "transport/sync/refusal_log.h"
 #include "transport/sync/session_id.h"
 #include "transport/sync/target_host.h"
 #include "transport/tcp/byte_stream.h"
-#include "transport/unique_fd.h"
 #include "transport/wire/control_channel.h"
 #include "transport/wire/preamble.h"
 
@@ -38,7 +40,14 @@ struct TargetServiceOptions {
   RdmaTargetOptions rdma;
   MakeTargetLink make_link = nullptr;  // null: TCP connections
   uint32_t max_tcp_streams = 16;
-  uint32_t max_connections = 256;  // at once, of all kinds; more are closed at once
+  AdmissionRules admission;
+  PeerList peers;                           // who may push, by certificate; plain peers have none
+  PeerRules everyone = {.max_guests = 64};  // for all peers together
+  bool require_encryption = false;          // refuses RDMA, whose data is not encrypted
+  // At a time; more are closed at once.
+  uint32_t max_connections = 256;  // conversations, and connections that are new
+  uint32_t max_new = 128;          // that did not yet say who they are and what for
+  uint32_t max_new_per_address = 32;
   absl::Duration preamble_timeout = absl::Seconds(5);
   absl::Duration idle_timeout = absl::Seconds(15);  // a source pings every second
   absl::Duration keep_lost_session = absl::Minutes(10);
@@ -51,7 +60,8 @@ struct TargetStatus {
   std::string guest;
   std::string session;
   std::string peer;
-  std::string state;  // "mirroring", "handover" or "lost" (kept for its source to come back)
+  std::string peer_name;  // in the peer's certificate; empty: it showed none
+  std::string state;      // "mirroring", "handover" or "lost" (kept for its source to come back)
 };
 
 // A session's memory and waiting guest, while no connection or one connection serves it.
@@ -59,6 +69,8 @@ struct TargetSlot {
   SessionId session = {};
   std::string guest;
   std::string peer;
+  std::string peer_name;  // whose session it is: the name in the certificate; empty: plain
+  uint64_t memory_bytes = 0;
   std::string state = "mirroring";
   std::unique_ptr<TargetPlace> place;
   std::atomic<bool> content_kept = false;  // the memory holds what this session confirmed
@@ -69,7 +81,8 @@ struct TargetSlot {
 
 // Where data connections wait until their session takes them.
 struct StreamRendezvous {
-  std::vector<UniqueFd> streams;
+  std::vector<Connection> streams;
+  std::string peer_name;  // whose they are
   uint32_t arrived = 0;
   bool forgotten = false;
 };
@@ -95,49 +108,71 @@ class TargetService {
   const TargetServiceOptions& options() const { return options_; }
   TargetHost* host() { return host_; }
   void Log(bool problem, const std::string& line) const { options_.log(problem, line); }
+  // `channel`'s peer is not served, because of `why`. Said once, however often it comes again.
+  void LogRefusal(const ControlChannel& channel, const absl::Status& why);
+
+  // PERMISSION_DENIED: this peer is not on the list.
+  absl::Status CheckPeer(const ControlChannel& channel) const;
+  // Null: no rules, a plain peer.
+  const PeerRules* RulesOf(const ControlChannel& channel) const;
 
   // The slot of `session`, made if need be, marked busy. If another conversation of the same
   // session holds it, that one is ended first (its source has come back before we noticed).
-  // ALREADY_EXISTS: another session mirrors the same guest.
+  // ALREADY_EXISTS: another session mirrors the same guest. PERMISSION_DENIED: it is another peer's
+  // session, or a guest that may not come from this one. RESOURCE_EXHAUSTED: as many guests, or as
+  // much memory, as its rules or everyone's allow are here.
   absl::StatusOr<TargetSlot*> AcquireSlot(const SessionId& session, const std::string& guest,
-                                          ControlChannel* channel) ABSL_LOCKS_EXCLUDED(mutex_);
+                                          uint64_t memory_bytes, ControlChannel* channel)
+      ABSL_LOCKS_EXCLUDED(mutex_);
   // Gives it back. `forget`: with all that it holds.
   void ReleaseSlot(TargetSlot* slot, bool forget) ABSL_LOCKS_EXCLUDED(mutex_);
   void SetSlotState(TargetSlot* slot, const std::string& state) ABSL_LOCKS_EXCLUDED(mutex_);
 
-  // Data connections: a token is good from ExpectStreams until TakeStreams returns.
-  SessionToken ExpectStreams(uint32_t count) ABSL_LOCKS_EXCLUDED(mutex_);
-  absl::StatusOr<std::vector<UniqueFd>> TakeStreams(const SessionToken& token, absl::Time deadline)
+  // Data connections: a token is good from ExpectStreams until TakeStreams returns, for the peer of
+  // `channel` only.
+  SessionToken ExpectStreams(uint32_t count, const ControlChannel& channel)
+      ABSL_LOCKS_EXCLUDED(mutex_);
+  absl::StatusOr<std::vector<Connection>> TakeStreams(const SessionToken& token,
+                                                      absl::Time deadline)
       ABSL_LOCKS_EXCLUDED(mutex_);
   // Has TakeStreams return at once: nobody wants them any more. Any token.
   void ForgetStreams(const SessionToken& token) ABSL_LOCKS_EXCLUDED(mutex_);
 
   // A session that has no conversation and no slot busy: what the records say. See
-  // docs/protocol.md.
-  wire::Outcome Outcome(const SessionId& session, const std::string& guest)
-      ABSL_LOCKS_EXCLUDED(mutex_);
+  // docs/protocol.md. Another peer than the session's is told nothing, and changes nothing.
+  wire::Outcome Outcome(const SessionId& session, const std::string& guest,
+                        const std::string& peer_name) ABSL_LOCKS_EXCLUDED(mutex_);
 
  private:
-  struct Connection {
+  struct Client {
     std::thread thread;
+    std::string address;
+    std::atomic<bool> is_new = true;
     std::atomic<bool> done = false;
   };
 
   TargetService(UniqueFd listener, TargetHost* host, TargetServiceOptions options);
   void AcceptLoop();
-  void Serve(UniqueFd socket, const std::string& peer);
-  void DeliverStream(const Preamble& preamble, UniqueFd socket) ABSL_LOCKS_EXCLUDED(mutex_);
+  absl::Status CheckLimits(const std::string& address) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Serve(Client* client, UniqueFd socket, const std::string& peer);
+  absl::Status DeliverStream(const Preamble& preamble, Connection connection)
+      ABSL_LOCKS_EXCLUDED(mutex_);
+  absl::Status CheckUse(const TargetSlot* except, const std::string& guest, uint64_t memory_bytes,
+                        const std::string& peer_name) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  bool IsOthers(const SessionId& session, const std::string& peer_name) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Sweep() ABSL_LOCKS_EXCLUDED(mutex_);
 
   const UniqueFd listener_;
   TargetHost* const host_;
   const TargetServiceOptions options_;
+  RefusalLog refusals_;
   std::atomic<bool> ending_ = false;
 
   mutable absl::Mutex mutex_;
   std::list<TargetSlot> slots_ ABSL_GUARDED_BY(mutex_);
   std::map<SessionToken, StreamRendezvous> rendezvous_ ABSL_GUARDED_BY(mutex_);
-  std::list<Connection> connections_ ABSL_GUARDED_BY(mutex_);
+  std::list<Client> clients_ ABSL_GUARDED_BY(mutex_);
 
   std::thread acceptor_;  // last: it uses all of the above
 };

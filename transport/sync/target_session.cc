@@ -60,16 +60,20 @@ void TargetConversation::Run() {
   absl::StatusOr<uint32_t> version = ExchangeHello(channel_, deadline);
   if (!version.ok()) {
     Send(MakeRefused(version.status())).IgnoreError();
-    service_->Log(true, absl::StrCat(channel_->peer(), ": ", version.status().message()));
+    service_->LogRefusal(*channel_, version.status());
     return;
   }
   version_ = *version;
   absl::StatusOr<Body> first = channel_->Receive(deadline);
   if (!first.ok()) return;
+  // Only now, so that the answer is read: somebody who is known is told why.
+  if (absl::Status s = service_->CheckPeer(*channel_); !s.ok()) return End(s);
   if (first->body_case() == Body::kQueryOutcome) {
     Body reply;
     const absl::StatusOr<SessionId> id = IdFromBytes(first->query_outcome().session_id());
-    if (id.ok()) *reply.mutable_outcome() = service_->Outcome(*id, first->query_outcome().guest());
+    if (id.ok())
+      *reply.mutable_outcome() =
+          service_->Outcome(*id, first->query_outcome().guest(), channel_->peer_name());
     reply.mutable_outcome();
     Send(reply).IgnoreError();
     return;
@@ -85,7 +89,9 @@ absl::Status TargetConversation::Open(const wire::OpenSession& open) {
   if (absl::Status s = CheckRequest(open); !s.ok()) return s;
   const absl::StatusOr<SessionId> id = IdFromBytes(open.session_id());
   if (!id.ok()) return id.status();
-  absl::StatusOr<TargetSlot*> slot = service_->AcquireSlot(*id, open.guest(), channel_);
+  uint64_t bytes = 0;
+  for (const wire::RegionSpec& region : open.regions()) bytes += region.size_bytes();
+  absl::StatusOr<TargetSlot*> slot = service_->AcquireSlot(*id, open.guest(), bytes, channel_);
   if (!slot.ok()) return slot.status();
   slot_ = *slot;
 
@@ -109,16 +115,18 @@ absl::Status TargetConversation::Open(const wire::OpenSession& open) {
 // Version 1: one TCP link, which comes with the session.
 absl::Status TargetConversation::OpenTcpLink(uint32_t streams, Body opened) {
   streams = std::min(streams, service_->options().max_tcp_streams);
-  const SessionToken token = service_->ExpectStreams(streams);
+  const SessionToken token = service_->ExpectStreams(streams, *channel_);
   opened.mutable_session_opened()->set_token(IdToBytes(token));
   opened.mutable_session_opened()->set_tcp_streams(streams);
   const absl::Status sent = Send(opened);
-  absl::StatusOr<std::vector<UniqueFd>> sockets = service_->TakeStreams(
+  absl::StatusOr<std::vector<Connection>> connections = service_->TakeStreams(
       token, absl::Now() + (sent.ok() ? kStreamsTimeout : absl::ZeroDuration()));
   if (!sent.ok()) return sent;
-  if (!sockets.ok()) return sockets.status();
-  absl::StatusOr<std::unique_ptr<TcpTargetLink>> link = TcpTargetLink::Create(
-      &slot_->place->memory(), *std::move(sockets), service_->options().socket);
+  if (!connections.ok()) return connections.status();
+  auto made = MakeStreams(*std::move(connections), service_->options().socket);
+  if (!made.ok()) return made.status();
+  absl::StatusOr<std::unique_ptr<TcpTargetLink>> link =
+      TcpTargetLink::Create(&slot_->place->memory(), *std::move(made));
   if (!link.ok()) return link.status();
   links_->Adopt(*std::move(link));
   slot_->content_kept = true;
@@ -141,6 +149,9 @@ absl::StatusOr<wire::SessionOpened::Content> TargetConversation::PreparePlace(
         service_->host()->MakePlace(open.guest(), regions);
     if (!place.ok()) return place.status();
     slot_->place = *std::move(place);
+    if (const PeerRules* rules = service_->RulesOf(*channel_); rules != nullptr) {
+      if (absl::Status s = CheckFolders(*rules, slot_->place->memory()); !s.ok()) return s;
+    }
     content =
         slot_->place->memory_was_zero() ? wire::SessionOpened::ZERO : wire::SessionOpened::UNKNOWN;
   }
@@ -167,6 +178,7 @@ absl::Status TargetConversation::ReserveRecord() {
                                           .guest = slot_->guest,
                                           .session = slot_->session,
                                           .peer = channel_->peer(),
+                                          .peer_name = channel_->peer_name(),
                                           .detail = slot_->place->address()});
   if (!record.ok()) return record.status();
   record_ = *std::move(record);
@@ -232,13 +244,17 @@ absl::Status TargetConversation::Handle(const Body& message) {
 void TargetConversation::End(const absl::Status& why) {
   if (slot_ == nullptr) {
     if (!why.ok()) {
-      service_->Log(true, absl::StrCat("refused ", channel_->peer(), ": ", why.message()));
+      service_->LogRefusal(*channel_, why);
       Send(MakeRefused(why)).IgnoreError();
     }
     return;
   }
   if (!why.ok()) {
-    service_->Log(true, absl::StrCat(slot_->guest, ": ", why.message()));
+    if (links_ == nullptr) {
+      service_->LogRefusal(*channel_, why);  // it comes back every second
+    } else {
+      service_->Log(true, absl::StrCat(slot_->guest, ": ", why.message()));
+    }
     Send(MakeRefused(why)).IgnoreError();
   }
   FinishHashing();

@@ -8,11 +8,13 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
+#include "transport/tls/connection.h"
 #include "transport/unique_fd.h"
 
 namespace presync {
@@ -63,5 +65,10 @@ struct SocketOptions {
 // INVALID_ARGUMENT: not a connected stream socket, or an option was refused.
 absl::StatusOr<std::unique_ptr<ByteStream>> MakeSocketStream(UniqueFd socket,
                                                              const SocketOptions& options);
+
+// Over connections, which may be within TLS: then each byte goes through OpenSSL, 16 KiB a record.
+// Errors as above.
+absl::StatusOr<std::vector<std::unique_ptr<ByteStream>>> MakeStreams(
+    std::vector<Connection> connections, const SocketOptions& options);
 
 }  // namespace presync

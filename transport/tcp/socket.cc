@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <ifaddrs.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <poll.h>
@@ -11,6 +12,7 @@
 #include <algorithm>
 #include <climits>
 #include <memory>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -92,6 +94,24 @@ absl::StatusOr<UniqueFd> ConnectTo(const addrinfo& address, const std::string& p
   return fd;
 }
 
+// One form for both families; nothing for others. The zone of a link-local address is left out.
+std::optional<in6_addr> AsIpv6(const sockaddr* address) {
+  in6_addr result = {};
+  if (address == nullptr) return std::nullopt;
+  if (address->sa_family == AF_INET6) {
+    return reinterpret_cast<const sockaddr_in6*>(address)->sin6_addr;
+  }
+  if (address->sa_family != AF_INET) return std::nullopt;
+  result.s6_addr[10] = result.s6_addr[11] = 0xff;  // ::ffff:a.b.c.d
+  memcpy(&result.s6_addr[12], &reinterpret_cast<const sockaddr_in*>(address)->sin_addr, 4);
+  return result;
+}
+
+bool IsLoopback(const in6_addr& address) {
+  return IN6_IS_ADDR_LOOPBACK(&address) ||
+         (IN6_IS_ADDR_V4MAPPED(&address) && address.s6_addr[12] == 127);
+}
+
 }  // namespace
 
 std::string FormatHostPort(const std::string& host, uint16_t port) {
@@ -136,6 +156,36 @@ absl::StatusOr<uint16_t> BoundPort(int socket) {
     return ntohs(reinterpret_cast<const sockaddr_in*>(&address)->sin_port);
   }
   return ntohs(reinterpret_cast<const sockaddr_in6*>(&address)->sin6_port);
+}
+
+std::string PeerAddress(int socket) {
+  sockaddr_storage address = {};
+  socklen_t size = sizeof(address);
+  char host[NI_MAXHOST] = {};
+  if (getpeername(socket, reinterpret_cast<sockaddr*>(&address), &size) != 0 ||
+      getnameinfo(reinterpret_cast<sockaddr*>(&address), size, host, sizeof(host), nullptr, 0,
+                  NI_NUMERICHOST) != 0) {
+    return "unknown";
+  }
+  return host;
+}
+
+bool IsPeerOnThisHost(int socket) {
+  sockaddr_storage address = {};
+  socklen_t size = sizeof(address);
+  if (getpeername(socket, reinterpret_cast<sockaddr*>(&address), &size) != 0) return false;
+  const std::optional<in6_addr> peer = AsIpv6(reinterpret_cast<const sockaddr*>(&address));
+  if (!peer.has_value()) return address.ss_family == AF_UNIX;
+  if (IsLoopback(*peer)) return true;
+  ifaddrs* list = nullptr;
+  if (getifaddrs(&list) != 0) return false;
+  bool found = false;
+  for (const ifaddrs* i = list; i != nullptr && !found; i = i->ifa_next) {
+    const std::optional<in6_addr> own = AsIpv6(i->ifa_addr);
+    found = own.has_value() && memcmp(&*own, &*peer, sizeof(in6_addr)) == 0;
+  }
+  freeifaddrs(list);
+  return found;
 }
 
 std::string PeerName(int socket) {

@@ -28,6 +28,13 @@ absl::StatusOr<UniqueFd> Accept(int listener, absl::Time deadline);
 // Who is at the other end of a connected socket: "10.0.0.2:43210", or "unknown".
 std::string PeerName(int socket);
 
+// The same without the port: "10.0.0.2"; "unknown".
+std::string PeerAddress(int socket);
+
+// Whether the other end is a process of this network namespace: it has a loopback address, one that
+// this namespace has itself, or is no IP socket at all. False when in doubt.
+bool IsPeerOnThisHost(int socket);
+
 // Tries every address of `host` in turn until `deadline`. Looking up a name is the resolver's, and
 // may take longer. NOT_FOUND: no such name. UNAVAILABLE: refused or unreachable. DEADLINE_EXCEEDED:
 // no answer. What it returns blocks.

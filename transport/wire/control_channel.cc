@@ -1,33 +1,16 @@
 #include "transport/wire/control_channel.h"
 
-#include <errno.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
-#include <poll.h>
 #include <sys/socket.h>
 
 #include <algorithm>
-#include <cstring>
 
 #include "absl/strings/str_cat.h"
 
 namespace presync {
 namespace {
-
-// Ok when `fd` is ready for `events`; DEADLINE_EXCEEDED otherwise.
-absl::Status AwaitReady(int fd, short events, absl::Time deadline) {
-  while (true) {
-    const absl::Duration left = deadline - absl::Now();
-    const int64_t ms = std::clamp<int64_t>(
-        absl::ToInt64Milliseconds(absl::Ceil(left, absl::Milliseconds(1))), 0, 1 << 30);
-    pollfd p = {.fd = fd, .events = events, .revents = 0};
-    const int n = ::poll(&p, 1, static_cast<int>(ms));
-    if (n > 0) return absl::OkStatus();
-    if (n == 0) return absl::DeadlineExceededError("timed out");
-    if (errno != EINTR) return absl::ErrnoToStatus(errno, "poll");
-  }
-}
 
 uint32_t LoadLength(const char* p) {
   const auto* b = reinterpret_cast<const uint8_t*>(p);
@@ -36,12 +19,12 @@ uint32_t LoadLength(const char* p) {
 
 }  // namespace
 
-ControlChannel::ControlChannel(UniqueFd socket, std::string peer)
-    : socket_(std::move(socket)), peer_(std::move(peer)) {
+ControlChannel::ControlChannel(Connection connection, std::string peer)
+    : connection_(std::move(connection)), peer_(std::move(peer)) {
   // A handover is a chain of short messages: none may wait for an acknowledgement of the one
   // before.
   const int on = 1;
-  ::setsockopt(socket_.get(), IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+  ::setsockopt(connection_.fd(), IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
 }
 
 ControlChannel::~ControlChannel() = default;
@@ -51,7 +34,7 @@ std::string ControlChannel::local_address() const {
   socklen_t length = sizeof(address);
   char host[NI_MAXHOST];
   auto* any = reinterpret_cast<sockaddr*>(&address);
-  if (::getsockname(socket_.get(), any, &length) != 0) return "";
+  if (::getsockname(connection_.fd(), any, &length) != 0) return "";
   if (address.ss_family != AF_INET && address.ss_family != AF_INET6) return "";
   if (::getnameinfo(any, length, host, sizeof(host), nullptr, 0, NI_NUMERICHOST) != 0) return "";
   const std::string text = host;
@@ -60,7 +43,12 @@ std::string ControlChannel::local_address() const {
   return text.rfind(mapped, 0) == 0 ? text.substr(mapped.size()) : text;
 }
 
-void ControlChannel::Shutdown() { ::shutdown(socket_.get(), SHUT_RDWR); }
+void ControlChannel::Shutdown() { connection_.Shutdown(); }
+
+absl::Status ControlChannel::Gone(const absl::Status& why) const {
+  return absl::Status(
+      why.code(), absl::StrCat("the control connection to ", peer_, " is gone: ", why.message()));
+}
 
 absl::Status ControlChannel::Send(const wire::ControlMessage& message, absl::Time deadline) {
   std::string frame(4, '\0');
@@ -74,21 +62,14 @@ absl::Status ControlChannel::Send(const wire::ControlMessage& message, absl::Tim
   if (!send_status_.ok()) return send_status_;
   size_t sent = 0;
   while (sent < frame.size()) {
-    const ssize_t n = ::send(socket_.get(), frame.data() + sent, frame.size() - sent,
-                             MSG_NOSIGNAL | MSG_DONTWAIT);
-    if (n > 0) {
-      sent += static_cast<size_t>(n);
-      continue;
-    }
-    if (n < 0 && errno == EINTR) continue;
-    if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
-      if (AwaitReady(socket_.get(), POLLOUT, deadline).ok()) continue;
-      send_status_ =
-          absl::DeadlineExceededError(absl::StrCat(peer_, " does not read its control connection"));
-      return send_status_;
-    }
-    send_status_ = absl::UnavailableError(
-        absl::StrCat("the control connection to ", peer_, " is gone: ", std::strerror(errno)));
+    short events = 0;
+    const absl::StatusOr<size_t> n =
+        connection_.TrySend(absl::MakeConstSpan(frame).subspan(sent), &events);
+    if (!n.ok()) return send_status_ = Gone(n.status());
+    sent += *n;
+    if (*n > 0 || AwaitSocket(connection_.fd(), events, deadline).ok()) continue;
+    send_status_ =
+        absl::DeadlineExceededError(absl::StrCat(peer_, " does not read its control connection"));
     return send_status_;
   }
   return absl::OkStatus();
@@ -99,17 +80,12 @@ absl::Status ControlChannel::FillTo(size_t bytes, absl::Time deadline) {
   while (received_.size() < bytes) {
     // Never beyond the frame: what follows it may belong to somebody else's protocol.
     const size_t want = std::min(sizeof(buffer), bytes - received_.size());
-    const ssize_t n = ::recv(socket_.get(), buffer, want, MSG_DONTWAIT);
-    if (n > 0) {
-      received_.append(buffer, static_cast<size_t>(n));
-    } else if (n == 0) {
-      return absl::UnavailableError(absl::StrCat(peer_, " closed the control connection"));
-    } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
-      if (absl::Status s = AwaitReady(socket_.get(), POLLIN, deadline); !s.ok()) return s;
-    } else if (errno != EINTR) {
-      return absl::UnavailableError(
-          absl::StrCat("the control connection to ", peer_, " is gone: ", std::strerror(errno)));
-    }
+    short events = 0;
+    const absl::StatusOr<size_t> n = connection_.TryReceive({buffer, want}, &events);
+    if (!n.ok()) return Gone(n.status());
+    received_.append(buffer, *n);
+    if (*n > 0) continue;
+    if (absl::Status s = AwaitSocket(connection_.fd(), events, deadline); !s.ok()) return s;
   }
   return absl::OkStatus();
 }

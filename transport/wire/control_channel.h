@@ -1,4 +1,4 @@
-// The control connection: framed protobuf messages over one socket.
+// The control connection: framed protobuf messages over one connection.
 #pragma once
 
 #include <string>
@@ -9,7 +9,7 @@
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
-#include "transport/unique_fd.h"
+#include "transport/tls/connection.h"
 #include "transport/wire/control.pb.h"
 
 namespace presync {
@@ -23,32 +23,36 @@ inline constexpr uint32_t kMaxStateChunkBytes = 256 << 10;
 // Send; one thread at a time may Receive. Any failure but a deadline in Receive is final.
 class ControlChannel {
  public:
-  // Takes a connected stream socket; `peer` names the other side in error texts.
-  ControlChannel(UniqueFd socket, std::string peer);
+  // Takes a connection; `peer` names the other side in error texts.
+  ControlChannel(Connection connection, std::string peer);
   ~ControlChannel();
   ControlChannel(const ControlChannel&) = delete;
   ControlChannel& operator=(const ControlChannel&) = delete;
 
   const std::string& peer() const { return peer_; }
+  // The name in the other side's certificate; empty: a plain connection.
+  std::string peer_name() const { return connection_.peer_name(); }
   // The numeric address, without a port, of this end; empty for a socket that is not IP's.
   std::string local_address() const;
 
   // Blocks until the message is handed to the kernel, or until `deadline` when the peer does not
-  // read. UNAVAILABLE: the connection is gone. DEADLINE_EXCEEDED: final too, part of a frame may be
-  // out.
+  // read. UNAVAILABLE: the connection is gone. UNAUTHENTICATED: the other side does not believe
+  // this host's certificate, and says so only now. DEADLINE_EXCEEDED: final too, part of a frame
+  // may be out.
   absl::Status Send(const wire::ControlMessage& message, absl::Time deadline);
 
-  // Waits for one message. DEADLINE_EXCEEDED: none yet, ask again. UNAVAILABLE: the connection is
-  // gone. INVALID_ARGUMENT: not a frame of this protocol, or one that is too long.
+  // Waits for one message. DEADLINE_EXCEEDED: none yet, ask again. UNAVAILABLE, UNAUTHENTICATED:
+  // as above. INVALID_ARGUMENT: not a frame of this protocol, or one that is too long.
   absl::StatusOr<wire::ControlMessage> Receive(absl::Time deadline);
 
   // Wakes whoever is blocked in Send or Receive, with UNAVAILABLE. Any thread.
   void Shutdown();
 
  private:
+  absl::Status Gone(const absl::Status& why) const;
   absl::Status FillTo(size_t bytes, absl::Time deadline);
 
-  const UniqueFd socket_;
+  Connection connection_;
   const std::string peer_;
   absl::Mutex send_mutex_;
   absl::Status send_status_ ABSL_GUARDED_BY(send_mutex_);

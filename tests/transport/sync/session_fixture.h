@@ -96,7 +96,7 @@ class CuttableDialer final : public Dialer {
  public:
   explicit CuttableDialer(uint16_t port, std::shared_ptr<std::atomic<bool>> up)
       : tcp_("127.0.0.1", port), up_(std::move(up)) {}
-  absl::StatusOr<UniqueFd> Dial(const Preamble& preamble, absl::Time deadline) override {
+  absl::StatusOr<Connection> Dial(const Preamble& preamble, absl::Time deadline) override {
     if (!*up_) return absl::UnavailableError("connect: the network is down, as scripted");
     return tcp_.Dial(preamble, deadline);
   }

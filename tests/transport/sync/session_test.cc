@@ -271,7 +271,7 @@ class OldSource : public SessionTest {
  protected:
   std::unique_ptr<ControlChannel> Begin() {
     const absl::StatusOr<uint16_t> port = port_;
-    absl::StatusOr<UniqueFd> socket =
+    absl::StatusOr<Connection> socket =
         TcpDialer("127.0.0.1", *port).Dial({.kind = Preamble::Kind::kControl}, deadline_);
     EXPECT_TRUE(socket.ok()) << socket.status();
     auto channel = std::make_unique<ControlChannel>(*std::move(socket), "the target");
@@ -302,7 +302,7 @@ TEST_F(OldSource, GetsItsOneTcpLink) {
   const absl::StatusOr<wire::ControlMessage> opened = channel->Receive(deadline_);
   ASSERT_TRUE(opened.ok()) << opened.status();
   ASSERT_EQ(opened->session_opened().tcp_streams(), 1u) << opened->refused().text();
-  const absl::StatusOr<UniqueFd> stream =
+  const absl::StatusOr<Connection> stream =
       TcpDialer("127.0.0.1", port_)
           .Dial({.kind = Preamble::Kind::kData,
                  .token = *IdFromBytes(opened->session_opened().token())},
@@ -317,7 +317,7 @@ TEST_F(OldSource, MayNotOpenLinks) {
   const std::unique_ptr<ControlChannel> channel = Begin();
   const absl::StatusOr<wire::ControlMessage> opened = channel->Receive(deadline_);
   ASSERT_TRUE(opened.ok());
-  const absl::StatusOr<UniqueFd> stream =
+  const absl::StatusOr<Connection> stream =
       TcpDialer("127.0.0.1", port_)
           .Dial({.kind = Preamble::Kind::kData,
                  .token = *IdFromBytes(opened->session_opened().token())},

@@ -1,0 +1,35 @@
+#include "tools/presync/command.h"
+
+#include <cstdio>
+#include <filesystem>
+#include <utility>
+
+#include "tools/common/local_api.h"
+
+namespace presync {
+
+int Fail(const absl::Status& status, const CommandContext& context, ExitCode code) {
+  if (context.json) std::printf("%s\n", StatusToJson(status).dump().c_str());
+  std::fprintf(stderr, "presync: %s\n", std::string(status.message()).c_str());
+  return code;
+}
+
+Answer Ask(const CommandContext& context, const nlohmann::json& request, absl::Duration longest) {
+  absl::StatusOr<nlohmann::json> json = CallLocal(context.socket, request, absl::Now() + longest);
+  if (!json.ok()) return {{}, Fail(json.status(), context, kNoDaemon)};
+  if (absl::Status s = JsonToStatus(*json); !s.ok()) return {{}, Fail(s, context)};
+  return {*std::move(json)};
+}
+
+int Print(const Answer& answer, const CommandContext& context,
+          std::string (*render)(const nlohmann::json&)) {
+  if (answer.exit_code != kOk) return answer.exit_code;
+  std::printf("%s\n", context.json ? answer.json.dump().c_str() : render(answer.json).c_str());
+  return kOk;
+}
+
+std::string AbsolutePath(const std::string& path) {
+  return path.empty() ? path : std::filesystem::absolute(path).string();
+}
+
+}  // namespace presync

@@ -1,0 +1,183 @@
+#include "tools/presync/sync_commands.h"
+
+#include <chrono>
+#include <cstdio>
+#include <memory>
+#include <thread>
+
+#include "absl/strings/str_cat.h"
+#include "tools/common/local_api.h"
+#include "tools/presync/render.h"
+
+namespace presync {
+namespace {
+
+using Json = nlohmann::json;
+
+struct StartOptions {
+  std::string name, qmp, to, max_launch_time, max_bandwidth, transport, glue, dirty_log,
+      compression, rdma_devices;
+  int rdma_queue_pairs = 0;  // 0: the configuration's
+  bool wait = false;
+};
+
+struct StatusOptions {
+  std::string name;
+  bool watch = false;
+  double interval_s = 1;
+};
+
+struct LaunchOptions {
+  std::string name;
+  bool verify = false;
+  bool wait = false;
+};
+
+Answer AskStatus(const std::string& name, const CommandContext& context) {
+  return Ask(context, {{"command", "status"}, {"name", name}}, absl::Seconds(10));
+}
+
+// Waits until the first pass is done, with one progress line that is rewritten in a terminal.
+int WaitForSync(const std::string& name, const CommandContext& context) {
+  while (!context.interrupted) {
+    const Answer answer = AskStatus(name, context);
+    if (answer.exit_code != kOk) return answer.exit_code;
+    const Json guests = answer.json.value("guests", Json::array());
+    const Json guest = guests.empty() ? Json::object() : guests[0];
+    const std::string state = TextOr(guest, "state", "");
+    if (!context.json) ShowProgress(RenderGuestLine(guest), state == "syncing");
+    if (state == "syncing") return Print({guest}, context, RenderGuest);
+    if (state != "first-pass" && state != "connecting") {
+      return Fail(absl::FailedPreconditionError(
+                      absl::StrCat(name, " is ", state, ": ", TextOr(guest, "problem", ""))),
+                  context);
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(200));
+  }
+  std::fprintf(stderr, "\npresync: no longer waiting; the sync goes on (presync stop %s ends it)\n",
+               name.c_str());
+  return kFailed;
+}
+
+int Start(const StartOptions& options, const CommandContext& context) {
+  Json request = {{"command", "start"},
+                  {"name", options.name},
+                  {"qmp", AbsolutePath(options.qmp)},
+                  {"to", options.to},
+                  {"max_launch_time", options.max_launch_time},
+                  {"max_bandwidth", options.max_bandwidth},
+                  {"glue", AbsolutePath(options.glue)}};
+  if (!options.dirty_log.empty()) request["dirty_log"] = options.dirty_log;
+  if (!options.transport.empty()) request["transport"] = options.transport;
+  if (options.rdma_queue_pairs > 0) request["rdma_queue_pairs"] = options.rdma_queue_pairs;
+  if (!options.rdma_devices.empty()) request["rdma_devices"] = options.rdma_devices;
+  if (!options.compression.empty()) request["compression"] = options.compression;
+  const Answer answer = Ask(context, request, absl::Seconds(90));
+  if (answer.exit_code != kOk || !options.wait) return Print(answer, context, RenderGuest);
+  return WaitForSync(options.name, context);
+}
+
+int Status(const StatusOptions& options, const CommandContext& context) {
+  do {
+    const Answer answer = AskStatus(options.name, context);
+    if (answer.exit_code == kOk && !options.name.empty() && answer.json["guests"].empty() &&
+        answer.json["incoming"].empty() && answer.json["open"].empty()) {
+      return Fail(absl::NotFoundError(absl::StrCat("presyncd here knows no guest ", options.name)),
+                  context);
+    }
+    if (options.watch && !context.json) ClearScreen();
+    if (int code = Print(answer, context, RenderStatus); code != kOk) return code;
+    std::fflush(stdout);
+    const auto until = std::chrono::steady_clock::now() +
+                       std::chrono::duration<double>(options.watch ? options.interval_s : 0);
+    while (!context.interrupted && std::chrono::steady_clock::now() < until) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    }
+  } while (options.watch && !context.interrupted);
+  return kOk;
+}
+
+int Launch(const LaunchOptions& options, const CommandContext& context) {
+  const Json request = {{"command", "launch"},
+                        {"name", options.name},
+                        {"verify", options.verify},
+                        {"wait_ms", options.wait ? 3'600'000 : 0}};
+  return Print(Ask(context, request, absl::Hours(2)), context, RenderLaunch);
+}
+
+void AddLinkOptions(CLI::App* app, StartOptions* o) {
+  app->add_option("--max-bandwidth", o->max_bandwidth,
+                  "Cap of the background sync, e.g. 400Mbit; a launch does not heed it");
+  app->add_option("--transport", o->transport,
+                  "auto (RDMA where both hosts have it, else TCP), rdma or tcp");
+  app->add_option("--rdma-queue-pairs", o->rdma_queue_pairs, "Queue pairs a device, 1 to 16")
+      ->check(CLI::Range(1, 16));
+  app->add_option("--rdma-devices", o->rdma_devices,
+                  "Only these RDMA devices of this host, e.g. mlx5_0,mlx5_1");
+  app->add_option("--compression", o->compression, "none, lz4, zstd or auto (TCP)");
+}
+
+}  // namespace
+
+RunCommand AddStart(CLI::App* app, CommandContext* context) {
+  auto o = std::make_shared<StartOptions>();
+  app->add_option("name", o->name, "The guest's name, as the target's configuration has it")
+      ->required();
+  app->add_option("--qmp", o->qmp, "Socket of a QMP monitor that presync has for itself")
+      ->required();
+  app->add_option("--to", o->to, "Target host, HOST or HOST:PORT (port 7350)")->required();
+  app->add_option("--max-launch-time", o->max_launch_time,
+                  "What a launch may take, from the order to the guest running on the target, e.g. "
+                  "100ms (default: the configuration's)");
+  AddLinkOptions(app, o.get());
+  app->add_option("--glue", o->glue, "The plug-in's socket, if it is not found by itself");
+  app->add_option("--dirty-log", o->dirty_log, "auto, uffd-async or uffd-handler");
+  app->add_flag("--wait", o->wait, "Return when all memory was copied once");
+  return [o, context] { return Start(*o, *context); };
+}
+
+RunCommand AddStatus(CLI::App* app, CommandContext* context) {
+  auto o = std::make_shared<StatusOptions>();
+  app->add_option("name", o->name, "Only this guest");
+  app->add_flag("--watch", o->watch, "Show it again and again, until Ctrl-C");
+  app->add_option("--interval", o->interval_s, "Seconds between two looks")
+      ->capture_default_str()
+      ->check(CLI::Range(0.1, 3600.0));
+  return [o, context] { return Status(*o, *context); };
+}
+
+RunCommand AddLaunch(CLI::App* app, CommandContext* context) {
+  auto o = std::make_shared<LaunchOptions>();
+  app->add_option("name", o->name, "The guest's name")->required();
+  app->add_flag("--verify", o->verify,
+                "Compare all memory by hashes before the target may run it (costs downtime)");
+  app->add_flag("--wait", o->wait, "Wait for the first full sync");
+  return [o, context] { return Launch(*o, *context); };
+}
+
+RunCommand AddStop(CLI::App* app, CommandContext* context) {
+  auto name = std::make_shared<std::string>();
+  app->add_option("name", *name, "The guest's name")->required();
+  return [name, context] {
+    return Print(Ask(*context, {{"command", "stop"}, {"name", *name}}, absl::Seconds(60)), *context,
+                 RenderStopped);
+  };
+}
+
+RunCommand AddSettle(CLI::App* app, CommandContext* context) {
+  auto name = std::make_shared<std::string>();
+  auto where = std::make_shared<std::string>();
+  app->add_option("name", *name, "The guest's name, as presync status shows it")->required();
+  app->add_option("where", *where,
+                  "here: it certainly does not run on the other host, and goes on here; there: it "
+                  "runs on the other host; forget: the record says nothing useful any more")
+      ->required()
+      ->check(CLI::IsMember({"here", "there", "forget"}));
+  return [name, where, context] {
+    return Print(Ask(*context, {{"command", "settle"}, {"name", *name}, {"where", *where}},
+                     absl::Seconds(90)),
+                 *context, RenderSettled);
+  };
+}
+
+}  // namespace presync
