@@ -26,10 +26,8 @@ set(install_text [[
   presync_install_text(tools/presyncd/presyncd.service
     "${CMAKE_INSTALL_PREFIX}/lib/systemd/system/presyncd.service")
   presync_install_text(tools/presyncd/presyncd.toml.example /etc/presync/presyncd.toml)
-  if(EXISTS "@PROJECT_SOURCE_DIR@/tools/presyncd/presync.sysusers")
-    presync_install_text(tools/presyncd/presync.sysusers
-      "${CMAKE_INSTALL_PREFIX}/lib/sysusers.d/presync.conf")
-  endif()
+  presync_install_text(tools/presyncd/presync.sysusers
+    "${CMAKE_INSTALL_PREFIX}/lib/sysusers.d/presync.conf")
   execute_process(COMMAND "@PROJECT_SOURCE_DIR@/tools/man-pages"
     "$ENV{DESTDIR}${CMAKE_INSTALL_PREFIX}/share/man" COMMAND_ERROR_IS_FATAL ANY)
   if(EXISTS "@PROJECT_SOURCE_DIR@/tools/libvirt/presync-hook")

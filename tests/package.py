@@ -25,6 +25,7 @@ PACKAGES = ("python3", "iproute2", "procps", "busybox-static", "qemu-system-x86"
 # through them.  $2 to $4: this tree, the cache and the packages, read-only.
 INSIDE = """set -e
 root=$1
+mount --bind "$root" "$root" # ip netns exec wants / to be a mount point
 mount -t proc proc "$root/proc"
 mount --rbind /sys "$root/sys"
 mount --rbind /dev "$root/dev"
@@ -113,8 +114,9 @@ class PackageTest(unittest.TestCase):
         unit = (self.root / "etc/systemd/system/multi-user.target.wants/presyncd.service").readlink()
         text = (self.root / str(unit).lstrip("/")).read_text(encoding="utf-8")
         self.assertIn("ExecStart=/usr/sbin/presyncd", text)
+        self.inside("getent", "passwd", "presync")
         config = (self.root / "etc/presync/presyncd.toml").read_text(encoding="utf-8")
-        for path in re.findall(r'"(/[^",]*\.so)', config):
+        for path in re.findall(r'"(/[^",]*\.so)[",]', config):
             self.assertTrue((self.root / path.lstrip("/")).exists(), path)
         for page in ("presync.1", "presyncd.toml.5", "presyncd.8", "presync-qemu.7"):
             name, section = page.rsplit(".", 1)

@@ -35,7 +35,7 @@ std::optional<Mapping> ParseLine(const std::string& line) {
   if (std::sscanf(line.c_str(), "%" SCNx64 "-%" SCNx64 " %4s %" SCNx64 " %x:%x %" SCNu64, &m.start,
                   &m.end, permissions, &m.offset_bytes, &device_major, &device_minor,
                   &inode) != 7 ||
-      m.end <= m.start) {
+      m.end <= m.start || (m.start | m.end | m.offset_bytes) % kPageBytes != 0) {
     return std::nullopt;
   }
   m.writable = permissions[1] == 'w';

@@ -1,5 +1,6 @@
 #include "qemu-glue/dirty_log/uffd_handler_log.h"
 
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 
@@ -36,6 +37,10 @@ absl::StatusOr<SharedBitmap> SharedBitmap::Map(int fd, PageCount pages) {
   if (!S_ISREG(file.st_mode) || static_cast<uint64_t>(file.st_size) < needed) {
     return absl::InvalidArgumentError(absl::StrCat("the dirty bitmap from QEMU has ", file.st_size,
                                                    " bytes, ", needed, " are needed"));
+  }
+  // A file that could shrink would be a SIGBUS for us at a later look.
+  if (const int seals = ::fcntl(fd, F_GET_SEALS); seals < 0 || (seals & F_SEAL_SHRINK) == 0) {
+    return absl::InvalidArgumentError("the dirty bitmap from QEMU is not sealed against shrinking");
   }
   void* const memory = ::mmap(nullptr, needed, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   if (memory == MAP_FAILED) return absl::ErrnoToStatus(errno, "mapping the dirty bitmap");

@@ -106,7 +106,7 @@ static bool is_well_formed(const struct presync_glue_request* request, ssize_t b
 
 /* Serves one request. False: the connection is over. */
 static bool serve_request(void) {
-  struct presync_glue_request request;
+  struct presync_glue_request request = {0}; /* a packet may be short */
   struct iovec data = {&request, sizeof(request)};
   union {
     struct cmsghdr header;

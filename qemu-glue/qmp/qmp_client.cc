@@ -13,6 +13,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "qemu-glue/qmp/wait.h"
+#include "transport/json.h"
 
 namespace presync {
 namespace {
@@ -138,7 +139,7 @@ absl::Status QmpClient::ReadGreeting(absl::Time deadline) {
         absl::StrCat("QMP: ", path_, " does not speak QMP: it sent ", Excerpt(received_)));
   }
   if (!line.ok()) return line.status();
-  const Json greeting = Json::parse(*line, nullptr, /*allow_exceptions=*/false);
+  const Json greeting = ParseJson(*line);
   const Json* qmp = FindMember(greeting, "QMP");
   const Json* version = qmp == nullptr ? nullptr : FindMember(*qmp, "version");
   const Json* qemu = version == nullptr ? nullptr : FindMember(*version, "qemu");
@@ -268,7 +269,7 @@ absl::Status QmpClient::Send(const std::string& line, absl::Time deadline, int f
 absl::StatusOr<Json> QmpClient::ReadMessage(absl::Time deadline) {
   absl::StatusOr<std::string> line = ReadLine(deadline);
   if (!line.ok()) return line.status();
-  Json message = Json::parse(*line, nullptr, /*allow_exceptions=*/false);
+  Json message = ParseJson(*line);
   if (!message.is_object()) {
     return Break(absl::InvalidArgumentError(
         absl::StrCat("QMP: ", path_, " broke the protocol: it sent ", Excerpt(*line))));

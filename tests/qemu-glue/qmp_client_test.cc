@@ -57,6 +57,20 @@ TEST(QmpConnect, SaysThatNobodyListens) {
   EXPECT_TRUE(absl::IsUnavailable(status)) << status;
 }
 
+// Copying such a value takes stack by its depth.
+TEST(QmpExecute, RefusesAnAnswerThatNestsWithoutEnd) {
+  const std::string deep = std::string(200'000, '[') + std::string(200'000, ']');
+  FakeQmpServer server([&deep](FakeQmpConnection& qemu) {
+    qemu.Greet();
+    qemu.ReadCommand();
+    qemu.Send("{\"id\": 2, \"return\": " + deep + "}\n");
+    qemu.AwaitHangUp();
+  });
+  auto client = QmpClient::Connect(server.path(), Soon());
+  ASSERT_TRUE(client.ok()) << client.status();
+  EXPECT_TRUE(absl::IsInvalidArgument((*client)->Execute("x", nullptr, Soon()).status()));
+}
+
 TEST(QmpConnect, NamesWhatDoesNotSpeakQmp) {
   for (const char* text :
        {"QEMU 7.2.22 monitor - type 'help'\r\n", "{}\n", "[1]\n", "{\"QMP\": 3}\n",

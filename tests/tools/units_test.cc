@@ -5,6 +5,12 @@
 namespace presync {
 namespace {
 
+TEST(Units, RefusesMoreThanFits) {
+  EXPECT_FALSE(ParseRate("999999999999999TB").ok());
+  EXPECT_FALSE(ParseSize("999999999999999T").ok());
+  EXPECT_EQ(*ParseSize("4194304T"), uint64_t{1} << 62);
+}
+
 TEST(Units, Rates) {
   EXPECT_EQ(*ParseRate("0"), 0u);
   EXPECT_EQ(*ParseRate("800Mbit"), 100'000'000u);

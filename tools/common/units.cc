@@ -19,6 +19,14 @@ bool SplitNumber(absl::string_view text, double* number, absl::string_view* unit
   return absl::SimpleAtod(text.substr(0, end), number) && *number >= 0 && *number < 1e15;
 }
 
+// A number of bytes as an integer; anything beyond 2^63 is no such number.
+bool ToBytes(double number, double factor, uint64_t* bytes) {
+  const double product = number * factor;
+  if (!(product < 9.2e18)) return false;
+  *bytes = static_cast<uint64_t>(product);
+  return true;
+}
+
 // The factor of a prefix such as K, M, Gi; 0 if there is no such prefix.
 double PrefixFactor(absl::string_view prefix) {
   if (prefix.empty()) return 1;
@@ -53,7 +61,8 @@ absl::StatusOr<uint64_t> ParseRate(absl::string_view text) {
     } else if (absl::ConsumeSuffix(&unit, "B")) {
       factor = PrefixFactor(unit);
     }
-    if (factor > 0 && number * factor >= 1) return static_cast<uint64_t>(number * factor);
+    uint64_t rate = 0;
+    if (factor > 0 && ToBytes(number, factor, &rate) && rate >= 1) return rate;
   }
   return absl::InvalidArgumentError(
       absl::StrCat("'", text, "' is no rate; write 800Mbit, 100MB or 0 for no limit"));
@@ -66,7 +75,8 @@ absl::StatusOr<uint64_t> ParseSize(absl::string_view text) {
     absl::ConsumeSuffix(&unit, "iB");
     absl::ConsumeSuffix(&unit, "B");
     const double factor = unit.empty() ? 1 : PrefixFactor(absl::StrCat(unit, "i"));
-    if (factor > 0) return static_cast<uint64_t>(number * factor);
+    uint64_t size = 0;
+    if (factor > 0 && ToBytes(number, factor, &size)) return size;
   }
   return absl::InvalidArgumentError(absl::StrCat("'", text, "' is no size; write 512M or 64G"));
 }

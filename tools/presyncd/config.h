@@ -29,7 +29,7 @@ struct Config {
   std::string socket_group;  // whose members may command presyncd, besides root and its own user
   std::string log_level = "info";
   uint64_t max_guest_bytes = 0;
-  std::string metrics_listen;               // HOST:PORT of /metrics; empty: none
+  std::string metrics_listen;  // HOST:PORT of /metrics; empty: none
   // Who other hosts are, and what they may: docs/security.md.
   TlsFiles tls;                     // all empty: no certificates
   bool insecure = false;            // without certificates, talk to other hosts all the same

@@ -15,7 +15,8 @@ absl::StatusOr<MessageBuffers> MessageBuffers::Create(ibv_pd* pd, size_t count) 
   MessageBuffers buffers;
   const size_t bytes = count * kMaxMessageBytes;
   buffers.memory_.reset(new (std::align_val_t{4096}) std::byte[bytes]());
-  ibv_mr* mr = ibv_reg_mr(pd, buffers.memory_.get(), bytes, IBV_ACCESS_LOCAL_WRITE);
+  const int access = IBV_ACCESS_LOCAL_WRITE;  // ibv_reg_mr is a macro that mixes it with others
+  ibv_mr* mr = ibv_reg_mr(pd, buffers.memory_.get(), bytes, access);
   if (mr == nullptr) {
     const std::string device = ibv_get_device_name(pd->context->device);
     if (errno == ENOMEM) return LockedMemoryError(device, bytes);

@@ -89,7 +89,8 @@ absl::StatusOr<std::string> HashPages(const GuestMemory& memory, const HashPlan&
     const std::unique_ptr<XXH3_state_t, HashStateDeleter> state(XXH3_createState());
     std::vector<PageRun> within;
     char zeros[kHashBytes];  // of a whole range: much of a guest's memory was never touched
-    HashZeros(plan.pages_per_hash, state.get(), zeros);
+    // The other side chose pages_per_hash, and no range is longer than the run.
+    HashZeros(std::min(plan.pages_per_hash, plan.run.count), state.get(), zeros);
     for (size_t i = first; i < hashes; i += workers) {
       const PageRun range = plan.RangeOf(i);
       within.clear();

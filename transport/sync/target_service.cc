@@ -219,6 +219,11 @@ absl::StatusOr<TargetSlot*> TargetService::AcquireSlot(const SessionId& session,
     mutex_.AwaitWithTimeout(absl::Condition(&let_go), kTakeOverTimeout);
     it = find();
   }
+  if (it != slots_.end() && it->closing) {
+    const auto is_closed = [&] { return find() == slots_.end() || !find()->closing; };
+    mutex_.AwaitWithTimeout(absl::Condition(&is_closed), kTakeOverTimeout);
+    it = find();
+  }
   if (it != slots_.end() && it->session != session && !it->busy) {
     // A lost session of the same guest: its source has begun anew, so nobody will come back for it.
     replaced.splice(replaced.end(), slots_, it);
@@ -269,9 +274,15 @@ absl::Status TargetService::CheckUse(const TargetSlot* except, const std::string
 
 void TargetService::ReleaseSlot(TargetSlot* slot, bool forget) {
   std::list<TargetSlot> dropped;
-  // It may take its time to end, so not under the lock; and before the guest's name is free, for a
-  // new place would use the same files.
-  if (forget) slot->place.reset();
+  if (forget) {
+    {
+      absl::MutexLock lock(&mutex_);
+      slot->closing = true;
+    }
+    // It may take its time to end, so not under the lock; and before the guest's name is free, for
+    // a new place would use the same files.
+    slot->place.reset();
+  }
   absl::MutexLock lock(&mutex_);
   slot->busy = false;
   slot->channel = nullptr;

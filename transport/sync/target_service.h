@@ -77,6 +77,7 @@ struct TargetSlot {
   absl::Time lost_at = absl::InfiniteFuture();
   ControlChannel* channel = nullptr;  // of the conversation that serves it; null when lost
   bool busy = false;                  // a conversation is using `place`
+  bool closing = false;               // ... and ends it: the guest's name will be free
 };
 
 // Where data connections wait until their session takes them.

@@ -211,12 +211,15 @@ TEST_F(GlueTest, UntrackLetsAWaitingWriterGo) {
 }
 
 TEST(SharedBitmapTest, WaitsForABatchUnderWay) {
-  UniqueFd file(::memfd_create("bitmap", MFD_CLOEXEC));
+  UniqueFd file(::memfd_create("bitmap", MFD_CLOEXEC | MFD_ALLOW_SEALING));
   presync_glue_bitmap header = {};
   header.bytes = PagesToBytes(100);
   header.batches = 7;
   ASSERT_EQ(::ftruncate(file.get(), 8192), 0);
   ASSERT_EQ(::pwrite(file.get(), &header, sizeof(header), 0), static_cast<ssize_t>(sizeof(header)));
+  // One that QEMU could cut short under our feet.
+  EXPECT_EQ(SharedBitmap::Map(file.get(), 100).status().code(), absl::StatusCode::kInvalidArgument);
+  ASSERT_EQ(::fcntl(file.get(), F_ADD_SEALS, F_SEAL_SHRINK), 0);
   EXPECT_EQ(SharedBitmap::Map(file.get(), 99).status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(SharedBitmap::Map(file.get(), 1 << 20).status().code(),
             absl::StatusCode::kInvalidArgument);

@@ -68,6 +68,13 @@ TEST_F(PageHashTest, OnlyTheRangesAskedFor) {
   EXPECT_THAT(Differing(some), IsEmpty());
 }
 
+// The other side chooses the length of a range: it must not cost more than the memory there is.
+TEST_F(PageHashTest, RangesLongerThanTheRunEndWithIt) {
+  const HashPlan longest = {.run = {0, 50}, .pages_per_hash = UINT32_MAX, .only = {}};
+  const HashPlan whole = {.run = {0, 50}, .pages_per_hash = 50, .only = {}};
+  EXPECT_EQ(*HashPages(a_->memory(), longest), *HashPages(a_->memory(), whole));
+}
+
 TEST_F(PageHashTest, PlansThatDoNotFitAreRefused) {
   const auto refused = [&](const HashPlan& plan) {
     return absl::IsInvalidArgument(HashPages(a_->memory(), plan).status());
