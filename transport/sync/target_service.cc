@@ -371,9 +371,14 @@ wire::Outcome TargetService::Outcome(const SessionId& session, const std::string
     // Of a time before there were certificates: anybody who may come may ask.
     if (!entry.peer_name.empty() && entry.peer_name != peer_name) {
       outcome.set_text("that session was opened by another peer");
-    } else if (entry.phase == HandoverPhase::kToldToRun || entry.phase == HandoverPhase::kRunning) {
+    } else if (entry.phase == HandoverPhase::kRunning) {
       outcome.set_value(wire::Outcome::RUNNING);
-      outcome.set_text("it was told to run here");
+      outcome.set_text("it runs here");
+    } else if (entry.phase == HandoverPhase::kToldToRun) {
+      // Its source keeps the only other copy until this is certain. Recovery runs it.
+      outcome.set_text(
+          "it was told to run here, and whether it does is not certain yet; see presync status "
+          "there");
     } else if (entry.phase == HandoverPhase::kNeverRan) {
       outcome.set_value(wire::Outcome::NEVER_RAN);
       outcome.set_text("it never ran here");
