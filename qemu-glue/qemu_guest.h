@@ -35,7 +35,8 @@ struct GuestStep {
 // operator's own next migration.
 class QemuSourceGuest final : public SourceGuest {
  public:
-  // Takes over the monitor connection. Errors as PeerProcess::Identify.
+  // Takes over the monitor connection. If that is lost while QEMU lives, PrepareSave, Resume and
+  // State connect anew; a call that is under way then fails. Errors as PeerProcess::Identify.
   static absl::StatusOr<std::unique_ptr<QemuSourceGuest>> Create(std::unique_ptr<QmpClient> qmp,
                                                                  absl::Time deadline);
 
@@ -69,6 +70,8 @@ class QemuSourceGuest final : public SourceGuest {
  private:
   QemuSourceGuest(std::unique_ptr<QmpClient> qmp, PeerProcess process)
       : qmp_(std::move(qmp)), process_(std::move(process)) {}
+  absl::Status EnsureMonitor(absl::Time deadline);
+  absl::Status TryResume(absl::Time deadline);
   absl::StatusOr<std::string> CheckIdle(absl::Time deadline);
   std::optional<absl::Time> TakeStopTime();
   absl::StatusOr<UniqueFd> StartMigration(absl::Time deadline);

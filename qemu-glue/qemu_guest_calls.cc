@@ -51,8 +51,12 @@ absl::StatusOr<RunState> QueryGuestState(QmpClient& qmp, const PeerProcess& proc
     }
     return status.status();
   }
-  if (*status == "running") return RunState::kRunning;
-  if (*status == "inmigrate") return RunState::kIncoming;
+  return ToRunState(*status);
+}
+
+RunState ToRunState(std::string_view run_state) {
+  if (run_state == "running") return RunState::kRunning;
+  if (run_state == "inmigrate") return RunState::kIncoming;
   return RunState::kPaused;
 }
 

@@ -29,6 +29,9 @@ absl::StatusOr<std::string> QueryRunState(QmpClient& qmp, absl::Time deadline);
 absl::StatusOr<RunState> QueryGuestState(QmpClient& qmp, const PeerProcess& process,
                                          absl::Time deadline);
 
+// What QEMU's run state comes down to.
+RunState ToRunState(std::string_view run_state);
+
 // Blocks until the migration's status is one of `wanted`. FAILED_PRECONDITION: it failed or was
 // cancelled, or completed, and that was not wanted; the text starts with `step` and has QEMU's
 // words.

@@ -18,6 +18,9 @@ constexpr uint64_t kDowntimeLimitMs = 2'000'000;
 // for.
 constexpr absl::Duration kAskAgain = absl::Milliseconds(20);
 
+// How long after its monitor was closed a QEMU that ends has ended.
+constexpr absl::Duration kEndAfterClose = absl::Milliseconds(500);
+
 constexpr char kStreamName[] = "presync-save";
 
 const Json& SaveParameters() {
@@ -41,8 +44,34 @@ absl::StatusOr<std::unique_ptr<QemuSourceGuest>> QemuSourceGuest::Create(
   return std::unique_ptr<QemuSourceGuest>(new QemuSourceGuest(std::move(qmp), *std::move(process)));
 }
 
+// A lost connection says nothing about the guest: as long as its process lives, it answers anew.
+absl::Status QemuSourceGuest::EnsureMonitor(absl::Time deadline) {
+  if (qmp_->health().ok()) return absl::OkStatus();
+  // A QEMU that is ending closes its monitor first.
+  const absl::Time end_known = std::min(deadline, absl::Now() + kEndAfterClose);
+  if (process_.AwaitEnd(end_known).ok()) {
+    return absl::UnavailableError(absl::StrCat("QEMU (process ", pid(), ") has ended"));
+  }
+  absl::StatusOr<std::unique_ptr<QmpClient>> again = QmpClient::Connect(qmp_->path(), deadline);
+  if (!again.ok()) {
+    return absl::AbortedError(absl::StrCat("QEMU (process ", pid(),
+                                           ") lives, but its monitor can't "
+                                           "be reached any more: ",
+                                           again.status().message()));
+  }
+  if ((*again)->peer_pid() != pid()) {
+    return absl::AbortedError(absl::StrCat("QEMU (process ", pid(),
+                                           ") lives, but its monitor's "
+                                           "socket ",
+                                           qmp_->path(), " is another process's now"));
+  }
+  qmp_ = *std::move(again);
+  return absl::OkStatus();
+}
+
 absl::Status QemuSourceGuest::PrepareSave(absl::Time deadline) {
   const absl::Time start = absl::Now();
+  if (absl::Status status = EnsureMonitor(deadline); !status.ok()) return status;
   absl::StatusOr<std::string> run_state = CheckIdle(deadline);
   if (!run_state.ok()) return run_state.status();
   was_running_ = *run_state == "running";
@@ -144,6 +173,18 @@ absl::Status QemuSourceGuest::FinishSave(absl::Time deadline) {
 }
 
 absl::Status QemuSourceGuest::Resume(absl::Time deadline) {
+  absl::Status status = EnsureMonitor(deadline);
+  if (status.ok()) status = TryResume(deadline);
+  if (status.ok() || qmp_->health().ok()) return status;
+  status = EnsureMonitor(deadline);
+  if (status.ok()) status = TryResume(deadline);
+  if (absl::IsUnavailable(status) && !process_.HasEnded()) {
+    return absl::AbortedError(absl::StrCat("QEMU's monitor closed twice: ", status.message()));
+  }
+  return status;
+}
+
+absl::Status QemuSourceGuest::TryResume(absl::Time deadline) {
   const absl::Time start = absl::Now();
   if (absl::Status status = EndMigration(deadline); !status.ok()) return status;
   absl::StatusOr<std::string> run_state = QueryRunState(*qmp_, deadline);
@@ -213,7 +254,21 @@ absl::Status QemuSourceGuest::Quit(absl::Time deadline) {
 }
 
 absl::StatusOr<RunState> QemuSourceGuest::State(absl::Time deadline) {
-  return QueryGuestState(*qmp_, process_, deadline);
+  if (process_.HasEnded()) return RunState::kGone;
+  if (absl::Status status = EnsureMonitor(deadline); !status.ok()) {
+    if (absl::IsUnavailable(status)) return RunState::kGone;
+    return status;
+  }
+  absl::StatusOr<std::string> status = QueryRunState(*qmp_, deadline);
+  if (!status.ok() && !qmp_->health().ok()) {
+    if (absl::Status again = EnsureMonitor(deadline); !again.ok()) {
+      if (absl::IsUnavailable(again)) return RunState::kGone;
+      return again;
+    }
+    status = QueryRunState(*qmp_, deadline);
+  }
+  if (!status.ok()) return status.status();
+  return ToRunState(*status);
 }
 
 }  // namespace presync

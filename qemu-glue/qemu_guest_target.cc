@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -8,6 +9,9 @@
 
 namespace presync {
 namespace {
+
+// How long after its monitor was closed a QEMU that ends has ended.
+constexpr absl::Duration kEndAfterClose = absl::Seconds(5);
 
 constexpr char kStreamName[] = "presync-load";
 
@@ -100,10 +104,22 @@ absl::Status QemuTargetGuest::AwaitLoaded(absl::Time deadline) {
 
 absl::Status QemuTargetGuest::Run(absl::Time deadline) {
   const absl::Time start = absl::Now();
+  if (process_.HasEnded()) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("QEMU (process ", pid(), ") had ended before it was told to run the guest"));
+  }
   // QEMU says RESUME when nothing can keep the vCPUs from running any more; its reply waits until
   // they let go of its main lock, 7 to 20 ms later under TCG (tools/demo, 2026-11-24).
   absl::StatusOr<bool> resumed = qmp_->ExecuteUntil("cont", nullptr, "RESUME", deadline);
-  if (!resumed.ok()) return resumed.status();
+  if (!resumed.ok()) {
+    // A QEMU that was killed may take a while to end.
+    const absl::Time ended_by = std::min(deadline, absl::Now() + kEndAfterClose);
+    if (qmp_->command_unread() && process_.AwaitEnd(ended_by).ok()) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          "QEMU (process ", pid(), ") ended before it read the order to run the guest"));
+    }
+    return resumed.status();
+  }
   if (!*resumed) {
     absl::StatusOr<std::string> run_state = QueryRunState(*qmp_, deadline);
     if (!run_state.ok()) return run_state.status();

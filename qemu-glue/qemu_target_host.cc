@@ -422,6 +422,15 @@ absl::Status QemuTargetHost::RunOrphan(const std::string& address) {
     return absl::FailedPreconditionError(
         absl::StrCat("the guest at ", address, " was told to run, but its state is not loaded"));
   }
+  // Where a later handover left it, it has moved on to another host.
+  absl::StatusOr<GuestInfo> info = DescribeGuest((*guest)->qmp(), deadline);
+  if (!info.ok()) return info.status();
+  if (info->run_state == "postmigrate" || info->run_state == "finish-migrate") {
+    return absl::FailedPreconditionError(
+        absl::StrCat("the guest at ", address,
+                     " was told to run here, but its QEMU stands where a "
+                     "later handover left it"));
+  }
   return (*guest)->qmp().Execute("cont", nullptr, deadline).status();
 }
 

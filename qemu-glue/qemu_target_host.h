@@ -47,7 +47,8 @@ class QemuTargetHost final : public TargetHost {
   // that still wait for their state (they never ran) and removes what they held.
   void EndWaitingLeftovers();
 
-  // Runs a guest that had been told to run when presyncd ended. Ok if it runs.
+  // Runs a guest that had been told to run when presyncd ended. Ok if it runs. NOT_FOUND: its QEMU
+  // has ended. FAILED_PRECONDITION: it is not in a state to be run, with which.
   absl::Status RunOrphan(const std::string& address);
 
   // Removes memory files and sockets of guests that ran here and have ended. Call it now and then.

@@ -253,6 +253,7 @@ absl::Status QmpClient::Send(const std::string& line, absl::Time deadline, int f
     if (errno == EBADF)
       return absl::InvalidArgumentError("QMP: the descriptor to pass is not open");
     if (errno != EAGAIN) {
+      command_unread_ = true;
       return Break(absl::UnavailableError(absl::StrCat(
           "QMP: ", path_, ": QEMU closed the monitor (", ErrnoText(errno), "); it has ended")));
     }
@@ -304,6 +305,7 @@ absl::StatusOr<std::string> QmpClient::ReadLine(absl::Time deadline) {
         return absl::DeadlineExceededError(absl::StrCat("QMP: ", path_, ": nothing came in time"));
       }
     } else if (errno != EINTR) {
+      command_unread_ = errno == ECONNRESET;
       return Break(absl::UnavailableError(
           absl::StrCat("QMP: ", path_, ": read: ", ErrnoText(errno), "; QEMU has ended")));
     }

@@ -77,6 +77,14 @@ class QmpClient {
                                      absl::Time deadline);
   absl::StatusOr<QmpEvent> WaitEvent(const std::string& name, absl::Time deadline);
 
+  // Ok while the connection can be used; else the error that every call returns.
+  const absl::Status& health() const { return broken_; }
+
+  // Whether the connection broke with a command in it that QEMU had not read: if QEMU has ended, it
+  // never saw it. A unix socket says so (ECONNRESET where something was left unread, EPIPE where
+  // nobody could read any more: unix(7), unix_release_sock in Linux).
+  bool command_unread() const { return command_unread_; }
+
   const std::string& path() const { return path_; }
   const QmpVersion& version() const { return version_; }
   // Who listens at the socket (SO_PEERCRED). That is QEMU only if QEMU itself opened the socket:
@@ -107,6 +115,7 @@ class QmpClient {
   size_t searched_bytes_ = 0;  // of received_: no line end in there
   std::deque<QmpEvent> events_;
   absl::Status broken_;
+  bool command_unread_ = false;
 };
 
 }  // namespace presync

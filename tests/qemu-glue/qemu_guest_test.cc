@@ -5,6 +5,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <signal.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 
 #include <functional>
 
@@ -101,6 +103,37 @@ std::vector<SaveStep> SaveSteps() {
        }},
       {"finished", finish},
   };
+}
+
+// Cuts this process's connection to the monitor at `path`; QEMU does not end by that.
+void CutMonitor(const std::string& path) {
+  for (int fd = 3; fd < 1024; ++fd) {
+    sockaddr_un peer = {};
+    socklen_t size = sizeof(peer);
+    if (::getpeername(fd, reinterpret_cast<sockaddr*>(&peer), &size) != 0) continue;
+    if (peer.sun_family == AF_UNIX && path == peer.sun_path) ::shutdown(fd, SHUT_RDWR);
+  }
+}
+
+// Found by the fault campaign: the guest stood still for ever, for a monitor that closed was taken
+// for a QEMU that had ended.
+TEST_P(QemuGuestTest, ResumesThroughANewMonitorWhenItsOwnWasClosed) {
+  for (const SaveStep& step : SaveSteps()) {
+    SCOPED_TRACE(step.name);
+    std::future<std::string> state;
+    UniqueFd stream;
+    auto qemu = StartSource();
+    auto guest = Source(*qemu);
+    ASSERT_TRUE(step.reach(*guest, &stream, &state).ok());
+    CutMonitor(guest->qmp().path());
+    const absl::Status resumed = guest->Resume(Soon());
+    ASSERT_TRUE(resumed.ok()) << resumed;
+    EXPECT_EQ(guest->State(Soon()).value(), RunState::kRunning);
+    EXPECT_TRUE(qemu->CounterMoves(kPatience));
+    CutMonitor(guest->qmp().path());
+    EXPECT_EQ(guest->State(Soon()).value(), RunState::kRunning);
+    qemu.reset();  // whose end ends the stream
+  }
 }
 
 TEST_P(QemuGuestTest, ResumesFromEveryStepAndSavesAgain) {

@@ -1,6 +1,9 @@
 // A stock QEMU as the target: what it refuses, what it must not do by itself.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <signal.h>
+
+#include <thread>
 
 #include "qemu-glue/qemu_guest.h"
 #include "tests/qemu-glue/qemu_guest_fixture.h"
@@ -29,6 +32,32 @@ TEST_P(QemuTargetGuestTest, RefusesATargetThatWaitsForNothing) {
   auto qemu = StartSource();
   absl::Status status = QemuTargetGuest::Create(qemu->TakeMonitor(), Soon()).status();
   EXPECT_TRUE(absl::IsFailedPrecondition(status)) << status;
+}
+
+// Found by the fault campaign: a QEMU that was killed with the order to run on its way left its
+// source in doubt, although it had never read the order.
+TEST_P(QemuTargetGuestTest, AQemuThatEndsBeforeItReadsTheOrderToRunRefusedIt) {
+  auto source_qemu = StartSource();
+  auto source = Source(*source_qemu);
+  const std::string state = Save(*source);
+  for (const bool ended_before : {true, false}) {
+    auto qemu = StartTarget();
+    auto target = Target(*qemu);
+    ASSERT_TRUE(Load(*target, state).ok());
+    std::thread killer;
+    if (ended_before) {
+      ASSERT_TRUE(qemu->process().Kill(Soon()).ok());
+    } else {
+      ASSERT_EQ(::kill(target->pid(), SIGSTOP), 0);  // it reads nothing any more
+      killer = std::thread([&] {
+        absl::SleepFor(kWhile);
+        ::kill(target->pid(), SIGKILL);
+      });
+    }
+    const absl::Status run = target->Run(Soon());
+    if (killer.joinable()) killer.join();
+    EXPECT_TRUE(absl::IsFailedPrecondition(run)) << run;
+  }
 }
 
 // A stray `cont` while the target waits cancels -S; BeginLoad takes it back, and one that comes

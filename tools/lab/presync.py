@@ -80,11 +80,11 @@ class Daemon:
             self._rules = {peer: {} for peer in two.hosts} if rules is None else rules
         self._write_config(guests or {}, defaults or {}, settings or {})
 
-    def _write_config(self, guests, defaults, settings):
+    def _write_config(self, guests, defaults, settings=None):
         lines = [f'listen = "{self._two.address[self.host]}:{PORT}"', f'socket = "{self.socket}"',
                  f'state_folder = "{self.folder}/state"', f'run_folder = "{self.folder}/run"',
                  f'ram_folder = "{self.ram}"', *self._security]
-        lines += [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
+        lines += [f"{key} = {json.dumps(value)}" for key, value in (settings or {}).items()]
         if defaults:
             lines += ["[defaults]", *(f"{key} = {json.dumps(value)}" for key, value in defaults.items())]
         for peer, rules in self._rules.items():

@@ -27,6 +27,7 @@ constexpr Subcommand kSubcommands[] = {
     {"status", "Show guests that are kept in sync, and those mirrored here", AddStatus},
     {"launch", "Run a guest on the host it was kept in sync with", AddLaunch},
     {"stop", "End a sync; the guest goes on here", AddStop},
+    {"settle", "Say where a guest runs whose handover only a person can settle", AddSettle},
     {"report", "Make a page of a guest's sync and launches, with plots", AddReport},
     {"record", "Write down which pages a guest writes, for presync replay", AddRecord},
     {"replay", "Play recorded traces through the policies, off line", AddReplay},

@@ -115,6 +115,8 @@ std::string RenderLaunch(const Json& report) {
   return absl::StrCat(text, "(ms)");
 }
 
+std::string RenderSettled(const Json&) { return "settled; presync status shows what is left"; }
+
 std::string RenderStopped(const Json&) { return "stopped; the guest goes on here"; }
 
 void ShowProgress(const std::string& line, bool last) {

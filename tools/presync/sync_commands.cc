@@ -81,7 +81,7 @@ int Status(const StatusOptions& options, const CommandContext& context) {
   do {
     const Answer answer = AskStatus(options.name, context);
     if (answer.exit_code == kOk && !options.name.empty() && answer.json["guests"].empty() &&
-        answer.json["incoming"].empty()) {
+        answer.json["incoming"].empty() && answer.json["open"].empty()) {
       return Fail(absl::NotFoundError(absl::StrCat("presyncd here knows no guest ", options.name)),
                   context);
     }
@@ -161,6 +161,22 @@ RunCommand AddStop(CLI::App* app, CommandContext* context) {
   return [name, context] {
     return Print(Ask(*context, {{"command", "stop"}, {"name", *name}}, absl::Seconds(60)), *context,
                  RenderStopped);
+  };
+}
+
+RunCommand AddSettle(CLI::App* app, CommandContext* context) {
+  auto name = std::make_shared<std::string>();
+  auto where = std::make_shared<std::string>();
+  app->add_option("name", *name, "The guest's name, as presync status shows it")->required();
+  app->add_option("where", *where,
+                  "here: it certainly does not run on the other host, and goes on here; there: it "
+                  "runs on the other host; forget: the record says nothing useful any more")
+      ->required()
+      ->check(CLI::IsMember({"here", "there", "forget"}));
+  return [name, where, context] {
+    return Print(Ask(*context, {{"command", "settle"}, {"name", *name}, {"where", *where}},
+                     absl::Seconds(90)),
+                 *context, RenderSettled);
   };
 }
 

@@ -9,5 +9,6 @@ RunCommand AddStart(CLI::App* app, CommandContext* context);
 RunCommand AddStatus(CLI::App* app, CommandContext* context);
 RunCommand AddLaunch(CLI::App* app, CommandContext* context);
 RunCommand AddStop(CLI::App* app, CommandContext* context);
+RunCommand AddSettle(CLI::App* app, CommandContext* context);
 
 }  // namespace presync

@@ -17,7 +17,6 @@
 #include "tools/common/local_api.h"
 #include "tools/common/units.h"
 #include "tools/presyncd/recording_api.h"
-#include "tools/presyncd/recovery.h"
 #include "tools/presyncd/status_json.h"
 #include "transport/tcp/socket.h"
 
@@ -91,6 +90,14 @@ absl::Status SetTransport(const Json& request, const Config& config,
   return absl::OkStatus();
 }
 
+absl::StatusOr<Decision> ParseDecision(const std::string& where) {
+  if (where == "here") return Decision::kRunsHere;
+  if (where == "there") return Decision::kRunsThere;
+  if (where == "forget") return Decision::kForget;
+  return absl::InvalidArgumentError(
+      absl::StrCat("'", where, "' is none of here, there and forget"));
+}
+
 // The residual that a promise leaves room for must not be below what one page costs.
 absl::Status CheckPromise(absl::Duration promise, absl::Duration fixed_cost,
                           const std::string& peer) {
@@ -112,6 +119,7 @@ Daemon::Daemon(Config config)
 
 Daemon::~Daemon() {
   metrics_server_.reset();
+  recovery_.reset();
   std::map<std::string, std::shared_ptr<SourceSession>> sources;
   {
     absl::MutexLock lock(&mutex_);
@@ -141,11 +149,8 @@ absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Create(Config config) {
                               .guests = c.guests});
   if (!host.ok()) return host.status();
   daemon->host_ = *std::move(host);
-  {
-    absl::MutexLock guard(&daemon->mutex_);
-    daemon->open_matters_ =
-        RecoverHandovers(c.state_folder, daemon->host_.get(), daemon->security_->peers(), LogLine);
-  }
+  auto recovery = std::make_unique<RecoveryLoop>(c.state_folder, daemon->host_.get(),
+                                                 daemon->security_->peers(), LogLine);
   daemon->host_->EndWaitingLeftovers();
 
   absl::StatusOr<UniqueFd> listener = Listen(c.listen_host, c.listen_port);
@@ -165,6 +170,9 @@ absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Create(Config config) {
   if (TextOr(mode, "mode", "") == "this-host-only") {
     spdlog::info("no certificates: only this host's own processes are talked to");
   }
+  daemon->recovery_ = std::move(recovery);
+  daemon->recovery_->Start(
+      [raw = daemon.get()](const std::string& guest) { return raw->InUse(guest); });
   spdlog::info("listening at {}:{}, {} guests configured to come here", c.listen_host,
                c.listen_port, c.guests.size());
   if (!c.metrics_listen.empty()) {
@@ -208,7 +216,7 @@ std::vector<SessionStatus> Daemon::Sources() const {
 Metrics::View Daemon::View() const {
   Metrics::View view = {.sources = Sources(), .incoming = service_->status().size()};
   absl::MutexLock lock(&mutex_);
-  view.open_matters = open_matters_.size();
+  view.open_matters = recovery_ == nullptr ? 0 : recovery_->open().size();
   return view;
 }
 
@@ -221,7 +229,7 @@ std::string Daemon::Summary() const {
 Json Daemon::Handle(const Json& request) {
   const std::string command = TextOr(request, "command", "");
   static constexpr absl::string_view kCommands[] = {"start",  "launch", "stop",
-                                                    "record", "status", "report"};
+                                                    "record", "settle", "status", "report"};
   const bool known = absl::c_linear_search(kCommands, command);
   absl::StatusOr<Json> answer = absl::InvalidArgumentError(
       absl::StrCat("no such command: ", command, "; presync and presyncd differ in version?"));
@@ -229,6 +237,7 @@ Json Daemon::Handle(const Json& request) {
   if (command == "launch") answer = Launch(request);
   if (command == "stop") answer = Stop(request);
   if (command == "record") answer = Record(request);
+  if (command == "settle") answer = Settle(request);
   if (command == "status") answer = Status(request);
   if (command == "report") answer = history_.Report(TextOr(request, "name", ""));
   if (!answer.ok()) {
@@ -258,9 +267,7 @@ absl::Status Daemon::Claim(const std::string& name) {
       return absl::AlreadyExistsError(absl::StrCat("a start of ", name, " is already under way"));
     }
     const SessionState state = it->second->status().state;
-    const bool over = state == SessionState::kMoved || state == SessionState::kFailed ||
-                      state == SessionState::kStopped;
-    if (!over) {
+    if (!IsOver(state)) {
       return absl::AlreadyExistsError(
           absl::StrCat(name, " is already kept in sync with ", it->second->status().peer, " (",
                        StateName(state), "); presync stop ", name, " ends that"));
@@ -415,9 +422,41 @@ absl::StatusOr<Json> Daemon::Record(const Json& request) {
   return AnswerRecord(session->recording(), session->pages(), request);
 }
 
+bool Daemon::InUse(const std::string& guest) const {
+  for (const TargetStatus& target : service_->status()) {
+    if (target.guest == guest) return true;
+  }
+  absl::MutexLock lock(&mutex_);
+  const auto it = sources_.find(guest);
+  return it != sources_.end() && (it->second == nullptr || !IsOver(it->second->status().state));
+}
+
+// What only a person can know: where the guest of an open handover runs.
+absl::StatusOr<Json> Daemon::Settle(const Json& request) {
+  const std::string name = TextOr(request, "name", "");
+  absl::StatusOr<Decision> decision = ParseDecision(TextOr(request, "where", ""));
+  if (!decision.ok()) return decision.status();
+  const std::shared_ptr<SourceSession> session = Find(name);
+  const bool live = session != nullptr && !IsOver(session->status().state);
+  absl::Status done = absl::OkStatus();
+  if (!live) {
+    done = recovery_->Decide(name, *decision);
+  } else if (*decision == Decision::kForget) {
+    done = absl::FailedPreconditionError(
+        absl::StrCat(name, " is kept in sync from here; say where it runs: here or there"));
+  } else {
+    done = session->Decide(*decision == Decision::kRunsHere);
+  }
+  if (!done.ok()) return done;
+  return Json::object();
+}
+
 Json Daemon::Status(const Json& request) const {
   const std::string name = TextOr(request, "name", "");
-  Json answer = {{"guests", Json::array()}, {"incoming", Json::array()}, {"open", Json::array()}};
+  Json answer = {{"guests", Json::array()},
+                 {"incoming", Json::array()},
+                 {"open", Json::array()},
+                 {"open_matters", Json::array()}};
   answer["security"] = security_->ToJson();
   std::vector<std::shared_ptr<SourceSession>> sessions;
   {
@@ -425,7 +464,11 @@ Json Daemon::Status(const Json& request) const {
     for (const auto& [key, session] : sources_) {
       if (session != nullptr && (name.empty() || key == name)) sessions.push_back(session);
     }
-    for (const std::string& matter : open_matters_) answer["open"].push_back(matter);
+  }
+  for (const OpenMatter& matter : recovery_->open()) {
+    if (!name.empty() && matter.entry.guest != name) continue;
+    answer["open"].push_back(MatterText(matter));
+    answer["open_matters"].push_back(MatterToJson(matter));
   }
   for (const auto& session : sessions) {
     answer["guests"].push_back(SourceStatusToJson(session->status()));

@@ -17,6 +17,7 @@
 #include "tools/presyncd/fixed_costs.h"
 #include "tools/presyncd/history.h"
 #include "tools/presyncd/metrics.h"
+#include "tools/presyncd/recovery.h"
 #include "tools/presyncd/security.h"
 #include "transport/sync/source_session.h"
 #include "transport/sync/target_service.h"
@@ -49,7 +50,10 @@ class Daemon {
   absl::StatusOr<nlohmann::json> Launch(const nlohmann::json& request);
   absl::StatusOr<nlohmann::json> Stop(const nlohmann::json& request);
   absl::StatusOr<nlohmann::json> Record(const nlohmann::json& request);
+  absl::StatusOr<nlohmann::json> Settle(const nlohmann::json& request);
   nlohmann::json Status(const nlohmann::json& request) const;
+  // Whether a session of this host has the guest in its hands.
+  bool InUse(const std::string& guest) const ABSL_LOCKS_EXCLUDED(mutex_);
   std::vector<SessionStatus> Sources() const ABSL_LOCKS_EXCLUDED(mutex_);
   Metrics::View View() const ABSL_LOCKS_EXCLUDED(mutex_);
   absl::StatusOr<SourceSessionOptions> SessionOptions(const nlohmann::json& request,
@@ -65,12 +69,12 @@ class Daemon {
   History history_;
   std::unique_ptr<QemuTargetHost> host_;
   std::unique_ptr<TargetService> service_;
+  std::unique_ptr<RecoveryLoop> recovery_;  // after the above: it looks at them
 
   mutable absl::Mutex mutex_;
   std::map<std::string, std::shared_ptr<SourceSession>> sources_ ABSL_GUARDED_BY(mutex_);
   // For each of them: what gives its QEMU's memory free of tracking again.
   std::map<std::string, std::function<absl::Status()>> stop_tracking_ ABSL_GUARDED_BY(mutex_);
-  std::vector<std::string> open_matters_ ABSL_GUARDED_BY(mutex_);  // what recovery could not settle
 
   const std::shared_ptr<Metrics> metrics_;
   std::unique_ptr<MetricsServer> metrics_server_;  // last: its threads look at all of the above

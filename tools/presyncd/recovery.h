@@ -1,25 +1,70 @@
-// After a restart: handovers that an earlier presyncd left open, finished or rolled back.
+// Recovery of handovers (transport/sync/recovery.h) with this host's QEMUs, at presyncd's start and
+// while it runs.
 #pragma once
 
 #include <functional>
+#include <memory>
 #include <string>
+#include <thread>
+#include <utility>
 #include <vector>
 
+#include "absl/base/thread_annotations.h"
+#include "absl/synchronization/mutex.h"
 #include "qemu-glue/qemu_target_host.h"
 #include "transport/sync/dialer.h"
+#include "transport/sync/recovery.h"
 
 namespace presync {
 
-// Goes through the handover records in `folder`, by these rules (docs/protocol.md, "After a
-// crash"):
-//   source, preparing    the guest is this host's: it is resumed if the handover had stopped it
-//   source, given-up     the target is asked; only its word that it never ran it resumes the guest
-//   here target, waiting      nobody told it to run: its QEMU is ended target, told-to-run  it is
-//   this host's: run
-// Returns, for people, what could not be settled and what to do about it. Blocks for some seconds
-// at most for each open record.
-std::vector<std::string> RecoverHandovers(
-    const std::string& folder, QemuTargetHost* host, const PeerSecurity& security,
-    const std::function<void(bool problem, const std::string& line)>& log);
+// Guests by their QMP sockets, targets over TCP. One thread at a time.
+class QemuRecoveryHost final : public RecoveryHost {
+ public:
+  // `host` must outlive it.
+  QemuRecoveryHost(QemuTargetHost* host, PeerSecurity security)
+      : host_(host), security_(std::move(security)) {}
+
+  absl::Status ResumeSource(const HandoverEntry& entry) override;
+  absl::Status QuitSource(const HandoverEntry& entry) override;
+  absl::StatusOr<wire::Outcome> AskTarget(const HandoverEntry& entry) override;
+  absl::Status EndOrphan(const std::string& address) override { return host_->EndOrphan(address); }
+  absl::Status RunOrphan(const std::string& address) override { return host_->RunOrphan(address); }
+
+ private:
+  QemuTargetHost* const host_;
+  const PeerSecurity security_;
+};
+
+// Settles what an earlier presyncd left: once when it is made, then every few seconds in a thread
+// of its own. Thread-safe.
+class RecoveryLoop {
+ public:
+  // Goes through the records in `folder` once, which blocks for some seconds at most for each open
+  // one; nothing may be listening yet. `host` must outlive it.
+  RecoveryLoop(const std::string& folder, QemuTargetHost* host, PeerSecurity security,
+               std::function<void(bool problem, const std::string& line)> log);
+  ~RecoveryLoop();
+
+  // From now on again and again, but for guests that `in_use` names. It may be called from any
+  // thread until this object is destroyed.
+  void Start(Recovery::InUse in_use);
+
+  std::vector<OpenMatter> open() const { return recovery_.open(); }
+
+  // As Recovery::Decide.
+  absl::Status Decide(const std::string& guest, Decision decision) {
+    return recovery_.Decide(guest, decision, in_use_);
+  }
+
+ private:
+  void Run();
+
+  QemuRecoveryHost host_;
+  Recovery recovery_;
+  Recovery::InUse in_use_;
+  absl::Mutex mutex_;
+  bool ending_ ABSL_GUARDED_BY(mutex_) = false;
+  std::thread thread_;  // last: it uses all of the above
+};
 
 }  // namespace presync

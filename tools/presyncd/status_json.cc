@@ -52,6 +52,19 @@ Json TargetStatusToJson(const TargetStatus& status) {
           {"state", status.state}};
 }
 
+Json MatterToJson(const OpenMatter& matter) {
+  const HandoverEntry& entry = matter.entry;
+  return {{"name", entry.guest},
+          {"session", entry.guest.empty() ? "" : IdToHex(entry.session)},
+          {"role", entry.role == HandoverRole::kSource ? "source" : "target"},
+          {"phase", entry.guest.empty() ? "" : std::string(PhaseName(entry.phase))},
+          {"peer", entry.peer},
+          {"record", matter.path},
+          {"known", matter.known},
+          {"advice", matter.advice},
+          {"for_a_person", matter.for_a_person}};
+}
+
 Json LaunchReportToJson(const HandoverReport& report, const SessionStatus& status) {
   Json steps = Json::array();
   for (const auto& [step, at] : report.steps) steps.push_back({{"step", step}, {"ms", Millis(at)}});

@@ -4,6 +4,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "transport/sync/recovery.h"
 #include "transport/sync/source_session.h"
 #include "transport/sync/target_service.h"
 
@@ -11,6 +12,7 @@ namespace presync {
 
 nlohmann::json SourceStatusToJson(const SessionStatus& status);
 nlohmann::json TargetStatusToJson(const TargetStatus& status);
+nlohmann::json MatterToJson(const OpenMatter& matter);
 nlohmann::json LaunchReportToJson(const HandoverReport& report, const SessionStatus& status);
 
 }  // namespace presync

@@ -149,7 +149,7 @@ absl::StatusOr<HandoverRecord> HandoverRecord::Open(const std::string& folder,
 absl::StatusOr<HandoverRecord> HandoverRecord::Reserve(const std::string& folder,
                                                        HandoverEntry entry) {
   HandoverRecord record;
-  record.path_ = absl::StrCat(folder, "/", FileName(entry));
+  record.path_ = Path(folder, entry);
   record.fd_.reset(::open(record.path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600));
   if (!record.fd_.valid()) return FileError("open", record.path_);
   struct stat st;
@@ -217,6 +217,16 @@ std::vector<HandoverEntry> HandoverRecord::ReadAll(const std::string& folder,
     }
   }
   return entries;
+}
+
+std::string HandoverRecord::Path(const std::string& folder, const HandoverEntry& entry) {
+  return absl::StrCat(folder, "/", FileName(entry));
+}
+
+absl::Status HandoverRecord::Forget(const std::string& folder, const HandoverEntry& entry) {
+  const std::string path = Path(folder, entry);
+  if (::unlink(path.c_str()) != 0 && errno != ENOENT) return FileError("remove", path);
+  return absl::OkStatus();
 }
 
 void HandoverRecord::RemoveUnused(const std::string& folder) {

@@ -70,6 +70,12 @@ class HandoverRecord {
   static std::vector<HandoverEntry> ReadAll(const std::string& folder,
                                             std::vector<std::string>* unreadable);
 
+  // Where the record of such an entry lies.
+  static std::string Path(const std::string& folder, const HandoverEntry& entry);
+
+  // Removes the record of such an entry: nothing about it is open any more. Ok if there is none.
+  static absl::Status Forget(const std::string& folder, const HandoverEntry& entry);
+
   // Removes the records in `folder` that were reserved and never used. Not while sessions run.
   static void RemoveUnused(const std::string& folder);
 

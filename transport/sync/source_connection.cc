@@ -55,6 +55,7 @@ absl::StatusOr<std::unique_ptr<SourceLink>> DialTcpLink(Dialer* dialer, const Gu
     return absl::InvalidArgumentError(
         absl::StrCat(dialer->peer(), " opened the session with a bad token or stream count"));
   }
+  if (request.make_link != nullptr) return request.make_link(*token, deadline);
   std::vector<Connection> connections;
   for (uint32_t i = 0; i < streams; ++i) {
     absl::StatusOr<Connection> connection =

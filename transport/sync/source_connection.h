@@ -2,6 +2,7 @@
 // from one link to the next.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -23,6 +24,11 @@ namespace presync {
 // Which kind of link carries the pages. kAuto: RDMA where both hosts have it, else TCP.
 enum class Transport { kAuto, kRdma, kTcp };
 
+// Brings up the source's end of a link that stands in for TCP, once the target has offered it under
+// this token. For tests of sessions over a link of their own.
+using MakeSourceLink = std::function<absl::StatusOr<std::unique_ptr<SourceLink>>(
+    const SessionId& token, absl::Time deadline)>;
+
 // What the source asks for when it connects.
 struct SessionRequest {
   SessionId session = {};
@@ -33,6 +39,7 @@ struct SessionRequest {
   Transport transport = Transport::kAuto;
   std::string tcp_reason = "TCP was asked for";  // for people, with kTcp
   RdmaSourceOptions rdma;
+  MakeSourceLink make_link = nullptr;  // null: TCP connections
 };
 
 struct SourceConnection {

@@ -43,6 +43,11 @@ absl::string_view StateName(SessionState state) {
   return "unknown";
 }
 
+bool IsOver(SessionState state) {
+  return state == SessionState::kMoved || state == SessionState::kFailed ||
+         state == SessionState::kStopped;
+}
+
 absl::StatusOr<std::unique_ptr<SourceSession>> SourceSession::Start(
     SourceSessionOptions options, std::unique_ptr<Dialer> dialer, GuestMemory memory,
     std::unique_ptr<DirtyLog> log, std::unique_ptr<SourceGuest> guest) {
@@ -136,6 +141,29 @@ absl::Status SourceSession::Stop() {
   return absl::OkStatus();
 }
 
+absl::Status SourceSession::Decide(bool runs_here) {
+  absl::MutexLock lock(&mutex_);
+  if (published_.state != SessionState::kInDoubt) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(options_.guest, " is not in doubt, but ", StateName(published_.state)));
+  }
+  decision_ = runs_here;
+  const auto settled = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
+    return published_.state != SessionState::kInDoubt;
+  };
+  // A question to the target that is under way comes first; then the guest is resumed or ended.
+  mutex_.AwaitWithTimeout(absl::Condition(&settled), absl::Seconds(45));
+  if (published_.state == SessionState::kInDoubt || published_.state == SessionState::kStuck) {
+    return absl::FailedPreconditionError(published_.problem);
+  }
+  return absl::OkStatus();
+}
+
+std::optional<bool> SourceSession::TakeDecision() {
+  absl::MutexLock lock(&mutex_);
+  return std::exchange(decision_, std::nullopt);
+}
+
 // The session thread. -----------------------------------------------------------------------------
 
 void SourceSession::Run() {
@@ -225,7 +253,8 @@ SessionRequest SourceSession::Request() const {
           .socket = options_.socket,
           .transport = options_.transport,
           .tcp_reason = options_.tcp_reason,
-          .rdma = options_.rdma};
+          .rdma = options_.rdma,
+          .make_link = options_.make_link};
 }
 
 absl::Status SourceSession::Connect() {

@@ -4,6 +4,7 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -37,6 +38,7 @@ struct SourceSessionOptions {
   Transport transport = Transport::kAuto;
   std::string tcp_reason = SessionRequest().tcp_reason;
   RdmaSourceOptions rdma;
+  MakeSourceLink make_link = nullptr;  // see SessionRequest
   absl::Duration connect_timeout = absl::Seconds(20);
   absl::Duration reconnect_every = absl::Seconds(1);
   // How soon RDMA is tried again while TCP carries the sync; doubles with each failure.
@@ -59,6 +61,9 @@ enum class SessionState {
 };
 
 absl::string_view StateName(SessionState state);
+
+// Whether a session in this state is over, and makes room for another one.
+bool IsOver(SessionState state);
 
 struct SessionStatus {
   SessionState state = SessionState::kConnecting;
@@ -105,6 +110,11 @@ class SourceSession {
   // FAILED_PRECONDITION: a launch is under way, or the guest's fate is in doubt.
   absl::Status Stop() ABSL_LOCKS_EXCLUDED(mutex_);
 
+  // What a person found out about a guest in doubt: that it certainly does not run on the target
+  // and never will, so that it goes on here; or that it does. Waits until that is done.
+  // FAILED_PRECONDITION: the session is not in doubt, or the guest could not be resumed yet.
+  absl::Status Decide(bool runs_here) ABSL_LOCKS_EXCLUDED(mutex_);
+
   // Records what the guest writes, beside the sync, while the session lasts. A launch ends it.
   SessionRecording* recording() { return &recording_; }
   PageCount pages() const { return memory_.pages(); }
@@ -140,13 +150,12 @@ class SourceSession {
   void EndReturn();
   void Retire(std::unique_ptr<SourceLink> link);
   void ResolveDoubt();
+  std::string HowToSettle() const;
+  std::optional<bool> TakeDecision() ABSL_LOCKS_EXCLUDED(mutex_);
   void ResumeHere(const std::string& why);
   void Settle(SessionState state, const absl::Status& why);
   void Publish() ABSL_LOCKS_EXCLUDED(mutex_);
-  bool Ended() const {
-    return state_ == SessionState::kMoved || state_ == SessionState::kFailed ||
-           state_ == SessionState::kStopped;
-  }
+  bool Ended() const { return IsOver(state_); }
   // The guest's fate is open: nothing else matters until it is settled.
   bool Open() const { return state_ == SessionState::kInDoubt || state_ == SessionState::kStuck; }
   LaunchOrder* WaitForOrder(absl::Duration longest) ABSL_LOCKS_EXCLUDED(mutex_);
@@ -186,6 +195,7 @@ class SourceSession {
   SessionStatus published_ ABSL_GUARDED_BY(mutex_);
   LaunchOrder* order_ ABSL_GUARDED_BY(mutex_) = nullptr;
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
+  std::optional<bool> decision_ ABSL_GUARDED_BY(mutex_);  // it runs here; what a person said
 
   absl::Mutex join_mutex_;
   std::thread thread_;  // last: it uses all of the above

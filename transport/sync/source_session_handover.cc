@@ -88,11 +88,20 @@ void SourceSession::Serve(LaunchOrder* order) {
 // Given up, and no answer: ask until there is one. Neither yes nor silence lets the guest run here;
 // only the target's positive word that it never ran it.
 void SourceSession::ResolveDoubt() {
+  if (const std::optional<bool> runs_here = TakeDecision()) {
+    options_.log(true, absl::StrCat(options_.guest, ": settled by hand: it runs ",
+                                    *runs_here ? "here" : "there"));
+    if (!*runs_here) return Settle(SessionState::kMoved, absl::OkStatus());
+    record_->Append(HandoverPhase::kTakenBack).IgnoreError();
+    return ResumeHere("settled by hand; the guest goes on here");
+  }
   absl::StatusOr<wire::Outcome> outcome =
       AskOutcome(dialer_.get(), id_, options_.guest, absl::Now() + absl::Seconds(5));
   if (!outcome.ok()) {
-    problem_ = absl::StrCat("given up to ", dialer_->peer(),
-                            ", whose presyncd can't be asked: ", outcome.status().message());
+    problem_ =
+        absl::StrCat("given up to ", dialer_->peer(),
+                     ", whose presyncd can't be asked: ", outcome.status().message(),
+                     "; asked again every second. If that host is lost for good: ", HowToSettle());
   } else if (outcome->value() == wire::Outcome::RUNNING) {
     Settle(SessionState::kMoved, absl::OkStatus());
   } else if (outcome->value() == wire::Outcome::NEVER_RAN) {
@@ -100,12 +109,20 @@ void SourceSession::ResolveDoubt() {
     ResumeHere(absl::StrCat(dialer_->peer(), " never ran the guest; it goes on here"));
     return;
   } else {
-    problem_ = absl::StrCat("given up to ", dialer_->peer(),
-                            ", which answers: ", PrintableText(outcome->text()),
-                            "; look whether the guest runs there before resuming it here by hand");
+    problem_ =
+        absl::StrCat("given up to ", dialer_->peer(),
+                     ", which answers: ", PrintableText(outcome->text()), "; ", HowToSettle());
   }
   Publish();
   WaitForOrder(options_.reconnect_every);
+}
+
+// Where only a person can know.
+std::string SourceSession::HowToSettle() const {
+  return absl::StrCat("look at ", dialer_->peer(), " whether ", options_.guest,
+                      " runs there. If it does: presync settle ", options_.guest,
+                      " there. If it certainly does not, and never will: presync settle ",
+                      options_.guest, " here");
 }
 
 // The guest is this host's and stands still: tries until it runs, or its process has ended.

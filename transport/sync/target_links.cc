@@ -96,21 +96,32 @@ absl::Status TargetLinks::BringTcp(Entry* entry, uint32_t streams) {
   offer->set_token(IdToBytes(entry->token));
   offer->set_tcp_streams(streams);
   const absl::Status sent = Send(message);
-  absl::StatusOr<std::vector<Connection>> connections = service_->TakeStreams(
-      entry->token, absl::Now() + (sent.ok() ? kStreamsTimeout : absl::ZeroDuration()));
+  bool encrypted = false;
+  absl::StatusOr<std::unique_ptr<TargetLink>> link = TakeTcp(
+      entry->token, absl::Now() + (sent.ok() ? kStreamsTimeout : absl::ZeroDuration()), &encrypted);
   if (!sent.ok()) return sent;
-  if (!connections.ok()) return connections.status();
-  const bool encrypted = connections->front().encrypted();
-  auto made = MakeStreams(*std::move(connections), service_->options().socket);
-  if (!made.ok()) return made.status();
-  absl::StatusOr<std::unique_ptr<TcpTargetLink>> link =
-      TcpTargetLink::Create(memory_, *std::move(made));
   if (!link.ok()) return link.status();
   if (absl::Status s = Publish(entry, *std::move(link)); !s.ok()) return s;
   on_up_();
   service_->Log(false, absl::StrCat(guest_, ": link ", entry->number, " is up: tcp, ", streams,
                                     " streams", encrypted ? ", TLS" : ""));
   return Send(MakeLinkReady(entry->number));
+}
+
+absl::StatusOr<std::unique_ptr<TargetLink>> TargetLinks::TakeTcp(const SessionToken& token,
+                                                                 absl::Time deadline,
+                                                                 bool* encrypted) {
+  const TargetServiceOptions& options = service_->options();
+  if (options.make_link != nullptr) return options.make_link(token, memory_, deadline);
+  absl::StatusOr<std::vector<Connection>> connections = service_->TakeStreams(token, deadline);
+  if (!connections.ok()) return connections.status();
+  *encrypted = connections->front().encrypted();
+  auto made = MakeStreams(*std::move(connections), options.socket);
+  if (!made.ok()) return made.status();
+  absl::StatusOr<std::unique_ptr<TcpTargetLink>> link =
+      TcpTargetLink::Create(memory_, *std::move(made));
+  if (!link.ok()) return link.status();
+  return *std::move(link);
 }
 
 absl::Status TargetLinks::BringRdma(Entry* entry, uint32_t queue_pairs) {

@@ -61,6 +61,8 @@ class TargetLinks {
 
   void Bring(Entry* entry, const wire::OpenLink& open);
   absl::Status BringTcp(Entry* entry, uint32_t streams);
+  absl::StatusOr<std::unique_ptr<TargetLink>> TakeTcp(const SessionToken& token,
+                                                      absl::Time deadline, bool* encrypted);
   absl::Status BringRdma(Entry* entry, uint32_t queue_pairs);
   absl::Status Publish(Entry* entry, std::unique_ptr<TargetLink> link);
   absl::Status End(Entry* entry);

@@ -223,6 +223,11 @@ absl::StatusOr<TargetSlot*> TargetService::AcquireSlot(const SessionId& session,
     mutex_.AwaitWithTimeout(absl::Condition(&let_go), kTakeOverTimeout);
     it = find();
   }
+  if (it != slots_.end() && it->closing) {
+    const auto is_closed = [&] { return find() == slots_.end() || !find()->closing; };
+    mutex_.AwaitWithTimeout(absl::Condition(&is_closed), kTakeOverTimeout);
+    it = find();
+  }
   if (it != slots_.end() && it->session != session && !it->busy) {
     // A lost session of the same guest: its source has begun anew, so nobody will come back for it.
     replaced.splice(replaced.end(), slots_, it);
@@ -273,9 +278,15 @@ absl::Status TargetService::CheckUse(const TargetSlot* except, const std::string
 
 void TargetService::ReleaseSlot(TargetSlot* slot, bool forget) {
   std::list<TargetSlot> dropped;
-  // It may take its time to end, so not under the lock; and before the guest's name is free, for a
-  // new place would use the same files.
-  if (forget) slot->place.reset();
+  if (forget) {
+    {
+      absl::MutexLock lock(&mutex_);
+      slot->closing = true;
+    }
+    // It may take its time to end, so not under the lock; and before the guest's name is free, for
+    // a new place would use the same files.
+    slot->place.reset();
+  }
   absl::MutexLock lock(&mutex_);
   slot->busy = false;
   slot->channel = nullptr;
@@ -365,9 +376,14 @@ wire::Outcome TargetService::Outcome(const SessionId& session, const std::string
     // Of a time before there were certificates: anybody who may come may ask.
     if (!entry.peer_name.empty() && entry.peer_name != peer_name) {
       outcome.set_text("that session was opened by another peer");
-    } else if (entry.phase == HandoverPhase::kToldToRun || entry.phase == HandoverPhase::kRunning) {
+    } else if (entry.phase == HandoverPhase::kRunning) {
       outcome.set_value(wire::Outcome::RUNNING);
-      outcome.set_text("it was told to run here");
+      outcome.set_text("it runs here");
+    } else if (entry.phase == HandoverPhase::kToldToRun) {
+      // Its source keeps the only other copy until this is certain. Recovery runs it.
+      outcome.set_text(
+          "it was told to run here, and whether it does is not certain yet; see presync status "
+          "there");
     } else if (entry.phase == HandoverPhase::kNeverRan) {
       outcome.set_value(wire::Outcome::NEVER_RAN);
       outcome.set_text("it never ran here");

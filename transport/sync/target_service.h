@@ -15,6 +15,8 @@
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "transport/link.h"
+#include "transport/memory.h"
 #include "transport/rdma/rdma_options.h"
 #include "transport/sync/admission.h"
 #include "transport/sync/peer_rules.h"
@@ -27,10 +29,16 @@
 
 namespace presync {
 
+// Brings up the target's end of a link that stands in for TCP, offered under this token. For tests
+// of sessions over a link of their own.
+using MakeTargetLink = std::function<absl::StatusOr<std::unique_ptr<TargetLink>>(
+    const SessionToken& token, const GuestMemory* memory, absl::Time deadline)>;
+
 struct TargetServiceOptions {
   std::string record_folder;
   SocketOptions socket;
   RdmaTargetOptions rdma;
+  MakeTargetLink make_link = nullptr;  // null: TCP connections
   uint32_t max_tcp_streams = 16;
   AdmissionRules admission;
   PeerList peers;                           // who may push, by certificate; plain peers have none
@@ -69,6 +77,7 @@ struct TargetSlot {
   absl::Time lost_at = absl::InfiniteFuture();
   ControlChannel* channel = nullptr;  // of the conversation that serves it; null when lost
   bool busy = false;                  // a conversation is using `place`
+  bool closing = false;               // ... and ends it: the guest's name will be free
 };
 
 // Where data connections wait until their session takes them.

@@ -139,9 +139,11 @@ absl::Status TargetConversation::RunGuest() {
     slot_->place->Keep();
     record_->Append(HandoverPhase::kRunning).IgnoreError();
     service_->Log(false, absl::StrCat(slot_->guest, ": runs here now"));
-  } else if (absl::IsFailedPrecondition(run) && guest_->Discard(deadline).ok()) {
-    // It refused, and now it can't change its mind. If the record can't be written, the answer has
-    // to be enough: after it the source will not ask again.
+  } else if (absl::IsFailedPrecondition(run) && record_->Append(HandoverPhase::kWaiting).ok()) {
+    // It refused, or had ended before. The order is taken back first: a record that still says so
+    // when its QEMU is gone could not be settled without a person.
+    if (absl::Status s = slot_->place->EndWaiting(); !s.ok()) return s;  // the source will ask
+    // If this can't be written, the answer has to be enough: after it the source does not ask.
     record_->Append(HandoverPhase::kNeverRan).IgnoreError();
     answer.mutable_outcome()->set_value(wire::Outcome::NEVER_RAN);
     answer.mutable_outcome()->set_text(std::string(run.message()));

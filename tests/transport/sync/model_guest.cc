@@ -90,7 +90,12 @@ uint64_t ModelMemory::faults() const {
   return faults_;
 }
 
-std::unique_ptr<DirtyLog> ModelMemory::MakeLog() { return std::make_unique<ModelLog>(this); }
+std::unique_ptr<DirtyLog> ModelMemory::MakeLog() {
+  absl::MutexLock lock(&mutex_);
+  armed_.ClearAll();
+  written_.ClearAll();
+  return std::make_unique<ModelLog>(this);
+}
 
 void World::SetRunning(bool source, bool running) {
   absl::MutexLock lock(&mutex_);

@@ -29,7 +29,8 @@ class ModelMemory {
   ScratchMemory& scratch() { return *scratch_; }
   const GuestMemory& memory() const { return scratch_->memory(); }
 
-  // A log over this memory, which must outlive it.
+  // A log over this memory, which must outlive it; no page is armed. An earlier log is not to be
+  // used any more.
   std::unique_ptr<DirtyLog> MakeLog();
   // From now on the log fails: the guest's process is gone.
   void Die() { dead_ = true; }

@@ -186,7 +186,8 @@ TEST_F(PeerTest, FilesLieWhereTheyMay) {
   const absl::Status status = Open("one", RandomId()).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kPermissionDenied) << status;
   EXPECT_THAT(status.ToString(), HasSubstr("/nowhere"));
-  EXPECT_TRUE(service_->status().empty());
+  EXPECT_TRUE(Await([&] { return service_->status().empty(); }))
+      << "once its conversation has ended";
 }
 
 TEST_F(PeerTest, ASessionIsItsPeersOwn) {

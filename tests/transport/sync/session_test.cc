@@ -3,6 +3,7 @@
 #include <sys/socket.h>
 
 #include "tests/transport/sync/session_fixture.h"
+#include "transport/sync/handover_record.h"
 #include "transport/sync/link_messages.h"
 
 namespace presync {
@@ -72,11 +73,48 @@ TEST_F(SessionTest, GivenUpAndUnansweredTheSourceAsksAndDoesNotResume) {
   StartWriting();
   ASSERT_TRUE(StartSession().ok());
   const absl::StatusOr<HandoverReport> report = Launch();
-  EXPECT_TRUE(report.ok()) << report.status();
-  EXPECT_EQ(session_->status().state, SessionState::kMoved);
+  // The target's word is "told to run", which is not "it runs": the source keeps its copy.
+  EXPECT_FALSE(report.ok());
+  EXPECT_EQ(session_->status().state, SessionState::kInDoubt);
+  EXPECT_THAT(session_->status().problem, HasSubstr("presync settle g1 here"));
+  EXPECT_TRUE(world_.target_running());
+  EXPECT_FALSE(world_.source_running());
+  // What the target's recovery finds.
+  std::vector<std::string> unreadable;
+  for (const HandoverEntry& entry : HandoverRecord::ReadAll(target_folder_.path(), &unreadable)) {
+    ASSERT_EQ(entry.phase, HandoverPhase::kToldToRun);
+    ASSERT_TRUE(HandoverRecord::Reserve(target_folder_.path(), entry)
+                    ->Append(HandoverPhase::kRunning)
+                    .ok());
+  }
+  ASSERT_TRUE(AwaitState(SessionState::kMoved));
   EXPECT_TRUE(world_.target_running());
   EXPECT_FALSE(world_.source_running());
   EXPECT_THAT(Differences(), ::testing::IsEmpty());
+}
+
+// Only a person can know, when the target's record is lost.
+TEST_F(SessionTest, GivenUpToATargetWithoutARecordAPersonDecides) {
+  for (const bool here : {true, false}) {
+    host_.set_fails("run-unanswered");
+    ASSERT_TRUE(StartSession().ok());
+    ASSERT_TRUE(AwaitState(SessionState::kSyncing));
+    EXPECT_FALSE(session_->Decide(here).ok()) << "nothing is in doubt";
+    EXPECT_FALSE(Launch().ok());
+    ASSERT_EQ(session_->status().state, SessionState::kInDoubt);
+    for (const auto& file : std::filesystem::directory_iterator(target_folder_.path())) {
+      std::filesystem::remove(file);
+    }
+    ASSERT_TRUE(Await([&] {
+      return session_->status().problem.find("no record") != std::string::npos;
+    })) << session_->status().problem;
+    world_.SetRunning(false, !here);
+    const absl::Status decided = session_->Decide(here);
+    EXPECT_TRUE(decided.ok()) << decided;
+    EXPECT_EQ(world_.source_running(), here);
+    EXPECT_EQ(session_->status().state == SessionState::kMoved, !here);
+    EXPECT_TRUE(!here || session_->Stop().ok());
+  }
 }
 
 TEST_F(SessionTest, APageThatDiffersIsFoundAndTheGuestStays) {

@@ -1,0 +1,579 @@
+#include "tests/faults/machines.h"
+
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <optional>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "predictor/check.h"
+
+namespace presync {
+namespace {
+
+// What can be saved live, and what only once the guest stands still.
+const char kLiveState[] = "live state;";
+constexpr size_t kStoppedStateBytes = 20'000;
+
+std::string WholeState() { return kLiveState + std::string(kStoppedStateBytes, 's'); }
+
+std::unique_ptr<ScratchMemory> MakeScratch() {
+  absl::StatusOr<std::unique_ptr<ScratchMemory>> scratch = ScratchMemory::Create(kFaultRegions);
+  PRESYNC_CHECK(scratch.ok());
+  return *std::move(scratch);
+}
+
+const char* Name(VmState state) {
+  switch (state) {
+    case VmState::kWaiting:
+      return "waiting";
+    case VmState::kLoaded:
+      return "loaded";
+    case VmState::kRunning:
+      return "running";
+    case VmState::kStopped:
+      return "stopped";
+    case VmState::kGone:
+      return "gone";
+  }
+  return "?";
+}
+
+void WriteAll(int fd, absl::string_view bytes) {
+  while (!bytes.empty()) {
+    const ssize_t n = ::send(fd, bytes.data(), bytes.size(), MSG_NOSIGNAL);
+    if (n <= 0) return;
+    bytes.remove_prefix(static_cast<size_t>(n));
+  }
+}
+
+bool Contains(std::initializer_list<VmState> states, VmState state) {
+  return std::find(states.begin(), states.end(), state) != states.end();
+}
+
+}  // namespace
+
+// Machines. ---------------------------------------------------------------------------------------
+
+Machines::Machines(uint64_t seed)
+    : random_(seed), source_memory_(kFaultRegions), truth_(MakeScratch()) {
+  GuestWrites(/*at_source=*/true, kFaultPages / 2);
+}
+
+void Machines::GuestWrites(bool at_source, int pages) {
+  absl::MutexLock lock(&mutex_);
+  const bool runs = at_source ? source_ == VmState::kRunning
+                              : target_ != nullptr && target_->state == VmState::kRunning;
+  if (!runs) return;
+  ModelMemory& memory = at_source ? source_memory_ : target_->memory;
+  for (int i = 0; i < pages; ++i) {
+    // Some pages are hot; one write in nine makes a page zero.
+    const auto page = static_cast<PageIndex>(random_() % (random_() % 3 == 0 ? kFaultPages : 20));
+    const uint64_t value = random_() % 9 == 0 ? 0 : random_() | 1;
+    memory.Write(page, value);
+    if (value == 0) {
+      truth_->ZeroPage(page);
+    } else {
+      truth_->FillPage(page, value);
+    }
+  }
+}
+
+void Machines::Look() {
+  const bool target_runs = target_ != nullptr && target_->state == VmState::kRunning;
+  if (source_ == VmState::kRunning && target_runs) ever_two_ = true;
+}
+
+int Machines::running() const { return (source_runs() ? 1 : 0) + (target_runs() ? 1 : 0); }
+
+bool Machines::source_runs() const { return source_state() == VmState::kRunning; }
+
+bool Machines::target_runs() const {
+  absl::MutexLock lock(&mutex_);
+  return target_ != nullptr && target_->state == VmState::kRunning;
+}
+
+std::vector<PageIndex> Machines::WrongPages() {
+  absl::MutexLock lock(&mutex_);
+  if (target_ != nullptr && target_->state == VmState::kRunning) {
+    return truth_->Differences(target_->memory.scratch());
+  }
+  if (source_ == VmState::kRunning) return truth_->Differences(source_memory_.scratch());
+  return {};
+}
+
+void Machines::KillSource() {
+  absl::MutexLock lock(&mutex_);
+  const bool target_has_it = target_ != nullptr && target_->state == VmState::kRunning;
+  if (source_ != VmState::kGone && !target_has_it) guest_killed_ = true;
+  source_ = VmState::kGone;
+  source_memory_.Die();
+}
+
+void Machines::KillTarget() {
+  absl::MutexLock lock(&mutex_);
+  if (target_ == nullptr || target_->state == VmState::kGone) return;
+  if (target_->told) guest_killed_ = true;
+  target_->state = VmState::kGone;
+}
+
+void Machines::NoteTargetCrashed() {
+  absl::MutexLock lock(&mutex_);
+  if (target_ != nullptr && target_->state == VmState::kLoaded) target_->told = true;
+}
+
+std::string Machines::Describe() const {
+  absl::MutexLock lock(&mutex_);
+  return absl::StrCat("the source's QEMU is ", Name(source_), ", the target's ",
+                      target_ == nullptr ? "never was" : Name(target_->state));
+}
+
+VmState Machines::source_state() const {
+  absl::MutexLock lock(&mutex_);
+  return source_;
+}
+
+bool Machines::MoveSource(std::initializer_list<VmState> from, VmState to) {
+  absl::MutexLock lock(&mutex_);
+  if (!Contains(from, source_)) return false;
+  source_ = to;
+  Look();
+  return true;
+}
+
+absl::StatusOr<std::shared_ptr<Machines::TargetVm>> Machines::NewTarget() {
+  absl::MutexLock lock(&mutex_);
+  if (target_ != nullptr && target_->state == VmState::kRunning) {
+    return absl::AlreadyExistsError("the guest runs on this host already");
+  }
+  target_ = std::make_shared<TargetVm>(kFaultRegions);
+  // A late write into memory that was given up harms nobody, and must not crash the campaign.
+  all_targets_.push_back(target_);
+  return target_;
+}
+
+std::shared_ptr<Machines::TargetVm> Machines::target() const {
+  absl::MutexLock lock(&mutex_);
+  return target_;
+}
+
+VmState Machines::state_of(const TargetVm& vm) const {
+  absl::MutexLock lock(&mutex_);
+  return vm.state;
+}
+
+bool Machines::MoveTarget(TargetVm* vm, std::initializer_list<VmState> from, VmState to) {
+  {
+    absl::MutexLock lock(&mutex_);
+    if (!Contains(from, vm->state)) return false;
+    vm->state = to;
+    Look();
+  }
+  // What the guest writes from here on nothing may overwrite.
+  if (to == VmState::kRunning) GuestWrites(/*at_source=*/false, 40);
+  return true;
+}
+
+void Machines::NoteToldToRun(TargetVm* vm, bool told) {
+  absl::MutexLock lock(&mutex_);
+  vm->told = told;
+}
+
+// Monitor. ----------------------------------------------------------------------------------------
+
+absl::Status Monitor::Call(Life* life, const std::string& step,
+                           const std::function<void()>& effect) {
+  hook_(step, /*before=*/true);
+  const MonitorFault fault = fault_;
+  if (fault == MonitorFault::kError) {
+    fault_ = MonitorFault::kNone;
+    return absl::FailedPreconditionError(
+        absl::StrCat(step, ": QEMU answers an error, as scripted"));
+  }
+  if (fault == MonitorFault::kClosed) {
+    fault_ = MonitorFault::kNone;
+    return absl::AbortedError(absl::StrCat(step, ": QEMU's monitor was closed, as scripted"));
+  }
+  if (fault == MonitorFault::kSlow) {
+    fault_ = MonitorFault::kNone;
+    absl::SleepFor(absl::Milliseconds(150));
+  }
+  if (absl::Status s = life->Act(effect); !s.ok()) return s;
+  hook_(step, /*before=*/false);
+  return absl::OkStatus();
+}
+
+namespace {
+
+// The source's guest. -------------------------------------------------------------------------
+
+class FaultySource final : public SourceGuest {
+ public:
+  FaultySource(Machines* machines, Monitor* monitor, Life* life)
+      : machines_(machines), monitor_(monitor), life_(life) {}
+
+  absl::Status PrepareSave(absl::Time) override {
+    return Call("source prepare-save", [this] { return Alive(); });
+  }
+
+  absl::StatusOr<UniqueFd> BeginSave(absl::Time) override {
+    UniqueFd reader;
+    const absl::Status status = Call("source begin-save", [&] {
+      if (absl::Status s = Alive(); !s.ok()) return s;
+      int pair[2];
+      PRESYNC_CHECK(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) == 0);
+      stream_.reset(pair[0]);
+      reader.reset(pair[1]);
+      WriteAll(stream_.get(), kLiveState);
+      return absl::OkStatus();
+    });
+    if (!status.ok()) return status;
+    return reader;
+  }
+
+  absl::StatusOr<absl::Time> Stop(absl::Time) override {
+    const absl::Status status = Call("source stop", [this] {
+      return machines_->MoveSource({VmState::kRunning}, VmState::kStopped) ? absl::OkStatus()
+                                                                           : Alive();
+    });
+    if (!status.ok()) return status;
+    return absl::Now();
+  }
+
+  absl::Status FinishSave(absl::Time) override {
+    return Call("source finish-save", [this] {
+      if (absl::Status s = Alive(); !s.ok()) return s;
+      WriteAll(stream_.get(), std::string(kStoppedStateBytes, 's'));
+      stream_.reset();
+      return absl::OkStatus();
+    });
+  }
+
+  absl::Status Resume(absl::Time) override {
+    return Call("source resume", [this] {
+      stream_.reset();
+      machines_->MoveSource({VmState::kStopped}, VmState::kRunning);
+      return Alive();
+    });
+  }
+
+  absl::Status Quit(absl::Time) override {
+    return Call("source quit", [this] {
+      machines_->MoveSource({VmState::kRunning, VmState::kStopped}, VmState::kGone);
+      return absl::OkStatus();
+    });
+  }
+
+  absl::StatusOr<RunState> State(absl::Time) override {
+    RunState state = RunState::kGone;
+    const absl::Status status = Call("source state", [&] {
+      const VmState vm = machines_->source_state();
+      state = vm == VmState::kRunning ? RunState::kRunning
+              : vm == VmState::kGone  ? RunState::kGone
+                                      : RunState::kPaused;
+      return absl::OkStatus();
+    });
+    if (!status.ok()) return status;
+    return state;
+  }
+
+ private:
+  absl::Status Alive() const {
+    return machines_->source_state() == VmState::kGone
+               ? absl::UnavailableError("the guest's process is gone")
+               : absl::OkStatus();
+  }
+  absl::Status Call(const std::string& step, const std::function<absl::Status()>& effect) {
+    absl::Status result;
+    const absl::Status called = monitor_->Call(life_, step, [&] { result = effect(); });
+    return called.ok() ? result : called;
+  }
+
+  Machines* const machines_;
+  Monitor* const monitor_;
+  Life* const life_;
+  UniqueFd stream_;
+};
+
+// The guest writes at every look, so that what it writes depends on the looks alone.
+class WritingLog final : public DirtyLog {
+ public:
+  WritingLog(Machines* machines, Life* life)
+      : machines_(machines), life_(life), log_(machines->source_memory().MakeLog()) {}
+  std::string_view name() const override { return "model"; }
+  absl::Status Peek(std::vector<PageRun>* written) override {
+    absl::Status status;
+    const absl::Status acted = life_->Act([&] {
+      machines_->GuestWrites(/*at_source=*/true, 3);
+      status = log_->Peek(written);
+    });
+    return acted.ok() ? status : acted;
+  }
+  absl::Status Arm(absl::Span<const PageRun> runs) override {
+    absl::Status status;
+    const absl::Status acted = life_->Act([&] { status = log_->Arm(runs); });
+    return acted.ok() ? status : acted;
+  }
+
+ private:
+  Machines* const machines_;
+  Life* const life_;
+  const std::unique_ptr<DirtyLog> log_;
+};
+
+// The target's. -------------------------------------------------------------------------------
+
+class FaultyTarget final : public TargetGuest {
+ public:
+  FaultyTarget(Machines* machines, Monitor* monitor, Life* life,
+               std::shared_ptr<Machines::TargetVm> vm)
+      : machines_(machines), monitor_(monitor), life_(life), vm_(std::move(vm)) {}
+
+  absl::StatusOr<UniqueFd> BeginLoad(absl::Time) override {
+    UniqueFd writer;
+    const absl::Status status = Call("target begin-load", [&] {
+      if (absl::Status s = Alive(); !s.ok()) return s;
+      int pair[2];
+      PRESYNC_CHECK(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) == 0);
+      stream_.reset(pair[1]);
+      writer.reset(pair[0]);
+      return absl::OkStatus();
+    });
+    if (!status.ok()) return status;
+    return writer;
+  }
+
+  absl::Status AwaitLoaded(absl::Time) override {
+    return Call("target await-loaded", [this] {
+      std::string state;
+      char buffer[4096];
+      for (ssize_t n; (n = ::read(stream_.get(), buffer, sizeof(buffer))) > 0;) {
+        state.append(buffer, static_cast<size_t>(n));
+      }
+      if (state != WholeState())
+        return absl::DataLossError("the device state is not what was saved");
+      return machines_->MoveTarget(vm_.get(), {VmState::kWaiting}, VmState::kLoaded)
+                 ? absl::OkStatus()
+                 : Alive();
+    });
+  }
+
+  absl::Status Run(absl::Time) override {
+    return Call("target run", [this] {
+      PRESYNC_CHECK(machines_->state_of(*vm_) != VmState::kWaiting);
+      machines_->NoteToldToRun(vm_.get(), true);
+      if (machines_->MoveTarget(vm_.get(), {VmState::kLoaded}, VmState::kRunning)) {
+        return absl::OkStatus();
+      }
+      machines_->NoteToldToRun(vm_.get(), false);
+      return absl::FailedPreconditionError(
+          "the guest's process had ended before it was told to run");
+    });
+  }
+
+  absl::Status Discard(absl::Time) override {
+    return Call("target discard", [this] {
+      machines_->MoveTarget(vm_.get(), {VmState::kWaiting, VmState::kLoaded}, VmState::kGone);
+      machines_->NoteToldToRun(vm_.get(), false);
+      return absl::OkStatus();
+    });
+  }
+
+  absl::StatusOr<RunState> State(absl::Time) override {
+    switch (machines_->state_of(*vm_)) {
+      case VmState::kWaiting:
+        return RunState::kIncoming;
+      case VmState::kGone:
+        return RunState::kGone;
+      case VmState::kRunning:
+        return RunState::kRunning;
+      default:
+        return RunState::kPaused;
+    }
+  }
+
+ private:
+  absl::Status Alive() const {
+    return machines_->state_of(*vm_) == VmState::kGone
+               ? absl::UnavailableError("the guest's process is gone")
+               : absl::OkStatus();
+  }
+  absl::Status Call(const std::string& step, const std::function<absl::Status()>& effect) {
+    absl::Status result;
+    const absl::Status called = monitor_->Call(life_, step, [&] { result = effect(); });
+    return called.ok() ? result : called;
+  }
+
+  Machines* const machines_;
+  Monitor* const monitor_;
+  Life* const life_;
+  const std::shared_ptr<Machines::TargetVm> vm_;
+  UniqueFd stream_;
+};
+
+class FaultyPlace final : public TargetPlace {
+ public:
+  FaultyPlace(Machines* machines, Monitor* monitor, Life* life,
+              std::shared_ptr<Machines::TargetVm> vm)
+      : machines_(machines), monitor_(monitor), life_(life), vm_(std::move(vm)) {}
+  ~FaultyPlace() override {
+    if (!kept_) EndWaiting().IgnoreError();
+  }
+
+  const GuestMemory& memory() const override { return vm_->memory.memory(); }
+  bool memory_was_zero() const override { return true; }
+
+  absl::StatusOr<TargetGuest*> Waiting(absl::Time) override {
+    if (guest_ != nullptr && Check().ok()) return guest_.get();
+    absl::Status started = life_->Act([this] {
+      machines_->MoveTarget(vm_.get(), {VmState::kGone, VmState::kWaiting, VmState::kLoaded},
+                            VmState::kWaiting);
+    });
+    if (!started.ok()) return started;
+    guest_ = std::make_unique<FaultyTarget>(machines_, monitor_, life_, vm_);
+    return guest_.get();
+  }
+
+  absl::Status Check() override {
+    return guest_ == nullptr || machines_->state_of(*vm_) == VmState::kWaiting
+               ? absl::OkStatus()
+               : absl::UnavailableError("the waiting QEMU has ended");
+  }
+
+  absl::Status EndWaiting() override {
+    guest_.reset();
+    return life_->Act([this] {
+      machines_->MoveTarget(vm_.get(), {VmState::kWaiting, VmState::kLoaded}, VmState::kGone);
+    });
+  }
+
+  void Keep() override { kept_ = true; }
+  std::string address() const override { return "the target's QEMU"; }
+
+ private:
+  Machines* const machines_;
+  Monitor* const monitor_;
+  Life* const life_;
+  const std::shared_ptr<Machines::TargetVm> vm_;
+  std::unique_ptr<FaultyTarget> guest_;
+  bool kept_ = false;
+};
+
+absl::Status EndOrphanOf(Machines* machines, Life* life) {
+  absl::Status status;
+  const absl::Status acted = life->Act([&] {
+    const std::shared_ptr<Machines::TargetVm> vm = machines->target();
+    if (vm == nullptr) return;
+    if (machines->state_of(*vm) == VmState::kRunning) {
+      status = absl::FailedPreconditionError("the guest runs, though nobody told it to");
+      return;
+    }
+    machines->MoveTarget(vm.get(), {VmState::kWaiting, VmState::kLoaded}, VmState::kGone);
+  });
+  return acted.ok() ? status : acted;
+}
+
+class FaultyHost final : public TargetHost {
+ public:
+  FaultyHost(Machines* machines, Monitor* monitor, Life* life, const std::atomic<bool>* no_room)
+      : machines_(machines), monitor_(monitor), life_(life), no_room_(no_room) {}
+
+  absl::StatusOr<std::unique_ptr<TargetPlace>> MakePlace(
+      const std::string&, const std::vector<RegionRequest>&) override {
+    if (*no_room_) return absl::ResourceExhaustedError("no room on this host, as scripted");
+    std::shared_ptr<Machines::TargetVm> vm;
+    absl::Status status;
+    const absl::Status acted = life_->Act([&] {
+      absl::StatusOr<std::shared_ptr<Machines::TargetVm>> made = machines_->NewTarget();
+      if (made.ok()) {
+        vm = *std::move(made);
+      } else {
+        status = made.status();
+      }
+    });
+    if (!acted.ok()) return acted;
+    if (!status.ok()) return status;
+    return std::make_unique<FaultyPlace>(machines_, monitor_, life_, std::move(vm));
+  }
+  absl::Status EndOrphan(const std::string&) override { return EndOrphanOf(machines_, life_); }
+
+ private:
+  Machines* const machines_;
+  Monitor* const monitor_;
+  Life* const life_;
+  const std::atomic<bool>* const no_room_;
+};
+
+class FaultyRecovery final : public RecoveryHost {
+ public:
+  FaultyRecovery(Machines* machines, Monitor* monitor, Life* life,
+                 std::function<absl::StatusOr<wire::Outcome>(const HandoverEntry&)> ask)
+      : machines_(machines), monitor_(monitor), life_(life), ask_(std::move(ask)) {}
+
+  absl::Status ResumeSource(const HandoverEntry&) override {
+    return monitor_->Call(life_, "recovery resume", [this] {
+      machines_->MoveSource({VmState::kStopped}, VmState::kRunning);
+    });
+  }
+  absl::Status QuitSource(const HandoverEntry&) override {
+    absl::Status status;
+    const absl::Status called = monitor_->Call(life_, "recovery quit", [&] {
+      if (machines_->source_state() == VmState::kRunning) {
+        status = absl::FailedPreconditionError("the guest has moved, but the old one runs");
+      } else {
+        machines_->MoveSource({VmState::kStopped}, VmState::kGone);
+      }
+    });
+    return called.ok() ? status : called;
+  }
+  absl::StatusOr<wire::Outcome> AskTarget(const HandoverEntry& entry) override {
+    return ask_(entry);
+  }
+  absl::Status EndOrphan(const std::string&) override { return EndOrphanOf(machines_, life_); }
+  absl::Status RunOrphan(const std::string&) override {
+    absl::Status status;
+    const absl::Status acted = life_->Act([&] {
+      const std::shared_ptr<Machines::TargetVm> vm = machines_->target();
+      const VmState state = vm == nullptr ? VmState::kGone : machines_->state_of(*vm);
+      if (state == VmState::kGone) {
+        status = absl::NotFoundError("its QEMU has ended");
+      } else if (state == VmState::kWaiting) {
+        status = absl::FailedPreconditionError("it was told to run, but its state is not loaded");
+      } else {
+        machines_->MoveTarget(vm.get(), {VmState::kLoaded}, VmState::kRunning);
+      }
+    });
+    return acted.ok() ? status : acted;
+  }
+
+ private:
+  Machines* const machines_;
+  Monitor* const monitor_;
+  Life* const life_;
+  const std::function<absl::StatusOr<wire::Outcome>(const HandoverEntry&)> ask_;
+};
+
+}  // namespace
+
+std::unique_ptr<SourceGuest> MakeSourceGuest(Machines* machines, Monitor* monitor, Life* life) {
+  return std::make_unique<FaultySource>(machines, monitor, life);
+}
+
+std::unique_ptr<DirtyLog> MakeSourceLog(Machines* machines, Life* life) {
+  return std::make_unique<WritingLog>(machines, life);
+}
+
+std::unique_ptr<TargetHost> MakeTargetHost(Machines* machines, Monitor* monitor, Life* life,
+                                           const std::atomic<bool>* no_room) {
+  return std::make_unique<FaultyHost>(machines, monitor, life, no_room);
+}
+
+std::unique_ptr<RecoveryHost> MakeRecoveryHost(
+    Machines* machines, Monitor* monitor, Life* life,
+    std::function<absl::StatusOr<wire::Outcome>(const HandoverEntry&)> ask) {
+  return std::make_unique<FaultyRecovery>(machines, monitor, life, std::move(ask));
+}
+
+}  // namespace presync

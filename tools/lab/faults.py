@@ -1,0 +1,299 @@
+"""What can be broken around a real handover, and one run of the campaign (tests/fault_campaign --real)."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+import threading
+import time
+
+from . import presync as _presync
+from .pair import NAME, Violation, alive
+from .proxies import damage
+
+# Where a fault may come: when this control message is about to pass, or after some time.
+STEPS = ("begin-handover", "handover-ready", "state-chunk", "load", "loaded", "run", "running")
+WHERE_SYNC, WHERE_LAUNCH = "sync", "launch"
+QMP_COMMANDS = ("query-status", "migrate-set-capabilities", "migrate", "getfd", "query-migrate", "migrate-continue",
+                "quit", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One run's fault; everything in it was drawn from the run's seed."""
+
+    fault: str
+    where: str  # of STEPS, or WHERE_SYNC, WHERE_LAUNCH
+    after_s: float  # with WHERE_SYNC and WHERE_LAUNCH: this long after the sync or the launch began
+    lasts_s: float  # faults that end
+    verify: bool
+    first: bool  # at a step: before the message passes (else just after)
+    seed: int
+    detail: str = ""
+
+    def __str__(self):
+        when = f"{'before' if self.first else 'after'} {self.where}" if self.where in STEPS else (
+            f"{self.after_s * 1e3:.0f} ms into the {self.where}")
+        lasts = f" for {self.lasts_s:.1f} s" if self.lasts_s else ""
+        return f"{self.fault}{' ' + self.detail if self.detail else ''} {when}{lasts}"
+
+
+# name: how long it may last, in seconds (0: it does not end by itself).
+FAULTS = {
+    "none": 0,
+    "kill source presyncd": 0, "kill target presyncd": 0, "kill source QEMU": 0, "kill target QEMU": 0,
+    "stop source presyncd": 3, "stop target presyncd": 3, "stop source QEMU": 3, "stop target QEMU": 3,
+    "link down": 10, "link flaps": 2, "connections reset": 0,
+    "control truncated": 0, "control duplicated": 0, "control corrupted": 0, "control delayed": 3,
+    "target full": 0,
+    "QMP stalls": 4, "QMP answers an error": 0, "QMP closes": 0,
+}
+_AT_STEPS_ONLY = ("control truncated", "control duplicated", "control corrupted", "control delayed")
+_NOT_AT_STEPS = ("target full", "QMP stalls", "QMP answers an error", "QMP closes", "none")
+
+
+def draw(rng, number, faults):
+    """The plan of run `number`: every fault in turn, so that all come equally often."""
+    fault = faults[number % len(faults)]
+    longest = FAULTS[fault]
+    steps = list(STEPS)
+    if fault not in _AT_STEPS_ONLY:
+        steps += [WHERE_LAUNCH] * 3 + [WHERE_SYNC]
+    where = rng.choice([WHERE_LAUNCH, WHERE_SYNC] if fault in _NOT_AT_STEPS else steps)
+    if fault == "target full":
+        where = rng.choice((WHERE_SYNC, "before-start"))
+    # Mostly short, now and then as long as it may be.
+    lasts = 0.1 + (longest - 0.1) * rng.random() ** 3 if longest else 0.0
+    detail = str(rng.choice(QMP_COMMANDS) or "") if fault.startswith("QMP") else ""
+    return Plan(fault=fault, where=where, after_s=rng.random() * (0.15 if where == WHERE_LAUNCH else 0.5),
+                lasts_s=lasts, verify=rng.random() < 0.5, first=rng.random() < 0.5, seed=rng.getrandbits(32),
+                detail=detail)
+
+
+class Run:
+    """One run over a Pair: sync, launch, fault, heal, decide."""
+
+    def __init__(self, pair, plan):
+        self.pair = pair
+        self.plan = plan
+        self.guest_killed = False
+        self.struck = threading.Event()  # the fault came
+        self.over = threading.Event()  # the run heals: a fault that lasts ends now
+        self._threads = []
+        self._striking = threading.Lock()  # a strike is whole before healing begins
+        self.report = None
+
+    def __call__(self):
+        """The outcome: "moved", "stayed", "guest killed".  Raises Violation."""
+        pair, plan = self.pair, self.plan
+        source = pair.here
+        self._sync()
+        before = pair.check_guest(source)
+        if plan.where == WHERE_SYNC:
+            self._later(plan.after_s)
+            time.sleep(plan.after_s + min(plan.lasts_s, 1))
+        elif plan.where not in (WHERE_LAUNCH, "before-start"):
+            pair.proxies[source].on_frame = self._on_frame
+        launch = self._launch()
+        if plan.where == WHERE_LAUNCH:
+            self._later(plan.after_s)
+        self._await_launch(launch)
+        with self._striking:
+            self.over.set()
+        for thread in self._threads:
+            thread.join(30)
+        pair.heal()
+        with contextlib.suppress(OSError):
+            launch.wait(60)
+        side = pair.decide(self.guest_killed)
+        if side is None:
+            return "guest killed"
+        after = pair.check_guest(side)
+        if after["counter"] < before["counter"]:
+            raise Violation("pages_differing", f"the guest's counter went back: {before} then {after}")
+        if side != source:
+            self._old_one_gone(source)
+            pair.monitor = f"{pair.daemons[side].folder}/run/guests/{NAME}.qmp.front"
+            pair.here, pair.there = side, source
+        return "moved" if side != source else "stayed"
+
+    def _sync(self):
+        """A session that is in sync, over the proxy if the fault needs it."""
+        pair, plan = self.pair, self.plan
+        through = plan.where in STEPS or plan.fault in ("connections reset", *_AT_STEPS_ONLY)
+        if plan.where == "before-start":
+            self._full_start()
+        session = pair.session()
+        if session and session["state"] in ("moved", "failed", "stopped"):
+            session = None
+        if session and (session["to"].startswith("127.") != through):
+            pair.ask(pair.here, "stop", NAME)
+            session = None
+        if not session:
+            self._start(through)
+        pair.await_state(("syncing",), 90, "the sync")
+        pair.attach_readers()
+
+    def _start(self, through):
+        """A target that was just healed may still be busy with what was before; and where launches were
+        disturbed, as they are here, presync learns that the host is slow and promises less."""
+        deadline = time.monotonic() + 40
+        promises = ["100ms", "200ms", "400ms", "800ms", "1500ms", "3s"]
+        while True:
+            try:
+                self.pair.ask(self.pair.here, "start", NAME, "--qmp", self.pair.monitor, "--to", self.pair.to(through),
+                              "--max-launch-time", promises[0])
+                return
+            except _presync.Refused as error:
+                if "can't be kept" in str(error) and len(promises) > 1:
+                    promises.pop(0)
+                    continue
+                if time.monotonic() > deadline:
+                    raise Violation("restarts_failed", f"presync start: {error}\n{self.pair.words()}") from error
+                time.sleep(0.2)
+
+    def _full_start(self):
+        """A start towards a host without room must be refused and leave nothing."""
+        pair = self.pair
+        if pair.session() and pair.session()["state"] not in ("moved", "failed", "stopped"):
+            pair.ask(pair.here, "stop", NAME)
+        pair.fill_target()
+        try:
+            pair.ask(pair.here, "start", NAME, "--qmp", pair.monitor, "--to", pair.to(False),
+                     "--max-launch-time", "3s")
+            with contextlib.suppress(_presync.Refused):
+                pair.ask(pair.here, "stop", NAME)
+        except _presync.Refused:
+            pass
+        self.struck.set()
+        pair.heal()
+
+    def _launch(self):
+        daemon = self.pair.daemons[self.pair.here]
+        argv = [_presync.build_folder() / "tools" / "presync", "--socket", daemon.socket, "launch", NAME, "--json",
+                "--wait", *(["--verify"] if self.plan.verify else [])]
+        return subprocess.Popen([str(a) for a in argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True)
+
+    def _await_launch(self, launch):
+        """A launch ends by itself; one that hangs on a fault that lasts is waited for after healing."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            out, _ = launch.communicate(timeout=25)
+            if launch.returncode == 0 and out.strip():
+                import json
+                self.report = json.loads(out.splitlines()[-1])
+                if self.report.get("pages_differing"):
+                    raise Violation("pages_differing", f"{self.report}")
+
+    # ---- striking ----
+
+    def _later(self, seconds):
+        def strike():
+            time.sleep(seconds)
+            if not self.over.is_set():
+                self._strike()
+
+        thread = threading.Thread(target=strike, daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    def _on_frame(self, step, forward, frame):
+        if step != self.plan.where or self.struck.is_set():
+            return None
+        if self.plan.fault.startswith("control"):
+            self.struck.set()
+            kind = {"truncated": "truncate", "duplicated": "duplicate", "corrupted": "corrupt"}.get(
+                self.plan.fault.split()[1])
+            if kind:
+                return damage(kind, frame, self.plan.seed)
+            self.over.wait(self.plan.lasts_s)  # delayed
+            return None
+        if not self.plan.first:
+            forward()
+        self._strike()
+        return None
+
+    def _strike(self):
+        """The fault, now. One that lasts ends in a thread of its own."""
+        with self._striking:
+            if not self.over.is_set():
+                self.struck.set()
+                self._hit()
+
+    def _hit(self):
+        what, _, whom = self.plan.fault.partition(" ")
+        pair = self.pair
+        if what in ("kill", "stop"):
+            self._signal(what, whom)
+        elif self.plan.fault == "connections reset":
+            pair.proxies[pair.here].reset_all()
+        elif self.plan.fault == "target full":
+            pair.fill_target()
+        elif what == "QMP":
+            kind = {"stalls": "stall", "answers an error": "error", "closes": "close"}[whom]
+            pair.fronts.of(pair.monitor).fault = (kind, self.plan.detail or None)
+            self._ends(pair.fronts.heal)
+        elif self.plan.fault == "link down":
+            pair.two.link_down()
+            self._ends(pair.two.link_up)
+        elif self.plan.fault == "link flaps":
+            self._ends(pair.two.link_up, flap=True)
+
+    def _ends(self, undo, flap=False):
+        def wait():
+            until = time.monotonic() + self.plan.lasts_s
+            while flap and time.monotonic() < until and not self.over.is_set():
+                self.pair.two.link_down()
+                time.sleep(0.1)
+                self.pair.two.link_up()
+                time.sleep(0.15)
+            self.over.wait(max(0, until - time.monotonic()))
+            undo()
+
+        if self.plan.lasts_s:
+            thread = threading.Thread(target=wait, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def _signal(self, what, whom):
+        pair = self.pair
+        side = pair.here if whom.startswith("source") else pair.there
+        if whom.endswith("presyncd"):
+            pid = pair.daemons[side].process.pid
+        else:
+            qemu = pair.qemu_on(side)
+            if qemu is None:
+                return
+            pid = qemu.pid
+        with contextlib.suppress(ProcessLookupError):
+            if what == "kill":
+                if whom.endswith("QEMU"):
+                    self._note_guest_killed(side)
+                os.kill(pid, signal.SIGKILL)
+                if whom.endswith("presyncd"):
+                    pair.daemons[side].process.wait()
+                return
+            os.kill(pid, signal.SIGSTOP)
+
+        def go_on():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+        self._ends(go_on)
+
+    def _note_guest_killed(self, side):
+        """The source's QEMU is the guest until it was given up; the target's from the order to run on."""
+        told = self.plan.where == "running" or (self.plan.where == "run" and not self.plan.first)
+        if side == self.pair.here:
+            self.guest_killed = True  # or it has moved already; decide() looks for it first
+        elif told or self.plan.where == WHERE_LAUNCH:
+            self.guest_killed = True
+
+    def _old_one_gone(self, source):
+        """The QEMU that the guest left must end."""
+        deadline = time.monotonic() + 20
+        while (qemu := self.pair.qemu_on(source)) is not None:
+            if time.monotonic() > deadline and alive(qemu.pid):
+                raise Violation("restarts_failed", f"the old QEMU on {source} does not end\n{self.pair.words()}")
+            time.sleep(0.05)
