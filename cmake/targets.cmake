@@ -22,7 +22,7 @@ function(presync_library name)
   target_link_libraries(${name} PUBLIC ${ARG_LIBS})
 endfunction()
 
-# What runs under the sanitizers in tools/check.
+# The unit and net tests: what is built with a sanitizer (CONTRIBUTING.md); tools/check has no such step.
 add_custom_target(sanitized_tests)
 
 # presync_test(name LABEL unit|net|qemu|rdma SOURCES a.cc ... LIBS x ...)

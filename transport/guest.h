@@ -68,7 +68,7 @@ class TargetGuest {
   // Returns when the whole state is loaded and the guest is paused, ready to run.
   virtual absl::Status AwaitLoaded(absl::Time deadline) = 0;
 
-  // Runs the guest. Ok means that it runs. FAILED_PRECONDITION: it refused, or its process had ended
+  // Runs the guest. Ok means it runs. FAILED_PRECONDITION: it refused, or its process had ended
   // before it was told, and not one instruction was run; after any other error it may have run.
   virtual absl::Status Run(absl::Time deadline) = 0;
 

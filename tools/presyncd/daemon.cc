@@ -228,8 +228,8 @@ std::string Daemon::Summary() const {
 
 Json Daemon::Handle(const Json& request) {
   const std::string command = TextOr(request, "command", "");
-  static constexpr absl::string_view kCommands[] = {"start",  "launch", "stop",
-                                                    "record", "settle", "status", "report"};
+  static constexpr absl::string_view kCommands[] = {"start",  "launch", "stop",  "record",
+                                                    "settle", "status", "report"};
   const bool known = absl::c_linear_search(kCommands, command);
   absl::StatusOr<Json> answer = absl::InvalidArgumentError(
       absl::StrCat("no such command: ", command, "; presync and presyncd differ in version?"));
