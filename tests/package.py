@@ -3,7 +3,7 @@
 
     tests/package.py [-v]       needs root; PRESYNC_BUILD names the build folder whose programs are packaged
 
-The root is Debian's minimum and what the lab needs (QEMU, iproute2, python3), made once from this machine's own package
+The root is Debian's minimum and what the lab needs (QEMU, iproute2, python3, openssl), made once from this machine's own package
 sources and kept as ${PRESYNC_CACHE:-~/.cache/presync}/root-SUITE-HASH.tar.
 """
 
@@ -20,7 +20,7 @@ import unittest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BUILD = pathlib.Path(os.environ.get("PRESYNC_BUILD", ROOT / "build" / "release")).resolve()
 CACHE = pathlib.Path(os.environ.get("PRESYNC_CACHE", pathlib.Path.home() / ".cache" / "presync"))
-PACKAGES = ("python3", "iproute2", "procps", "busybox-static", "qemu-system-x86", "seabios", "bash-completion", "man-db")
+PACKAGES = ("python3", "iproute2", "procps", "busybox-static", "qemu-system-x86", "seabios", "bash-completion", "man-db", "openssl")
 # Runs "$@" in the root $1.  The mounts are in a namespace of this one command: what cleans up afterwards can't reach
 # through them.  $2 to $4: this tree, the cache and the packages, read-only.
 INSIDE = """set -e

@@ -28,6 +28,7 @@ LAPS_AT = 2 << 20  # where the guest counts
 class OneMachine:
     """Stands in for hosts.TwoHosts: both hosts are this machine, at different addresses."""
 
+    hosts = ("source", "target")
     address = {"source": "127.0.0.1", "target": "10.77.1.1"}
 
     def __init__(self):
