@@ -13,8 +13,11 @@ constexpr uint64_t kNanosPerSecond = 1'000'000'000;
 
 // Above any link there is; keeps doubling without a cap from overflowing.
 constexpr uint64_t kMaxRate = uint64_t{1} << 42;
-constexpr uint64_t kLinkShare = 100;  // start, floor and slow growth: 1 % of the link
-constexpr int kCalmPerDoubling = 5;   // of the step of slow growth, in intervals
+constexpr uint64_t kLinkShare = 100;  // start and slow growth: 1 % of the link
+// Pressure never takes it below 5 % of the link: whoever shares it keeps 95 %, and a host so busy
+// that each round trip looks like a queue can't starve the sync.
+constexpr uint64_t kLeastShare = 20;
+constexpr int kCalmPerDoubling = 5;  // of the step of slow growth, in intervals
 constexpr int kMostDoublings = 6;
 
 // These follow the papers named in the header; the two durations are this project's design, to be
@@ -71,6 +74,10 @@ uint64_t Pacer::Cap(const PacerSignals& signals) const {
 uint64_t Pacer::Floor(const PacerSignals& signals) const {
   const uint64_t share = signals.link_bytes_per_s / kLinkShare;
   return std::min(std::max(share, options_.initial_bytes_per_s), Cap(signals));
+}
+
+uint64_t Pacer::Least(const PacerSignals& signals) const {
+  return std::max(signals.link_bytes_per_s / kLeastShare, Floor(signals));
 }
 
 uint64_t Pacer::AvailableBytes(absl::Time now) {
@@ -147,7 +154,7 @@ void Pacer::OnInterval(absl::Time now, const PacerSignals& signals) {
     ++pressed_intervals_;
     calm_intervals_ = 0;
     ssthresh_ = std::max(rate_ / 2, floor);
-    rate_ = rate_ * back_off / 1000;
+    rate_ = std::max(rate_ * back_off / 1000, std::min(rate_, Least(signals)));
   } else {
     pressed_intervals_ = 0;
     if (signals.demand && !was_idle) {

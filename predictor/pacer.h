@@ -28,8 +28,8 @@ class Pacer {
  public:
   struct Options {
     uint64_t max_bytes_per_s = 0;  // the operator's cap; 0 = none
-    // Where the rate starts, the least it falls to and its step when it grows slowly, unless 1 % of
-    // the link is more. Should be small against the slowest link.
+    // Where the rate starts, and its step when it grows slowly, unless 1 % of the link is more.
+    // Should be small against the slowest link.
     uint64_t initial_bytes_per_s = 1 << 20;
     absl::Duration interval = absl::Milliseconds(100);
     // What the bucket holds, as time at the rate: longer bursts would fill the network's queues by
@@ -65,8 +65,10 @@ class Pacer {
 
  private:
   uint64_t Cap(const PacerSignals& signals) const;
-  // The start, the least, and the step of slow growth.
+  // The start, and the step of slow growth.
   uint64_t Floor(const PacerSignals& signals) const;
+  // What pressure leaves.
+  uint64_t Least(const PacerSignals& signals) const;
   void Refill(absl::Time now);
   void ObserveLatency(absl::Time now, absl::Duration latency);
   // Latency above its target as a share of the whole, in thousandths; 0 at or below target.

@@ -106,7 +106,9 @@ absl::StatusOr<HandoverReport> SourceSession::Launch(const HandoverOptions& opti
     return published_.state != SessionState::kConnecting &&
            published_.state != SessionState::kFirstPass;
   };
+  ++waiting_launches_;
   mutex_.AwaitWithTimeout(absl::Condition(&launchable_or_over), wait_for_first_pass);
+  --waiting_launches_;
   if (order_ != nullptr || stop_) {
     return absl::FailedPreconditionError("another launch or a stop came first");
   }
@@ -207,6 +209,7 @@ void SourceSession::Run() {
 }
 
 absl::Status SourceSession::TickConnected() {
+  sync_->set_urgent(waiting_launches_ > 0);
   // Without a link the guest is watched all the same: what was synced stays known.
   if (absl::Status s = sync_->Tick(); !s.ok()) return s;
   if (!connected_) return absl::OkStatus();

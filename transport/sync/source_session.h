@@ -2,6 +2,7 @@
 // hands it over when told to.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -190,6 +191,8 @@ class SourceSession {
   std::string rdma_problem_;               // as it was last told
   std::vector<std::string> lost_devices_;  // of the RDMA link that failed last
   std::thread retiring_;                   // destroys a failed link, which may take its time
+
+  std::atomic<int> waiting_launches_ = 0;  // for the first pass to end
 
   mutable absl::Mutex mutex_;
   SessionStatus published_ ABSL_GUARDED_BY(mutex_);

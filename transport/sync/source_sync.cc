@@ -23,6 +23,7 @@ constexpr absl::Duration kHoleWalkEvery = absl::Seconds(5);
 
 // See ProbeRate. 10 ms at the rate that is known so far; 1 MiB is 9 ms at 1 Gb/s.
 constexpr absl::Duration kProbeEvery = absl::Milliseconds(250);
+constexpr absl::Duration kProbeUnderPressureEvery = absl::Seconds(2);
 constexpr absl::Duration kProbeLasts = absl::Milliseconds(10);
 constexpr uint64_t kLeastProbeBytes = 1 << 20;
 constexpr uint64_t kMostProbeBytes = 64 << 20;
@@ -122,8 +123,7 @@ absl::Status SourceSync::Tick() {
   if (held_) return pending_.empty() ? CommitIfDue(/*now=*/true) : absl::OkStatus();
 
   const bool rate_matters = !first_pass_done_ || pace_.rate_is_suspect();
-  if (rate_matters && now >= next_probe_ && options_.max_bytes_per_s == 0 &&
-      pace_.pressed_intervals() == 0) {
+  if (rate_matters && now >= next_probe_ && options_.max_bytes_per_s == 0) {
     if (absl::Status s = ProbeRate(now); !s.ok()) return s;
   }
   const PageCount set_point = SetPointPages(options_.max_launch_time, cost());
@@ -133,7 +133,9 @@ absl::Status SourceSync::Tick() {
   const PageCount goal = std::min(set_point, policy_->Goal(set_point));
   const PageCount above = PagesToSend(sendable, goal, UINT64_MAX);
   if (above > 0 && pending_.empty()) {
-    const PageCount allowed = PagesToSend(sendable, goal, pace_.AvailableBytes(now));
+    if (urgent_) pace_.Lift();
+    const uint64_t bytes = urgent_ ? UINT64_MAX : pace_.AvailableBytes(now);
+    const PageCount allowed = PagesToSend(sendable, goal, bytes);
     if (allowed < above) pace_.NoteStarved();
     // A few writes at a time keep the choice fresh; the link takes more at the next step.
     if (absl::Status s = Send(std::min(allowed, 4 * kMaxWritePages)); !s.ok()) return s;
@@ -149,7 +151,7 @@ absl::Status SourceSync::ProbeRate(absl::Time now) {
       ledger_.needs_commit()) {
     return absl::OkStatus();
   }
-  next_probe_ = now + kProbeEvery;
+  next_probe_ = now + (pace_.pressed_intervals() == 0 ? kProbeEvery : kProbeUnderPressureEvery);
   const uint64_t worth = static_cast<uint64_t>(static_cast<double>(link_rate_.bytes_per_s()) *
                                                absl::ToDoubleSeconds(kProbeLasts));
   const uint64_t bytes = std::clamp(worth, kLeastProbeBytes, kMostProbeBytes);

@@ -71,6 +71,8 @@ class SourceSync {
 
   // While held, nothing new is sent, and what was sent is committed: the sync becomes quiet.
   void set_held(bool held) { held_ = held; }
+  // Somebody waits for the first pass: nothing is held back by the pacer.
+  void set_urgent(bool urgent) { urgent_ = urgent; }
   // Whether the link has confirmed everything that was given to it.
   bool quiet() const {
     return pending_.empty() && ledger_.in_flight() == 0 && !ledger_.needs_commit() &&
@@ -156,6 +158,7 @@ class SourceSync {
   absl::Time next_probe_ = absl::InfinitePast();
   bool first_pass_done_ = false;
   bool held_ = false;
+  bool urgent_ = false;
 
   // The commit under way, and what it measures.
   struct CommitSample {
