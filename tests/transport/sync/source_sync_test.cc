@@ -272,8 +272,10 @@ TEST(SourceSync, CongestionMarksSlowItDown) {
   MarkedLink marked(rig.link_.source.get());
   rig.sync_->DetachLink();
   rig.sync_->AttachLink(&marked, Content::kZero);
-  ASSERT_TRUE(rig.Run(absl::Milliseconds(350), [] {}).ok());
-  const uint64_t before = rig.sync_->progress().allowed_bytes_per_s;
+  ASSERT_TRUE(rig.Run(absl::Milliseconds(550), [] {}).ok());
+  const SyncProgress progress = rig.sync_->progress();
+  const uint64_t before = progress.allowed_bytes_per_s;
+  ASSERT_GT(before, progress.link_bytes_per_s / 20) << "below that pressure does not slow it";
   ASSERT_TRUE(rig.Run(absl::Milliseconds(250), [&] { ++marked.marks; }).ok());
   EXPECT_LT(rig.sync_->progress().allowed_bytes_per_s, before);
   rig.sync_->DetachLink();
