@@ -184,7 +184,7 @@ void Machines::NoteToldToRun(TargetVm* vm, bool told) {
 // Monitor. ----------------------------------------------------------------------------------------
 
 absl::Status Monitor::Call(Life* life, const std::string& step,
-                           const std::function<void()>& effect) {
+                           const std::function<absl::Status()>& effect) {
   hook_(step, /*before=*/true);
   const MonitorFault fault = fault_;
   if (fault == MonitorFault::kError) {
@@ -200,12 +200,18 @@ absl::Status Monitor::Call(Life* life, const std::string& step,
     fault_ = MonitorFault::kNone;
     absl::SleepFor(absl::Milliseconds(150));
   }
-  if (absl::Status s = life->Act(effect); !s.ok()) return s;
+  absl::Status result;
+  if (absl::Status s = life->Act([&] { result = effect(); }); !s.ok()) return s;
   hook_(step, /*before=*/false);
-  return absl::OkStatus();
+  return result;
 }
 
 namespace {
+
+absl::Status AliveUnlessGone(VmState state) {
+  return state == VmState::kGone ? absl::UnavailableError("the guest's process is gone")
+                                 : absl::OkStatus();
+}
 
 // The source's guest. -------------------------------------------------------------------------
 
@@ -215,12 +221,12 @@ class FaultySource final : public SourceGuest {
       : machines_(machines), monitor_(monitor), life_(life) {}
 
   absl::Status PrepareSave(absl::Time) override {
-    return Call("source prepare-save", [this] { return Alive(); });
+    return monitor_->Call(life_, "source prepare-save", [this] { return Alive(); });
   }
 
   absl::StatusOr<UniqueFd> BeginSave(absl::Time) override {
     UniqueFd reader;
-    const absl::Status status = Call("source begin-save", [&] {
+    const absl::Status status = monitor_->Call(life_, "source begin-save", [&] {
       if (absl::Status s = Alive(); !s.ok()) return s;
       int pair[2];
       PRESYNC_CHECK(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) == 0);
@@ -234,7 +240,7 @@ class FaultySource final : public SourceGuest {
   }
 
   absl::StatusOr<absl::Time> Stop(absl::Time) override {
-    const absl::Status status = Call("source stop", [this] {
+    const absl::Status status = monitor_->Call(life_, "source stop", [this] {
       return machines_->MoveSource({VmState::kRunning}, VmState::kStopped) ? absl::OkStatus()
                                                                            : Alive();
     });
@@ -243,7 +249,7 @@ class FaultySource final : public SourceGuest {
   }
 
   absl::Status FinishSave(absl::Time) override {
-    return Call("source finish-save", [this] {
+    return monitor_->Call(life_, "source finish-save", [this] {
       if (absl::Status s = Alive(); !s.ok()) return s;
       WriteAll(stream_.get(), std::string(kStoppedStateBytes, 's'));
       stream_.reset();
@@ -252,7 +258,7 @@ class FaultySource final : public SourceGuest {
   }
 
   absl::Status Resume(absl::Time) override {
-    return Call("source resume", [this] {
+    return monitor_->Call(life_, "source resume", [this] {
       stream_.reset();
       machines_->MoveSource({VmState::kStopped}, VmState::kRunning);
       return Alive();
@@ -260,7 +266,7 @@ class FaultySource final : public SourceGuest {
   }
 
   absl::Status Quit(absl::Time) override {
-    return Call("source quit", [this] {
+    return monitor_->Call(life_, "source quit", [this] {
       machines_->MoveSource({VmState::kRunning, VmState::kStopped}, VmState::kGone);
       return absl::OkStatus();
     });
@@ -268,7 +274,7 @@ class FaultySource final : public SourceGuest {
 
   absl::StatusOr<RunState> State(absl::Time) override {
     RunState state = RunState::kGone;
-    const absl::Status status = Call("source state", [&] {
+    const absl::Status status = monitor_->Call(life_, "source state", [&] {
       const VmState vm = machines_->source_state();
       state = vm == VmState::kRunning ? RunState::kRunning
               : vm == VmState::kGone  ? RunState::kGone
@@ -280,16 +286,7 @@ class FaultySource final : public SourceGuest {
   }
 
  private:
-  absl::Status Alive() const {
-    return machines_->source_state() == VmState::kGone
-               ? absl::UnavailableError("the guest's process is gone")
-               : absl::OkStatus();
-  }
-  absl::Status Call(const std::string& step, const std::function<absl::Status()>& effect) {
-    absl::Status result;
-    const absl::Status called = monitor_->Call(life_, step, [&] { result = effect(); });
-    return called.ok() ? result : called;
-  }
+  absl::Status Alive() const { return AliveUnlessGone(machines_->source_state()); }
 
   Machines* const machines_;
   Monitor* const monitor_;
@@ -333,7 +330,7 @@ class FaultyTarget final : public TargetGuest {
 
   absl::StatusOr<UniqueFd> BeginLoad(absl::Time) override {
     UniqueFd writer;
-    const absl::Status status = Call("target begin-load", [&] {
+    const absl::Status status = monitor_->Call(life_, "target begin-load", [&] {
       if (absl::Status s = Alive(); !s.ok()) return s;
       int pair[2];
       PRESYNC_CHECK(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) == 0);
@@ -346,7 +343,7 @@ class FaultyTarget final : public TargetGuest {
   }
 
   absl::Status AwaitLoaded(absl::Time) override {
-    return Call("target await-loaded", [this] {
+    return monitor_->Call(life_, "target await-loaded", [this] {
       std::string state;
       char buffer[4096];
       for (ssize_t n; (n = ::read(stream_.get(), buffer, sizeof(buffer))) > 0;) {
@@ -361,7 +358,7 @@ class FaultyTarget final : public TargetGuest {
   }
 
   absl::Status Run(absl::Time) override {
-    return Call("target run", [this] {
+    return monitor_->Call(life_, "target run", [this] {
       PRESYNC_CHECK(machines_->state_of(*vm_) != VmState::kWaiting);
       machines_->NoteToldToRun(vm_.get(), true);
       if (machines_->MoveTarget(vm_.get(), {VmState::kLoaded}, VmState::kRunning)) {
@@ -374,7 +371,7 @@ class FaultyTarget final : public TargetGuest {
   }
 
   absl::Status Discard(absl::Time) override {
-    return Call("target discard", [this] {
+    return monitor_->Call(life_, "target discard", [this] {
       machines_->MoveTarget(vm_.get(), {VmState::kWaiting, VmState::kLoaded}, VmState::kGone);
       machines_->NoteToldToRun(vm_.get(), false);
       return absl::OkStatus();
@@ -395,16 +392,7 @@ class FaultyTarget final : public TargetGuest {
   }
 
  private:
-  absl::Status Alive() const {
-    return machines_->state_of(*vm_) == VmState::kGone
-               ? absl::UnavailableError("the guest's process is gone")
-               : absl::OkStatus();
-  }
-  absl::Status Call(const std::string& step, const std::function<absl::Status()>& effect) {
-    absl::Status result;
-    const absl::Status called = monitor_->Call(life_, step, [&] { result = effect(); });
-    return called.ok() ? result : called;
-  }
+  absl::Status Alive() const { return AliveUnlessGone(machines_->state_of(*vm_)); }
 
   Machines* const machines_;
   Monitor* const monitor_;
@@ -515,18 +503,17 @@ class FaultyRecovery final : public RecoveryHost {
   absl::Status ResumeSource(const HandoverEntry&) override {
     return monitor_->Call(life_, "recovery resume", [this] {
       machines_->MoveSource({VmState::kStopped}, VmState::kRunning);
+      return absl::OkStatus();
     });
   }
   absl::Status QuitSource(const HandoverEntry&) override {
-    absl::Status status;
-    const absl::Status called = monitor_->Call(life_, "recovery quit", [&] {
+    return monitor_->Call(life_, "recovery quit", [this] {
       if (machines_->source_state() == VmState::kRunning) {
-        status = absl::FailedPreconditionError("the guest has moved, but the old one runs");
-      } else {
-        machines_->MoveSource({VmState::kStopped}, VmState::kGone);
+        return absl::FailedPreconditionError("the guest has moved, but the old one runs");
       }
+      machines_->MoveSource({VmState::kStopped}, VmState::kGone);
+      return absl::OkStatus();
     });
-    return called.ok() ? status : called;
   }
   absl::StatusOr<wire::Outcome> AskTarget(const HandoverEntry& entry) override {
     return ask_(entry);

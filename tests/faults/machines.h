@@ -102,7 +102,8 @@ class Monitor {
   explicit Monitor(StepHook hook) : hook_(std::move(hook)) {}
   void Break(MonitorFault fault) { fault_ = fault; }
   // A call of `life` under the name of `step`, unless a fault answers in its place.
-  absl::Status Call(Life* life, const std::string& step, const std::function<void()>& effect);
+  absl::Status Call(Life* life, const std::string& step,
+                    const std::function<absl::Status()>& effect);
 
  private:
   const StepHook hook_;

@@ -10,11 +10,6 @@ namespace {
 
 using Json = nlohmann::json;
 
-Json Millis(absl::Duration duration) {
-  if (duration == absl::InfiniteDuration()) return nullptr;
-  return absl::ToDoubleMilliseconds(duration);
-}
-
 double UnixSeconds(absl::Time time) { return absl::ToDoubleSeconds(time - absl::UnixEpoch()); }
 
 // Nothing changes any more.
@@ -73,7 +68,7 @@ void History::NoteLaunch(const SessionStatus& status, absl::Time ordered_at,
   Json launch = report.ok() ? LaunchReportToJson(*report, status) : Json::object();
   if (!report.ok()) launch["error"] = std::string(report.status().message());
   launch["ordered_at"] = UnixSeconds(ordered_at);
-  launch["promised_ms"] = Millis(status.promise);
+  launch["promised_ms"] = MillisToJson(status.promise);
   absl::MutexLock lock(&mutex_);
   std::deque<Json>* launches = &Find(status, absl::Now())->launches;
   launches->push_back(std::move(launch));
@@ -98,7 +93,7 @@ absl::StatusOr<Json> History::Report(const std::string& name) const {
                                  {"residual_pages", point.residual},
                                  {"set_point_pages", point.set_point},
                                  {"wire_bytes", point.wire_bytes},
-                                 {"predicted_launch_ms", Millis(point.predicted_launch)},
+                                 {"predicted_launch_ms", MillisToJson(point.predicted_launch)},
                                  {"dirty_pages_per_s", point.dirty_pages_per_s}});
   }
   answer["launches"] = Json(std::vector<Json>(guest.launches.begin(), guest.launches.end()));

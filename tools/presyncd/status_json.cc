@@ -1,17 +1,13 @@
 #include "tools/presyncd/status_json.h"
 
 namespace presync {
-namespace {
 
 using Json = nlohmann::json;
 
-// Milliseconds, or null for "not known".
-Json Millis(absl::Duration duration) {
+Json MillisToJson(absl::Duration duration) {
   if (duration == absl::InfiniteDuration()) return nullptr;
   return absl::ToDoubleMilliseconds(duration);
 }
-
-}  // namespace
 
 Json SourceStatusToJson(const SessionStatus& status) {
   const SyncProgress& p = status.progress;
@@ -27,9 +23,9 @@ Json SourceStatusToJson(const SessionStatus& status) {
           {"problem", status.problem},
           {"uptime_s", absl::ToDoubleSeconds(status.uptime)},
           {"reconnects", status.reconnects},
-          {"max_launch_ms", Millis(status.promise)},
-          {"fixed_cost_ms", Millis(status.fixed_cost)},
-          {"predicted_launch_ms", Millis(p.predicted_launch)},
+          {"max_launch_ms", MillisToJson(status.promise)},
+          {"fixed_cost_ms", MillisToJson(status.fixed_cost)},
+          {"predicted_launch_ms", MillisToJson(p.predicted_launch)},
           {"pages", p.pages},
           {"residual_pages", p.residual},
           {"set_point_pages", p.set_point},
@@ -67,11 +63,12 @@ Json MatterToJson(const OpenMatter& matter) {
 
 Json LaunchReportToJson(const HandoverReport& report, const SessionStatus& status) {
   Json steps = Json::array();
-  for (const auto& [step, at] : report.steps) steps.push_back({{"step", step}, {"ms", Millis(at)}});
+  for (const auto& [step, at] : report.steps)
+    steps.push_back({{"step", step}, {"ms", MillisToJson(at)}});
   return {{"name", status.guest},
           {"to", status.peer},
-          {"launch_ms", Millis(report.launch)},
-          {"downtime_ms", Millis(report.downtime)},
+          {"launch_ms", MillisToJson(report.launch)},
+          {"downtime_ms", MillisToJson(report.downtime)},
           {"residual_pages", report.residual_at_launch},
           {"residual_pages_at_stop", report.residual_at_stop},
           {"rounds", report.rounds},

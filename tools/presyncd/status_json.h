@@ -4,11 +4,15 @@
 
 #include <nlohmann/json.hpp>
 
+#include "absl/time/time.h"
 #include "transport/sync/recovery.h"
 #include "transport/sync/source_session.h"
 #include "transport/sync/target_service.h"
 
 namespace presync {
+
+// Milliseconds; an infinite duration, "not known", is null.
+nlohmann::json MillisToJson(absl::Duration duration);
 
 nlohmann::json SourceStatusToJson(const SessionStatus& status);
 nlohmann::json TargetStatusToJson(const TargetStatus& status);

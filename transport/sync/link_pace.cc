@@ -38,14 +38,13 @@ void LinkPace::OnInterval(absl::Time now, uint64_t link_bytes_per_s) {
     pacer_.OnInterval(now, signals);
     return;
   }
-  Sample();
   const LinkStats stats = link_->stats();
   // The network's latency, and not that of all completions: over TCP those say when the kernel took
   // the bytes, and on a busy host that jitters by far more than any network delay; the rate fell to
   // its floor by it (2026-11-22). A queue worth a whole interval of the link is full: what waits
   // there came too early.
   signals.completion_latency = stats.network_latency;
-  signals.queueing_delay = least_queueing_delay_;
+  signals.queueing_delay = std::min(least_queueing_delay_, stats.queueing_delay);
   least_queueing_delay_ = absl::InfiniteDuration();
   signals.round_trip = stats.round_trip;
   signals.congestion_marks = stats.congestion_marks > marks_;

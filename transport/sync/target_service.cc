@@ -277,25 +277,28 @@ absl::Status TargetService::CheckUse(const TargetSlot* except, const std::string
 }
 
 void TargetService::ReleaseSlot(TargetSlot* slot, bool forget) {
-  std::list<TargetSlot> dropped;
-  if (forget) {
-    {
-      absl::MutexLock lock(&mutex_);
-      slot->closing = true;
-    }
-    // It may take its time to end, so not under the lock; and before the guest's name is free, for
-    // a new place would use the same files.
-    slot->place.reset();
+  if (forget || slot->place == nullptr) {
+    EndSlot(slot);
+    return;
   }
   absl::MutexLock lock(&mutex_);
   slot->busy = false;
   slot->channel = nullptr;
   slot->lost_at = absl::Now();
   slot->state = "lost";
-  if (!forget && slot->place != nullptr) return;
-  const auto it = std::find_if(slots_.begin(), slots_.end(),
-                               [slot](const TargetSlot& each) { return &each == slot; });
-  dropped.splice(dropped.begin(), slots_, it);
+}
+
+// A place may take its time to end, so not under the lock; and before the guest's name is free, for
+// a new place would use the same files.
+void TargetService::EndSlot(TargetSlot* slot) {
+  {
+    absl::MutexLock lock(&mutex_);
+    slot->closing = true;
+    slot->channel = nullptr;
+  }
+  slot->place.reset();
+  absl::MutexLock lock(&mutex_);
+  slots_.remove_if([slot](const TargetSlot& each) { return &each == slot; });
 }
 
 void TargetService::SetSlotState(TargetSlot* slot, const std::string& state) {
@@ -304,16 +307,14 @@ void TargetService::SetSlotState(TargetSlot* slot, const std::string& state) {
 }
 
 void TargetService::Sweep() {
-  std::list<TargetSlot> expired;
+  std::vector<TargetSlot*> expired;
   std::list<Client> ended;
   {
     absl::MutexLock lock(&mutex_);
-    for (auto it = slots_.begin(); it != slots_.end();) {
-      const auto next = std::next(it);
-      if (!it->busy && absl::Now() - it->lost_at > options_.keep_lost_session) {
-        expired.splice(expired.end(), slots_, it);
-      }
-      it = next;
+    for (TargetSlot& slot : slots_) {
+      if (slot.busy || absl::Now() - slot.lost_at <= options_.keep_lost_session) continue;
+      slot.busy = slot.closing = true;  // nobody takes it up any more
+      expired.push_back(&slot);
     }
     for (auto it = clients_.begin(); it != clients_.end();) {
       const auto next = std::next(it);
@@ -323,8 +324,9 @@ void TargetService::Sweep() {
   }
   refusals_.Flush(absl::Now());
   for (Client& client : ended) client.thread.join();
-  for (const TargetSlot& slot : expired) {
-    Log(true, absl::StrCat(slot.guest, ": its source did not come back; its memory is given up"));
+  for (TargetSlot* slot : expired) {
+    Log(true, absl::StrCat(slot->guest, ": its source did not come back; its memory is given up"));
+    EndSlot(slot);
   }
 }
 

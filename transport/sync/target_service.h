@@ -162,6 +162,8 @@ class TargetService {
                         const std::string& peer_name) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   bool IsOthers(const SessionId& session, const std::string& peer_name) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Ends the place of a busy slot, then the slot.
+  void EndSlot(TargetSlot* slot) ABSL_LOCKS_EXCLUDED(mutex_);
   void Sweep() ABSL_LOCKS_EXCLUDED(mutex_);
 
   const UniqueFd listener_;
