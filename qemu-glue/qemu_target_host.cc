@@ -448,13 +448,13 @@ void QemuTargetHost::EndWaitingLeftovers() {
 }
 
 void QemuTargetHost::Adopt(QemuProcess process) {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   running_.push_back(std::move(process));
 }
 
 void QemuTargetHost::RemoveLeftovers() {
   {
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     std::erase_if(running_, [](QemuProcess& process) { return process.HasEnded(); });
   }
   for (const GuestNote& note : ReadGuestNotes(options_.run_folder)) {

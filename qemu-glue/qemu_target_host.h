@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
-#include "absl/synchronization/mutex.h"
 #include "qemu-glue/qemu_process.h"
+#include "transport/mutex.h"
 #include "transport/sync/target_host.h"
 
 namespace presync {
@@ -61,7 +61,7 @@ class QemuTargetHost final : public TargetHost {
   explicit QemuTargetHost(QemuTargetHostOptions options) : options_(std::move(options)) {}
 
   const QemuTargetHostOptions options_;
-  absl::Mutex mutex_;
+  Mutex mutex_;
   std::vector<QemuProcess> running_ ABSL_GUARDED_BY(mutex_);
 };
 

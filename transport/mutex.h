@@ -9,6 +9,7 @@
 #include <mutex>
 
 #include "absl/base/thread_annotations.h"
+#include "absl/time/clock.h"
 #include "absl/time/time.h"
 
 namespace presync {
@@ -20,13 +21,63 @@ class ABSL_LOCKABLE Mutex {
   Mutex& operator=(const Mutex&) = delete;
 
   void Lock() ABSL_EXCLUSIVE_LOCK_FUNCTION() { mutex_.lock(); }
-  void Unlock() ABSL_UNLOCK_FUNCTION() { mutex_.unlock(); }
+  void Unlock() ABSL_UNLOCK_FUNCTION() {
+    WakeAwaiting();
+    mutex_.unlock();
+  }
   // For code that the analysis can't follow into, as a lambda: it takes it as held from here on.
   void AssertHeld() const ABSL_ASSERT_EXCLUSIVE_LOCK() {}
 
+  // Wait until `is_true()`, which is called with this mutex held: at once, and again whenever
+  // another thread has let go of it. Held at the return; the other two say whether it is true now.
+  template <typename Predicate>
+  void Await(const Predicate& is_true) ABSL_EXCLUSIVE_LOCKS_REQUIRED(this) {
+    AwaitWithDeadline(is_true, absl::InfiniteFuture());
+  }
+  template <typename Predicate>
+  bool AwaitWithTimeout(const Predicate& is_true, absl::Duration longest)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(this) {
+    return AwaitWithDeadline(is_true, absl::Now() + longest);
+  }
+  template <typename Predicate>
+  bool AwaitWithDeadline(const Predicate& is_true, absl::Time deadline)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(this) {
+    bool in_time = true;
+    while (!is_true()) {
+      if (!in_time) return false;
+      WakeAwaiting();
+      ++awaiting_;
+      in_time = Wait(&let_go_, deadline);
+      --awaiting_;
+    }
+    return true;
+  }
+
  private:
   friend class CondVar;
+
+  // Whoever awaits looks again once the mutex is free. Called while it is held: after that the
+  // mutex may be gone.
+  void WakeAwaiting() {
+    if (awaiting_ > 0) let_go_.notify_all();
+  }
+  // False: `deadline` has passed.
+  bool Wait(std::condition_variable* condition, absl::Time deadline) {
+    std::unique_lock<std::mutex> lock(mutex_, std::adopt_lock);
+    bool in_time = true;
+    if (deadline == absl::InfiniteFuture()) {
+      condition->wait(lock);
+    } else {
+      in_time =
+          condition->wait_until(lock, absl::ToChronoTime(deadline)) != std::cv_status::timeout;
+    }
+    lock.release();  // the caller goes on holding it
+    return in_time;
+  }
+
   std::mutex mutex_;
+  std::condition_variable let_go_;
+  int awaiting_ = 0;  // guarded by mutex_
 };
 
 class ABSL_SCOPED_LOCKABLE MutexLock {
@@ -46,20 +97,12 @@ class ABSL_SCOPED_LOCKABLE MutexLock {
 class CondVar {
  public:
   void Wait(Mutex* mutex) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) {
-    std::unique_lock<std::mutex> lock(mutex->mutex_, std::adopt_lock);
-    condition_.wait(lock);
-    lock.release();  // the caller goes on holding it
+    WaitWithDeadline(mutex, absl::InfiniteFuture());
   }
   // True: `deadline` has passed.
   bool WaitWithDeadline(Mutex* mutex, absl::Time deadline) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) {
-    if (deadline == absl::InfiniteFuture()) {
-      Wait(mutex);
-      return false;
-    }
-    std::unique_lock<std::mutex> lock(mutex->mutex_, std::adopt_lock);
-    const auto result = condition_.wait_until(lock, absl::ToChronoTime(deadline));
-    lock.release();
-    return result == std::cv_status::timeout;
+    mutex->WakeAwaiting();
+    return !mutex->Wait(&condition_, deadline);
   }
   void Signal() { condition_.notify_one(); }
   void SignalAll() { condition_.notify_all(); }

@@ -12,9 +12,9 @@
 #include <thread>
 #include <vector>
 
-#include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "tests/faults/scenario.h"
+#include "transport/mutex.h"
 
 namespace presync {
 namespace {
@@ -78,7 +78,7 @@ class Campaign {
   }
 
   void Take(uint64_t run, const Plan& plan, const Outcome& outcome) {
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     ++done_;
     Row& row = by_fault_[FaultName(plan.strikes[0].fault)];
     ++row.runs;
@@ -107,7 +107,7 @@ class Campaign {
   }
 
   int Report() {
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     const double seconds = absl::ToDoubleSeconds(absl::Now() - began_);
     nlohmann::json rows = nlohmann::json::object();
     for (const auto& [fault, row] : by_fault_) {
@@ -138,7 +138,7 @@ class Campaign {
   const Options options_;
   const absl::Time began_;
   std::atomic<uint64_t> next_ = 0;
-  absl::Mutex mutex_;
+  Mutex mutex_;
   absl::Time said_ ABSL_GUARDED_BY(mutex_) = absl::Now();
   uint64_t done_ ABSL_GUARDED_BY(mutex_) = 0;
   uint64_t lost_ ABSL_GUARDED_BY(mutex_) = 0;

@@ -63,7 +63,7 @@ Machines::Machines(uint64_t seed)
 }
 
 void Machines::GuestWrites(bool at_source, int pages) {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   const bool runs = at_source ? source_ == VmState::kRunning
                               : target_ != nullptr && target_->state == VmState::kRunning;
   if (!runs) return;
@@ -91,12 +91,12 @@ int Machines::running() const { return (source_runs() ? 1 : 0) + (target_runs() 
 bool Machines::source_runs() const { return source_state() == VmState::kRunning; }
 
 bool Machines::target_runs() const {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   return target_ != nullptr && target_->state == VmState::kRunning;
 }
 
 std::vector<PageIndex> Machines::WrongPages() {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   if (target_ != nullptr && target_->state == VmState::kRunning) {
     return truth_->Differences(target_->memory.scratch());
   }
@@ -105,7 +105,7 @@ std::vector<PageIndex> Machines::WrongPages() {
 }
 
 void Machines::KillSource() {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   const bool target_has_it = target_ != nullptr && target_->state == VmState::kRunning;
   if (source_ != VmState::kGone && !target_has_it) guest_killed_ = true;
   source_ = VmState::kGone;
@@ -113,30 +113,30 @@ void Machines::KillSource() {
 }
 
 void Machines::KillTarget() {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   if (target_ == nullptr || target_->state == VmState::kGone) return;
   if (target_->told) guest_killed_ = true;
   target_->state = VmState::kGone;
 }
 
 void Machines::NoteTargetCrashed() {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   if (target_ != nullptr && target_->state == VmState::kLoaded) target_->told = true;
 }
 
 std::string Machines::Describe() const {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   return absl::StrCat("the source's QEMU is ", Name(source_), ", the target's ",
                       target_ == nullptr ? "never was" : Name(target_->state));
 }
 
 VmState Machines::source_state() const {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   return source_;
 }
 
 bool Machines::MoveSource(std::initializer_list<VmState> from, VmState to) {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   if (!Contains(from, source_)) return false;
   source_ = to;
   Look();
@@ -144,7 +144,7 @@ bool Machines::MoveSource(std::initializer_list<VmState> from, VmState to) {
 }
 
 absl::StatusOr<std::shared_ptr<Machines::TargetVm>> Machines::NewTarget() {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   if (target_ != nullptr && target_->state == VmState::kRunning) {
     return absl::AlreadyExistsError("the guest runs on this host already");
   }
@@ -155,18 +155,18 @@ absl::StatusOr<std::shared_ptr<Machines::TargetVm>> Machines::NewTarget() {
 }
 
 std::shared_ptr<Machines::TargetVm> Machines::target() const {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   return target_;
 }
 
 VmState Machines::state_of(const TargetVm& vm) const {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   return vm.state;
 }
 
 bool Machines::MoveTarget(TargetVm* vm, std::initializer_list<VmState> from, VmState to) {
   {
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     if (!Contains(from, vm->state)) return false;
     vm->state = to;
     Look();
@@ -177,7 +177,7 @@ bool Machines::MoveTarget(TargetVm* vm, std::initializer_list<VmState> from, VmS
 }
 
 void Machines::NoteToldToRun(TargetVm* vm, bool told) {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   vm->told = told;
 }
 

@@ -10,9 +10,9 @@
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
-#include "absl/synchronization/mutex.h"
 #include "tests/faults/side.h"
 #include "tests/transport/sync/model_guest.h"
+#include "transport/mutex.h"
 #include "transport/sync/recovery.h"
 #include "transport/sync/target_host.h"
 
@@ -82,7 +82,7 @@ class Machines {
  private:
   void Look() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
-  mutable absl::Mutex mutex_;
+  mutable Mutex mutex_;
   std::mt19937_64 random_ ABSL_GUARDED_BY(mutex_);
   ModelMemory source_memory_;
   std::unique_ptr<ScratchMemory> truth_;

@@ -159,15 +159,14 @@ MakeTargetLink Network::TargetLinks(Life* life) {
 absl::StatusOr<std::unique_ptr<SourceLink>> Network::MeetAtSource(const SessionId& token,
                                                                   const GuestMemory* memory,
                                                                   Life* life, absl::Time deadline) {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   const uint64_t epoch = epoch_;
   while (meetings_[token].target_memory == nullptr) {
     if (absl::Now() >= deadline || epoch != epoch_ || down_ || life->crashed()) {
       meetings_[token].over = true;
       return Gone();
     }
-    const bool never = false;
-    mutex_.AwaitWithTimeout(absl::Condition(&never), kLook);
+    mutex_.AwaitWithTimeout([] { return false; }, kLook);
   }
   FakeLinkOptions options = {.seed = random_(),
                              .faults = link_faults_,
@@ -185,7 +184,7 @@ absl::StatusOr<std::unique_ptr<SourceLink>> Network::MeetAtSource(const SessionI
 absl::StatusOr<std::unique_ptr<TargetLink>> Network::MeetAtTarget(const SessionId& token,
                                                                   const GuestMemory* memory,
                                                                   Life* life, absl::Time deadline) {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   const uint64_t epoch = epoch_;
   meetings_[token].target_memory = memory;
   while (meetings_[token].target_end == nullptr) {
@@ -194,8 +193,7 @@ absl::StatusOr<std::unique_ptr<TargetLink>> Network::MeetAtTarget(const SessionI
       meetings_.erase(token);
       return Gone();
     }
-    const bool never = false;
-    mutex_.AwaitWithTimeout(absl::Condition(&never), kLook);
+    mutex_.AwaitWithTimeout([] { return false; }, kLook);
   }
   std::unique_ptr<TargetLink> end = std::move(meetings_[token].target_end);
   meetings_.erase(token);
@@ -226,14 +224,14 @@ Network::~Network() {
   Reset();
   std::list<Connection> connections;
   {
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     connections.swap(connections_);
   }
   for (Connection& connection : connections) connection.thread.join();
 }
 
 void Network::SetTarget(TargetService* service, Life* life) {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   service_ = service;
   target_life_ = life;
 }
@@ -244,7 +242,7 @@ std::unique_ptr<Dialer> Network::MakeDialer(Life* life) {
 
 void Network::Reset() {
   ++epoch_;
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   for (Connection& connection : connections_) connection.done = true;
 }
 
@@ -254,7 +252,7 @@ void Network::SetDown(bool down) {
 }
 
 void Network::SetLinkFaults(const FakeLinkFaults& faults) {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   link_faults_ = faults;
 }
 
@@ -264,7 +262,7 @@ absl::StatusOr<UniqueFd> Network::Connect(Life* source_life, const Preamble& pre
   PRESYNC_CHECK(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, near) == 0);
   PRESYNC_CHECK(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, far) == 0);
   UniqueFd ours(near[0]), theirs(far[0]);
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   Connection& connection = connections_.emplace_back();
   connection.source.reset(near[1]);
   connection.target.reset(far[1]);
@@ -320,7 +318,7 @@ bool Network::CarryOne(Connection* connection, bool from_source) {
   const FrameFault fault = hook_(name, /*before=*/true);
   std::string frame = head + body;
   {
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     if (fault == FrameFault::kTruncate) frame.resize(1 + random_() % (frame.size() - 1));
     if (fault == FrameFault::kDuplicate) frame += frame;
     if (fault == FrameFault::kCorrupt) {

@@ -13,9 +13,9 @@
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
-#include "absl/synchronization/mutex.h"
 #include "tests/faults/side.h"
 #include "transport/fake/fake_link.h"
+#include "transport/mutex.h"
 #include "transport/sync/dialer.h"
 #include "transport/sync/source_connection.h"
 #include "transport/sync/target_service.h"
@@ -88,7 +88,7 @@ class Network {
   std::atomic<bool> silent_ = false;
   std::atomic<uint64_t> epoch_ = 0;  // grows with every reset: older links are dead
 
-  absl::Mutex mutex_;
+  Mutex mutex_;
   std::mt19937_64 random_ ABSL_GUARDED_BY(mutex_);
   TargetService* service_ ABSL_GUARDED_BY(mutex_) = nullptr;
   Life* target_life_ ABSL_GUARDED_BY(mutex_) = nullptr;

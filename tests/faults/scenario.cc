@@ -8,7 +8,9 @@
 #include <cstdio>
 #include <filesystem>
 #include <memory>
+#include <mutex>
 #include <optional>
+#include <shared_mutex>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -17,6 +19,7 @@
 #include "tests/faults/machines.h"
 #include "tests/faults/network.h"
 #include "tests/faults/side.h"
+#include "transport/mutex.h"
 #include "transport/sync/recovery.h"
 #include "transport/sync/source_session.h"
 #include "transport/sync/target_service.h"
@@ -84,11 +87,11 @@ class Scenario {
   Network network_;
   std::atomic<bool> no_room_ = false;
   std::array<std::atomic<bool>, 4> hit_ = {};
-  absl::Mutex strike_mutex_;         // a strike is whole before healing begins
+  std::shared_mutex strike_mutex_;   // a strike is whole before healing begins
   std::atomic<bool> armed_ = false;  // faults may come
   std::atomic<bool> healed_ = false;
   std::string source_durable_, target_durable_;  // where a crash leaves the records
-  absl::Mutex later_mutex_;
+  Mutex later_mutex_;
   std::vector<std::thread> later_ ABSL_GUARDED_BY(later_mutex_);
   std::vector<std::unique_ptr<Life>> past_lives_;
   std::vector<std::unique_ptr<RecoveryHost>> past_hosts_;
@@ -269,7 +272,7 @@ void Scenario::StrikeAtMoments(bool in_sync, absl::Time begin) {
 }
 
 void Scenario::Later(absl::Duration after, std::function<void()> what) {
-  absl::MutexLock lock(&later_mutex_);
+  MutexLock lock(&later_mutex_);
   later_.emplace_back([this, after, what = std::move(what)] {
     const absl::Time at = absl::Now() + after;
     while (absl::Now() < at && !healed_) {
@@ -280,7 +283,7 @@ void Scenario::Later(absl::Duration after, std::function<void()> what) {
 }
 
 void Scenario::Hit(size_t index) {
-  absl::ReaderMutexLock lock(&strike_mutex_);
+  std::shared_lock lock(strike_mutex_);
   if (!armed_ || hit_[index].exchange(true)) return;
   const Strike& strike = plan_.strikes[index];
   const auto restore = [&](std::function<void()> undo) { Later(strike.lasts, std::move(undo)); };
@@ -339,13 +342,13 @@ void Scenario::Hit(size_t index) {
 // Nothing is broken any more; what is under way may still be late.
 void Scenario::Heal() {
   {
-    absl::WriterMutexLock lock(&strike_mutex_);
+    std::unique_lock lock(strike_mutex_);
     armed_ = false;
   }
   healed_ = true;
   std::vector<std::thread> late;
   {
-    absl::MutexLock lock(&later_mutex_);
+    MutexLock lock(&later_mutex_);
     late.swap(later_);
   }
   for (std::thread& thread : late) thread.join();

@@ -5,12 +5,13 @@
 #include <atomic>
 #include <filesystem>
 #include <functional>
+#include <mutex>
+#include <shared_mutex>
 #include <string>
 #include <thread>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
-#include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
 
@@ -26,7 +27,7 @@ class Life {
   // Runs `effect`, which reaches the outside, unless this life is over; waits while it is stopped.
   absl::Status Act(const std::function<void()>& effect) {
     AwaitRunning();
-    absl::ReaderMutexLock lock(&gate_);
+    std::shared_lock lock(gate_);
     if (crashed_) return absl::UnavailableError("this presyncd has crashed");
     effect();
     return absl::OkStatus();
@@ -36,7 +37,7 @@ class Life {
 
   // The process ends without a word; `durable` becomes what its record folder holds.
   void Crash(const std::filesystem::path& durable) {
-    absl::WriterMutexLock lock(&gate_);
+    std::unique_lock lock(gate_);
     if (crashed_) return;
     std::filesystem::create_directory(durable);
     std::error_code gone;  // a record that is removed at this very moment is removed
@@ -61,7 +62,7 @@ class Life {
 
  private:
   const std::string record_folder_;
-  absl::Mutex gate_;
+  std::shared_mutex gate_;  // shared by effects
   std::atomic<bool> crashed_ = false;
   std::atomic<int64_t> stopped_until_us_ = 0;
 };

@@ -62,7 +62,7 @@ class BenchTargetHost::Place final : public TargetPlace {
  public:
   Place(BenchTargetHost* host, GuestMemory memory) : host_(host), memory_(std::move(memory)) {}
   ~Place() override {
-    absl::MutexLock lock(&host_->mutex_);
+    MutexLock lock(&host_->mutex_);
     host_->bytes_ -= PagesToBytes(memory_.pages());
     ++host_->places_ended_;
   }
@@ -86,7 +86,7 @@ absl::StatusOr<std::unique_ptr<TargetPlace>> BenchTargetHost::MakePlace(
   uint64_t bytes = 0;
   for (const RegionRequest& region : regions) bytes += region.size_bytes;
   {
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     if (bytes > max_bytes_ - bytes_) {
       return absl::ResourceExhaustedError(absl::StrCat(
           "the benchmark's server has ", FormatBytes(max_bytes_ - bytes_), " to give, not ",
@@ -96,13 +96,13 @@ absl::StatusOr<std::unique_ptr<TargetPlace>> BenchTargetHost::MakePlace(
   }
   absl::StatusOr<GuestMemory> memory = MakeMemory(folder_, regions);
   if (memory.ok()) return std::make_unique<Place>(this, *std::move(memory));
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   bytes_ -= bytes;
   return memory.status();
 }
 
 uint64_t BenchTargetHost::places_ended() const {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   return places_ended_;
 }
 

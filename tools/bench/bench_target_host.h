@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
-#include "absl/synchronization/mutex.h"
+#include "transport/mutex.h"
 #include "transport/sync/target_host.h"
 
 namespace presync {
@@ -32,7 +32,7 @@ class BenchTargetHost final : public TargetHost {
   class Place;
   const std::string folder_;
   const uint64_t max_bytes_;
-  mutable absl::Mutex mutex_;
+  mutable Mutex mutex_;
   uint64_t bytes_ ABSL_GUARDED_BY(mutex_) = 0;
   uint64_t places_ended_ ABSL_GUARDED_BY(mutex_) = 0;
 };

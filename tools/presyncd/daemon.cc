@@ -122,7 +122,7 @@ Daemon::~Daemon() {
   recovery_.reset();
   std::map<std::string, std::shared_ptr<SourceSession>> sources;
   {
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     sources.swap(sources_);
   }
 }
@@ -203,7 +203,7 @@ void Daemon::Tick() {
 std::vector<SessionStatus> Daemon::Sources() const {
   std::vector<std::shared_ptr<SourceSession>> sessions;
   {
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     for (const auto& [name, session] : sources_) {
       if (session != nullptr) sessions.push_back(session);
     }
@@ -215,13 +215,13 @@ std::vector<SessionStatus> Daemon::Sources() const {
 
 Metrics::View Daemon::View() const {
   Metrics::View view = {.sources = Sources(), .incoming = service_->status().size()};
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   view.open_matters = recovery_ == nullptr ? 0 : recovery_->open().size();
   return view;
 }
 
 std::string Daemon::Summary() const {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   return absl::StrCat(sources_.size(), " guests kept in sync elsewhere, ",
                       service_->status().size(), " mirrored here");
 }
@@ -251,7 +251,7 @@ Json Daemon::Handle(const Json& request) {
 }
 
 std::shared_ptr<SourceSession> Daemon::Find(const std::string& name) const {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   const auto it = sources_.find(name);
   return it == sources_.end() ? nullptr : it->second;
 }
@@ -260,7 +260,7 @@ std::shared_ptr<SourceSession> Daemon::Find(const std::string& name) const {
 // one.
 absl::Status Daemon::Claim(const std::string& name) {
   std::shared_ptr<SourceSession> ended;
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   const auto it = sources_.find(name);
   if (it != sources_.end()) {
     if (it->second == nullptr) {
@@ -279,7 +279,7 @@ absl::Status Daemon::Claim(const std::string& name) {
 }
 
 void Daemon::Unclaim(const std::string& name) {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   const auto it = sources_.find(name);
   if (it != sources_.end() && it->second == nullptr) sources_.erase(it);
 }
@@ -348,7 +348,7 @@ absl::StatusOr<Json> Daemon::Start(const Json& request) {
   spdlog::info("{}: in sync with {} from now on ({} MiB, dirty log {})", name,
                (*session)->status().peer, (*session)->status().progress.pages >> 8,
                (*session)->status().dirty_log);
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   sources_[name] = *std::move(session);
   stop_tracking_[name] = std::move(stop_tracking);
   return answer;
@@ -395,7 +395,7 @@ absl::StatusOr<Json> Daemon::Stop(const Json& request) {
   spdlog::info("{}: sync stopped", name);
   std::function<absl::Status()> stop_tracking;
   {
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     sources_.erase(name);
     stop_tracking = std::move(stop_tracking_[name]);
     stop_tracking_.erase(name);
@@ -426,7 +426,7 @@ bool Daemon::InUse(const std::string& guest) const {
   for (const TargetStatus& target : service_->status()) {
     if (target.guest == guest) return true;
   }
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   const auto it = sources_.find(guest);
   return it != sources_.end() && (it->second == nullptr || !IsOver(it->second->status().state));
 }
@@ -460,7 +460,7 @@ Json Daemon::Status(const Json& request) const {
   answer["security"] = security_->ToJson();
   std::vector<std::shared_ptr<SourceSession>> sessions;
   {
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     for (const auto& [key, session] : sources_) {
       if (session != nullptr && (name.empty() || key == name)) sessions.push_back(session);
     }

@@ -11,7 +11,6 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/statusor.h"
-#include "absl/synchronization/mutex.h"
 #include "qemu-glue/qemu_target_host.h"
 #include "tools/presyncd/config.h"
 #include "tools/presyncd/fixed_costs.h"
@@ -19,6 +18,7 @@
 #include "tools/presyncd/metrics.h"
 #include "tools/presyncd/recovery.h"
 #include "tools/presyncd/security.h"
+#include "transport/mutex.h"
 #include "transport/sync/source_session.h"
 #include "transport/sync/target_service.h"
 
@@ -71,7 +71,7 @@ class Daemon {
   std::unique_ptr<TargetService> service_;
   std::unique_ptr<RecoveryLoop> recovery_;  // after the above: it looks at them
 
-  mutable absl::Mutex mutex_;
+  mutable Mutex mutex_;
   std::map<std::string, std::shared_ptr<SourceSession>> sources_ ABSL_GUARDED_BY(mutex_);
   // For each of them: what gives its QEMU's memory free of tracking again.
   std::map<std::string, std::function<absl::Status()>> stop_tracking_ ABSL_GUARDED_BY(mutex_);

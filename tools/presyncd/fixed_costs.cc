@@ -39,7 +39,7 @@ FixedCosts::FixedCosts(std::string path) : path_(std::move(path)) {
 absl::Duration FixedCosts::For(const std::string& peer, absl::Duration expected) const {
   std::vector<absl::Duration> costs = {expected};
   {
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     const auto it = costs_.find(peer);
     if (it != costs_.end()) costs.insert(costs.end(), it->second.begin(), it->second.end());
   }
@@ -49,7 +49,7 @@ absl::Duration FixedCosts::For(const std::string& peer, absl::Duration expected)
 }
 
 void FixedCosts::Learn(const std::string& peer, absl::Duration cost) {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   Keep(cost, &costs_[peer]);
   nlohmann::json json = nlohmann::json::object();
   for (const auto& [name, launches] : costs_) {

@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
-#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "transport/mutex.h"
 
 namespace presync {
 
@@ -31,7 +31,7 @@ class FixedCosts {
 
  private:
   const std::string path_;
-  mutable absl::Mutex mutex_;
+  mutable Mutex mutex_;
   std::map<std::string, std::vector<absl::Duration>> costs_ ABSL_GUARDED_BY(mutex_);
 };
 

@@ -37,7 +37,7 @@ History::Guest* History::Find(const SessionStatus& status, absl::Time now) {
 }
 
 void History::Sample(const SessionStatus& status, absl::Time now) {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   Guest* guest = Find(status, now);
   const bool same = !guest->points.empty() && guest->newest.state == status.state &&
                     guest->newest.link == status.link;
@@ -69,14 +69,14 @@ void History::NoteLaunch(const SessionStatus& status, absl::Time ordered_at,
   if (!report.ok()) launch["error"] = std::string(report.status().message());
   launch["ordered_at"] = UnixSeconds(ordered_at);
   launch["promised_ms"] = MillisToJson(status.promise);
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   std::deque<Json>* launches = &Find(status, absl::Now())->launches;
   launches->push_back(std::move(launch));
   if (launches->size() > kMostLaunches) launches->pop_front();
 }
 
 absl::StatusOr<Json> History::Report(const std::string& name) const {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   const auto it = guests_.find(name);
   if (it == guests_.end()) {
     return absl::NotFoundError(

@@ -12,8 +12,8 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/statusor.h"
-#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "transport/mutex.h"
 #include "transport/sync/source_session.h"
 
 namespace presync {
@@ -59,7 +59,7 @@ class History {
 
   Guest* Find(const SessionStatus& status, absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
-  mutable absl::Mutex mutex_;
+  mutable Mutex mutex_;
   std::map<std::string, Guest> guests_ ABSL_GUARDED_BY(mutex_);
 };
 

@@ -120,7 +120,7 @@ void AppendGuests(const std::vector<SessionStatus>& guests, std::vector<MetricFa
 
 void Metrics::NoteLink(const SessionStatus& status) {
   if (status.link.empty()) return;  // lost, and not back yet
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   if (link_.size() >= kMostGuests && !link_.contains(status.guest)) return;
   std::string* last = &link_[status.guest];
   uint64_t* falls = &link_falls_[status.guest];
@@ -140,7 +140,7 @@ void Metrics::Add(absl::Duration time, Times* times) {
 }
 
 void Metrics::NoteLaunch(const absl::StatusOr<HandoverReport>& report) {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   if (!report.ok()) {
     ++launches_failed_;
     return;
@@ -152,7 +152,7 @@ void Metrics::NoteLaunch(const absl::StatusOr<HandoverReport>& report) {
 }
 
 void Metrics::NoteError(const std::string& command, absl::StatusCode code) {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   ++errors_[{command, absl::StatusCodeToString(code)}];
 }
 
@@ -177,7 +177,7 @@ MetricFamily Metrics::Histogram(const char* name, const char* help, const Times&
 }
 
 void Metrics::AppendCounts(std::vector<MetricFamily>* out) const {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   MetricFamily falls = Family("presync_guest_link_falls_total",
                               "Times that a sync fell from RDMA to TCP.", MetricType::Counter);
   for (const auto& [guest, count] : link_falls_) {

@@ -15,8 +15,8 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/statusor.h"
-#include "absl/synchronization/mutex.h"
 #include "tools/presyncd/config.h"
+#include "transport/mutex.h"
 #include "transport/sync/source_session.h"
 
 namespace prometheus {
@@ -60,7 +60,7 @@ class Metrics final : public prometheus::Collectable {
   void AppendCounts(std::vector<prometheus::MetricFamily>* out) const ABSL_LOCKS_EXCLUDED(mutex_);
 
   const std::function<View()> look_;
-  mutable absl::Mutex mutex_;
+  mutable Mutex mutex_;
   std::map<std::string, std::string> link_ ABSL_GUARDED_BY(mutex_);     // guest: the last one
   std::map<std::string, uint64_t> link_falls_ ABSL_GUARDED_BY(mutex_);  // guest: rdma to tcp
   uint64_t launches_moved_ ABSL_GUARDED_BY(mutex_) = 0;

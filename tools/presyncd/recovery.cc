@@ -78,7 +78,7 @@ RecoveryLoop::RecoveryLoop(const std::string& folder, QemuTargetHost* host, Peer
 
 RecoveryLoop::~RecoveryLoop() {
   {
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     ending_ = true;
   }
   if (thread_.joinable()) thread_.join();
@@ -92,8 +92,9 @@ void RecoveryLoop::Start(Recovery::InUse in_use) {
 void RecoveryLoop::Run() {
   while (true) {
     {
-      absl::MutexLock lock(&mutex_);
-      if (mutex_.AwaitWithTimeout(absl::Condition(&ending_), kAgainEvery)) return;
+      MutexLock lock(&mutex_);
+      const auto ending = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return ending_; };
+      if (mutex_.AwaitWithTimeout(ending, kAgainEvery)) return;
     }
     recovery_.Pass(in_use_);
   }

@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
-#include "absl/synchronization/mutex.h"
 #include "qemu-glue/qemu_target_host.h"
+#include "transport/mutex.h"
 #include "transport/sync/dialer.h"
 #include "transport/sync/recovery.h"
 
@@ -62,7 +62,7 @@ class RecoveryLoop {
   QemuRecoveryHost host_;
   Recovery recovery_;
   Recovery::InUse in_use_;
-  absl::Mutex mutex_;
+  Mutex mutex_;
   bool ending_ ABSL_GUARDED_BY(mutex_) = false;
   std::thread thread_;  // last: it uses all of the above
 };

@@ -38,8 +38,8 @@ absl::Status StateRelay::Relay(ControlChannel* channel, absl::Time deadline) {
 absl::Status GuestSwitchover::Run(absl::Time rounds_deadline) {
   if (absl::Status s = guest_->PrepareSave(rounds_deadline); !s.ok()) return s;
   {
-    absl::MutexLock lock(&mutex_);
-    mutex_.Await(absl::Condition(&go_));
+    MutexLock lock(&mutex_);
+    mutex_.Await([this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return go_; });
     if (cancelled_) return absl::CancelledError("the switchover was called off");
   }
   const absl::Time deadline = absl::Now() + timeout_;
@@ -50,7 +50,7 @@ absl::Status GuestSwitchover::Run(absl::Time rounds_deadline) {
   if (!stopped_at.ok()) return stopped_at.status();
   relay_->StageFromNowOn();
   {
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     stopped_at_ = *stopped_at;
     stopped_ = true;
   }

@@ -9,9 +9,9 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "transport/guest.h"
+#include "transport/mutex.h"
 #include "transport/unique_fd.h"
 #include "transport/wire/control_channel.h"
 
@@ -60,14 +60,14 @@ class GuestSwitchover {
                   absl::Duration timeout)
       : guest_(guest), channel_(channel), timeout_(timeout), thread_([this, rounds_deadline] {
           absl::Status status = Run(rounds_deadline);
-          absl::MutexLock lock(&mutex_);
+          MutexLock lock(&mutex_);
           status_ = std::move(status);
           stopped_ = true;  // or failed: either way there is nothing to wait for
         }) {}
 
   ~GuestSwitchover() {
     {
-      absl::MutexLock lock(&mutex_);
+      MutexLock lock(&mutex_);
       go_ = cancelled_ = true;
     }
     if (thread_.joinable()) thread_.join();
@@ -75,18 +75,18 @@ class GuestSwitchover {
 
   // Stop the guest now. Idempotent.
   void Go() {
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     go_ = true;
   }
 
   // Whether the guest stands still, or the switchover has failed.
   bool stopped() const {
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     return stopped_;
   }
   // When; nothing if it has failed.
   std::optional<absl::Time> stopped_at() const {
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     return stopped_at_;
   }
 
@@ -103,7 +103,7 @@ class GuestSwitchover {
   SourceGuest* const guest_;
   ControlChannel* const channel_;
   const absl::Duration timeout_;
-  mutable absl::Mutex mutex_;
+  mutable Mutex mutex_;
   bool go_ ABSL_GUARDED_BY(mutex_) = false;
   bool cancelled_ ABSL_GUARDED_BY(mutex_) = false;
   bool stopped_ ABSL_GUARDED_BY(mutex_) = false;

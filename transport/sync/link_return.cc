@@ -44,7 +44,7 @@ void LinkReturn::OnMessage(const Body& message) {
       return;
     }
     case Body::kLinkReady: {
-      absl::MutexLock lock(&mutex_);
+      MutexLock lock(&mutex_);
       target_ready_ = true;
       return;
     }
@@ -62,17 +62,17 @@ void LinkReturn::OnMessage(const Body& message) {
 void LinkReturn::Connect(const RdmaOffer& offer) {
   absl::StatusOr<RdmaSource> link = ConnectRdma(memory_, offer, options_, deadline_);
   if (!link.ok()) return Fail(link.status());
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   link_ = *std::move(link);
 }
 
 void LinkReturn::Fail(const absl::Status& why) {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   status_.Update(why);
 }
 
 absl::Status LinkReturn::status() const {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   if (status_.ok() && (link_.link == nullptr || !target_ready_) && absl::Now() > deadline_) {
     return absl::DeadlineExceededError("the RDMA link did not come up in time");
   }
@@ -80,12 +80,12 @@ absl::Status LinkReturn::status() const {
 }
 
 bool LinkReturn::ready() const {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   return status_.ok() && link_.link != nullptr && target_ready_;
 }
 
 RdmaSource LinkReturn::Take() {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   return std::move(link_);
 }
 

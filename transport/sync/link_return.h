@@ -9,8 +9,8 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
-#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "transport/mutex.h"
 #include "transport/rdma/rdma_link.h"
 #include "transport/wire/control_channel.h"
 
@@ -51,7 +51,7 @@ class LinkReturn {
   const std::string peer_;
   const absl::Time deadline_;
   std::atomic<bool> abandoned_ = false;
-  mutable absl::Mutex mutex_;
+  mutable Mutex mutex_;
   absl::Status status_ ABSL_GUARDED_BY(mutex_);
   RdmaSource link_ ABSL_GUARDED_BY(mutex_);
   bool target_ready_ ABSL_GUARDED_BY(mutex_) = false;

@@ -42,7 +42,7 @@ Recovery::Recovery(Options options, RecoveryHost* host)
     : options_(std::move(options)), host_(host) {}
 
 std::vector<OpenMatter> Recovery::open() const {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   return open_;
 }
 
@@ -165,7 +165,7 @@ absl::Status Recovery::Settle(const HandoverEntry& entry, OpenMatter* matter) {
 }
 
 void Recovery::Pass(const InUse& in_use) {
-  absl::MutexLock pass(&pass_mutex_);
+  MutexLock pass(&pass_mutex_);
   std::vector<std::string> unreadable;
   std::vector<HandoverEntry> entries = HandoverRecord::ReadAll(options_.folder, &unreadable);
   gone_.clear();
@@ -212,14 +212,14 @@ void Recovery::Pass(const InUse& in_use) {
 void Recovery::Publish(std::vector<OpenMatter> open) {
   std::set<std::string> known_before;
   {
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     for (const OpenMatter& matter : open_) known_before.insert(MatterText(matter));
   }
   for (const OpenMatter& matter : open) {
     const std::string text = MatterText(matter);
     if (!known_before.contains(text)) options_.log(true, text);
   }
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   open_ = std::move(open);
 }
 
@@ -245,7 +245,7 @@ absl::Status Recovery::Decide(const std::string& guest, Decision decision, const
         absl::StrCat(guest, " is being synced here now; stop that first"));
   }
   {
-    absl::MutexLock pass(&pass_mutex_);
+    MutexLock pass(&pass_mutex_);
     for (const OpenMatter& matter : matters) {
       const HandoverEntry& entry = matter.entry;
       const bool given_up = entry.phase == HandoverPhase::kGivenUp;

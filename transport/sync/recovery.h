@@ -11,8 +11,8 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "transport/mutex.h"
 #include "transport/sync/handover_record.h"
 #include "transport/wire/control.pb.h"
 
@@ -113,10 +113,10 @@ class Recovery {
   const Options options_;
   RecoveryHost* const host_;
 
-  absl::Mutex pass_mutex_;
+  Mutex pass_mutex_;
   std::set<std::string> gone_ ABSL_GUARDED_BY(pass_mutex_);  // guests that moved, or are given up
 
-  mutable absl::Mutex mutex_ ABSL_ACQUIRED_AFTER(pass_mutex_);
+  mutable Mutex mutex_ ABSL_ACQUIRED_AFTER(pass_mutex_);
   std::vector<OpenMatter> open_ ABSL_GUARDED_BY(mutex_);
 };
 

@@ -10,7 +10,7 @@ namespace presync {
 void RefusalLog::Refuse(const std::string& who, const std::string& why, absl::Time now) {
   std::string line;
   {
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     auto key = std::make_pair(who, why);
     auto it = kinds_.find(key);
     if (it == kinds_.end() && kinds_.size() >= kMaxKinds) {
@@ -30,7 +30,7 @@ void RefusalLog::Refuse(const std::string& who, const std::string& why, absl::Ti
 void RefusalLog::Flush(absl::Time now) {
   std::vector<std::string> lines;
   {
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     for (auto it = kinds_.begin(); it != kinds_.end();) {
       const auto next = std::next(it);
       if (now - it->second.said >= quiet_) {

@@ -9,8 +9,8 @@
 #include <utility>
 
 #include "absl/base/thread_annotations.h"
-#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "transport/mutex.h"
 
 namespace presync {
 
@@ -40,7 +40,7 @@ class RefusalLog {
   };
   const Sink sink_;
   const absl::Duration quiet_;
-  absl::Mutex mutex_;
+  Mutex mutex_;
   std::map<std::pair<std::string, std::string>, Kind> kinds_ ABSL_GUARDED_BY(mutex_);
 };
 

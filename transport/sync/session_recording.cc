@@ -22,7 +22,7 @@ absl::Status SessionRecording::Start(absl::Duration interval) {
                                               absl::FormatDuration(kShortest), " to ",
                                               absl::FormatDuration(kLongest)));
   }
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   if (state_ == State::kAsked || state_ == State::kRunning) {
     return absl::AlreadyExistsError("this guest is being recorded already");
   }
@@ -34,7 +34,7 @@ absl::Status SessionRecording::Start(absl::Duration interval) {
 }
 
 absl::StatusOr<RecordedPart> SessionRecording::Take(size_t max_runs) {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   if (state_ == State::kNone) return absl::NotFoundError("this guest is not being recorded");
   last_taken_ = absl::Now();
   RecordedPart part;
@@ -57,7 +57,7 @@ absl::StatusOr<RecordedPart> SessionRecording::Take(size_t max_runs) {
 }
 
 absl::Status SessionRecording::Stop() {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   if (state_ == State::kNone) return absl::NotFoundError("this guest is not being recorded");
   if (state_ != State::kEnded) Finish("");
   return absl::OkStatus();
@@ -71,7 +71,7 @@ void SessionRecording::Finish(const std::string& problem) {
 absl::Status SessionRecording::Step(WriteRecorder* recorder, absl::Time now) {
   State state;
   {
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     if (state_ == State::kRunning && now - last_taken_ > kLongestSilence) {
       Finish("nobody fetched what was recorded");
     }
@@ -92,7 +92,7 @@ absl::Status SessionRecording::Step(WriteRecorder* recorder, absl::Time now) {
 absl::Status SessionRecording::Begin(WriteRecorder* recorder, absl::Time now) {
   if (recorder->recording()) recorder->StopRecording();  // the one before this
   if (absl::Status s = recorder->StartRecording(); !s.ok()) return s;
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   if (state_ == State::kAsked) state_ = State::kRunning;
   next_scan_ = now + interval_;
   return absl::OkStatus();
@@ -102,7 +102,7 @@ absl::Status SessionRecording::Begin(WriteRecorder* recorder, absl::Time now) {
 // stands for those, and they are empty.
 absl::Status SessionRecording::Scan(WriteRecorder* recorder, absl::Time now) {
   if (absl::Status s = recorder->TakeScan(&written_); !s.ok()) return s;
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   if (state_ != State::kRunning) return absl::OkStatus();
   for (next_scan_ += interval_; next_scan_ <= now; next_scan_ += interval_) {
     kept_.ends.push_back(kept_.runs.size());
@@ -115,7 +115,7 @@ absl::Status SessionRecording::Scan(WriteRecorder* recorder, absl::Time now) {
 }
 
 void SessionRecording::End(const std::string& why) {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   if (state_ == State::kAsked || state_ == State::kRunning) Finish(why);
 }
 

@@ -9,9 +9,9 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "predictor/page.h"
+#include "transport/mutex.h"
 #include "transport/sync/write_recorder.h"
 
 namespace presync {
@@ -52,7 +52,7 @@ class SessionRecording {
   absl::Status Scan(WriteRecorder* recorder, absl::Time now) ABSL_LOCKS_EXCLUDED(mutex_);
   void Finish(const std::string& problem) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
-  mutable absl::Mutex mutex_;
+  mutable Mutex mutex_;
   State state_ ABSL_GUARDED_BY(mutex_) = State::kNone;
   absl::Duration interval_ ABSL_GUARDED_BY(mutex_);
   absl::Time last_taken_ ABSL_GUARDED_BY(mutex_);

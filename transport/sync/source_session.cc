@@ -76,38 +76,38 @@ SourceSession::SourceSession(SourceSessionOptions options, std::unique_ptr<Diale
 
 SourceSession::~SourceSession() {
   {
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     stop_ = true;
   }
   Join();
 }
 
 void SourceSession::Join() {
-  absl::MutexLock lock(&join_mutex_);
+  MutexLock lock(&join_mutex_);
   if (thread_.joinable()) thread_.join();
 }
 
 bool SourceSession::StopRequested() const {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   return stop_;
 }
 
 SessionStatus SourceSession::status() const {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   return published_;
 }
 
 absl::StatusOr<HandoverReport> SourceSession::Launch(const HandoverOptions& options,
                                                      absl::Duration wait_for_first_pass) {
   LaunchOrder order{.options = options};
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   if (order_ != nullptr) return absl::FailedPreconditionError("a launch is already under way");
-  const auto launchable_or_over = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
+  const auto launchable_or_over = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     return published_.state != SessionState::kConnecting &&
            published_.state != SessionState::kFirstPass;
   };
   ++waiting_launches_;
-  mutex_.AwaitWithTimeout(absl::Condition(&launchable_or_over), wait_for_first_pass);
+  mutex_.AwaitWithTimeout(launchable_or_over, wait_for_first_pass);
   --waiting_launches_;
   if (order_ != nullptr || stop_) {
     return absl::FailedPreconditionError("another launch or a stop came first");
@@ -122,13 +122,13 @@ absl::StatusOr<HandoverReport> SourceSession::Launch(const HandoverOptions& opti
   order.ordered_at = absl::Now();
   order_ = &order;
   const auto done = [&order] { return order.done; };
-  mutex_.Await(absl::Condition(&done));
+  mutex_.Await(done);
   return order.result;
 }
 
 absl::Status SourceSession::Stop() {
   {
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     if (order_ != nullptr || published_.state == SessionState::kLaunching) {
       return absl::FailedPreconditionError("a launch is under way; wait for its end");
     }
@@ -144,17 +144,17 @@ absl::Status SourceSession::Stop() {
 }
 
 absl::Status SourceSession::Decide(bool runs_here) {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   if (published_.state != SessionState::kInDoubt) {
     return absl::FailedPreconditionError(
         absl::StrCat(options_.guest, " is not in doubt, but ", StateName(published_.state)));
   }
   decision_ = runs_here;
-  const auto settled = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
+  const auto settled = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     return published_.state != SessionState::kInDoubt;
   };
   // A question to the target that is under way comes first; then the guest is resumed or ended.
-  mutex_.AwaitWithTimeout(absl::Condition(&settled), absl::Seconds(45));
+  mutex_.AwaitWithTimeout(settled, absl::Seconds(45));
   if (published_.state == SessionState::kInDoubt || published_.state == SessionState::kStuck) {
     return absl::FailedPreconditionError(published_.problem);
   }
@@ -162,7 +162,7 @@ absl::Status SourceSession::Decide(bool runs_here) {
 }
 
 std::optional<bool> SourceSession::TakeDecision() {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   return std::exchange(decision_, std::nullopt);
 }
 
@@ -322,22 +322,22 @@ void SourceSession::Publish() {
                           .reconnects = reconnects_,
                           .progress = sync_->progress()};
   next_publish_ = absl::Now() + kPublishEvery;
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   published_ = std::move(status);
 }
 
 SourceSession::LaunchOrder* SourceSession::WaitForOrder(absl::Duration longest) {
-  absl::MutexLock lock(&mutex_);
-  const auto ordered = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
+  MutexLock lock(&mutex_);
+  const auto ordered = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     return (order_ != nullptr && !order_->done) || stop_;
   };
-  mutex_.AwaitWithTimeout(absl::Condition(&ordered), longest);
+  mutex_.AwaitWithTimeout(ordered, longest);
   return order_;
 }
 
 void SourceSession::Answer(LaunchOrder* order, absl::StatusOr<HandoverReport> result) {
   Publish();
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   order->result = std::move(result);
   order->done = true;
   order_ = nullptr;

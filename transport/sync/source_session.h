@@ -13,11 +13,11 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "transport/dirty_log.h"
 #include "transport/guest.h"
 #include "transport/memory.h"
+#include "transport/mutex.h"
 #include "transport/sync/dialer.h"
 #include "transport/sync/link_return.h"
 #include "transport/sync/session_recording.h"
@@ -194,13 +194,13 @@ class SourceSession {
 
   std::atomic<int> waiting_launches_ = 0;  // for the first pass to end
 
-  mutable absl::Mutex mutex_;
+  mutable Mutex mutex_;
   SessionStatus published_ ABSL_GUARDED_BY(mutex_);
   LaunchOrder* order_ ABSL_GUARDED_BY(mutex_) = nullptr;
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
   std::optional<bool> decision_ ABSL_GUARDED_BY(mutex_);  // it runs here; what a person said
 
-  absl::Mutex join_mutex_;
+  Mutex join_mutex_;
   std::thread thread_;  // last: it uses all of the above
 };
 

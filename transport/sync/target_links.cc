@@ -38,7 +38,7 @@ absl::Status TargetLinks::Send(const wire::ControlMessage& message) {
 
 void TargetLinks::Adopt(std::unique_ptr<TargetLink> link) {
   Entry& entry = entries_.emplace_back();
-  absl::MutexLock lock(&entry.mutex);
+  MutexLock lock(&entry.mutex);
   entry.link = std::move(link);
 }
 
@@ -76,7 +76,7 @@ void TargetLinks::Bring(Entry* entry, const wire::OpenLink& open) {
 
 // The link is there from now on: whoever closes the entry closes it.
 absl::Status TargetLinks::Publish(Entry* entry, std::unique_ptr<TargetLink> link) {
-  absl::MutexLock lock(&entry->mutex);
+  MutexLock lock(&entry->mutex);
   if (entry->cancelled) return absl::CancelledError("it was closed before it was up");
   entry->link = std::move(link);
   return absl::OkStatus();
@@ -86,7 +86,7 @@ absl::Status TargetLinks::BringTcp(Entry* entry, uint32_t streams) {
   if (streams < 1) return absl::InvalidArgumentError("a TCP link needs at least one stream");
   streams = std::min(streams, service_->options().max_tcp_streams);
   {
-    absl::MutexLock lock(&entry->mutex);
+    MutexLock lock(&entry->mutex);
     if (entry->cancelled) return absl::CancelledError("it was closed before it was offered");
     entry->token = service_->ExpectStreams(streams, *channel_);
   }
@@ -158,13 +158,13 @@ absl::Status TargetLinks::BringRdma(Entry* entry, uint32_t queue_pairs) {
 
 absl::Status TargetLinks::End(Entry* entry) {
   {
-    absl::MutexLock lock(&entry->mutex);
+    MutexLock lock(&entry->mutex);
     entry->cancelled = true;
     service_->ForgetStreams(entry->token);
     if (entry->link != nullptr) entry->link->Close();
   }
   if (entry->opener.joinable()) entry->opener.join();
-  absl::MutexLock lock(&entry->mutex);
+  MutexLock lock(&entry->mutex);
   if (entry->link == nullptr) return absl::OkStatus();
   entry->link->Close();
   const absl::Status health = entry->link->health();
@@ -191,7 +191,7 @@ absl::Status TargetLinks::CloseAll() {
 
 absl::Status TargetLinks::Check() {
   for (Entry& entry : entries_) {
-    absl::MutexLock lock(&entry.mutex);
+    MutexLock lock(&entry.mutex);
     const absl::Status health = entry.link == nullptr ? absl::OkStatus() : entry.link->health();
     if (health.ok()) continue;
     if (absl::IsInvalidArgument(health) || entry.number == 0) return health;

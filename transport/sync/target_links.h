@@ -11,9 +11,9 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
-#include "absl/synchronization/mutex.h"
 #include "transport/link.h"
 #include "transport/memory.h"
+#include "transport/mutex.h"
 #include "transport/rdma/rdma_link.h"
 #include "transport/sync/target_service.h"
 #include "transport/wire/control_channel.h"
@@ -55,7 +55,7 @@ class TargetLinks {
     std::thread opener;
     std::atomic<bool> cancelled = false;
     bool told = false;  // that it is gone
-    absl::Mutex mutex;
+    Mutex mutex;
     std::unique_ptr<TargetLink> link ABSL_GUARDED_BY(mutex);
   };
 

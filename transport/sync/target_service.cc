@@ -42,14 +42,14 @@ TargetService::~TargetService() {
   CloseConnections();
   std::list<Client> clients;
   {
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     clients.swap(clients_);
   }
   for (Client& client : clients) client.thread.join();
 }
 
 void TargetService::CloseConnections() {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   for (TargetSlot& slot : slots_) {
     if (slot.channel != nullptr) slot.channel->Shutdown();
   }
@@ -94,7 +94,7 @@ void TargetService::Adopt(UniqueFd socket, std::string peer) {
   const std::string address = PeerAddress(socket.get());
   absl::Status limits;
   {
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     limits = CheckLimits(address);
     if (limits.ok()) {
       Client& client = clients_.emplace_back();
@@ -155,14 +155,14 @@ absl::Status TargetService::CheckPeer(const ControlChannel& channel) const {
 
 SessionToken TargetService::ExpectStreams(uint32_t count, const ControlChannel& channel) {
   const SessionToken token = RandomId();
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   rendezvous_[token].streams.resize(count);
   rendezvous_[token].peer_name = channel.peer_name();
   return token;
 }
 
 absl::Status TargetService::DeliverStream(const Preamble& preamble, Connection connection) {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   const auto it = rendezvous_.find(preamble.token);
   if (it == rendezvous_.end() || it->second.peer_name != connection.peer_name() ||
       preamble.stream >= it->second.streams.size() || it->second.streams[preamble.stream].valid()) {
@@ -176,12 +176,12 @@ absl::Status TargetService::DeliverStream(const Preamble& preamble, Connection c
 
 absl::StatusOr<std::vector<Connection>> TargetService::TakeStreams(const SessionToken& token,
                                                                    absl::Time deadline) {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   StreamRendezvous& rendezvous = rendezvous_[token];
   const auto complete = [&rendezvous, this] {
     return rendezvous.arrived == rendezvous.streams.size() || rendezvous.forgotten || ending_;
   };
-  mutex_.AwaitWithDeadline(absl::Condition(&complete), deadline);
+  mutex_.AwaitWithDeadline(complete, deadline);
   const bool all = rendezvous.arrived == rendezvous.streams.size() && !ending_;
   std::vector<Connection> streams = std::move(rendezvous.streams);
   rendezvous_.erase(token);
@@ -190,7 +190,7 @@ absl::StatusOr<std::vector<Connection>> TargetService::TakeStreams(const Session
 }
 
 void TargetService::ForgetStreams(const SessionToken& token) {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   const auto it = rendezvous_.find(token);
   if (it != rendezvous_.end()) it->second.forgotten = true;
 }
@@ -201,7 +201,7 @@ absl::StatusOr<TargetSlot*> TargetService::AcquireSlot(const SessionId& session,
                                                        ControlChannel* channel) {
   const std::string peer_name = channel->peer_name();
   std::list<TargetSlot> replaced;  // a place may take its time to end: not under the lock
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   const auto find = [&] {
     mutex_.AssertHeld();
     return std::find_if(slots_.begin(), slots_.end(),
@@ -220,12 +220,12 @@ absl::StatusOr<TargetSlot*> TargetService::AcquireSlot(const SessionId& session,
       mutex_.AssertHeld();
       return find() == slots_.end() || !find()->busy;
     };
-    mutex_.AwaitWithTimeout(absl::Condition(&let_go), kTakeOverTimeout);
+    mutex_.AwaitWithTimeout(let_go, kTakeOverTimeout);
     it = find();
   }
   if (it != slots_.end() && it->closing) {
     const auto is_closed = [&] { return find() == slots_.end() || !find()->closing; };
-    mutex_.AwaitWithTimeout(absl::Condition(&is_closed), kTakeOverTimeout);
+    mutex_.AwaitWithTimeout(is_closed, kTakeOverTimeout);
     it = find();
   }
   if (it != slots_.end() && it->session != session && !it->busy) {
@@ -281,7 +281,7 @@ void TargetService::ReleaseSlot(TargetSlot* slot, bool forget) {
     EndSlot(slot);
     return;
   }
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   slot->busy = false;
   slot->channel = nullptr;
   slot->lost_at = absl::Now();
@@ -292,17 +292,17 @@ void TargetService::ReleaseSlot(TargetSlot* slot, bool forget) {
 // a new place would use the same files.
 void TargetService::EndSlot(TargetSlot* slot) {
   {
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     slot->closing = true;
     slot->channel = nullptr;
   }
   slot->place.reset();
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   slots_.remove_if([slot](const TargetSlot& each) { return &each == slot; });
 }
 
 void TargetService::SetSlotState(TargetSlot* slot, const std::string& state) {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   slot->state = state;
 }
 
@@ -310,7 +310,7 @@ void TargetService::Sweep() {
   std::vector<TargetSlot*> expired;
   std::list<Client> ended;
   {
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     for (TargetSlot& slot : slots_) {
       if (slot.busy || absl::Now() - slot.lost_at <= options_.keep_lost_session) continue;
       slot.busy = slot.closing = true;  // nobody takes it up any more
@@ -332,7 +332,7 @@ void TargetService::Sweep() {
 
 std::vector<TargetStatus> TargetService::status() const {
   std::vector<TargetStatus> all;
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   for (const TargetSlot& slot : slots_) {
     TargetStatus status = {.guest = slot.guest,
                            .session = IdToHex(slot.session),
@@ -350,7 +350,7 @@ wire::Outcome TargetService::Outcome(const SessionId& session, const std::string
   {
     // While a conversation still has the guest in hand its fate is open: end it, then read the
     // record.
-    absl::MutexLock lock(&mutex_);
+    MutexLock lock(&mutex_);
     if (IsOthers(session, peer_name)) {
       outcome.set_text("that session was opened by another peer");
       return outcome;
@@ -365,7 +365,7 @@ wire::Outcome TargetService::Outcome(const SessionId& session, const std::string
       if (slot.session == session && slot.busy && slot.channel != nullptr) slot.channel->Shutdown();
     }
     const auto free = [&] { return !in_hand(); };
-    if (!mutex_.AwaitWithTimeout(absl::Condition(&free), kTakeOverTimeout)) {
+    if (!mutex_.AwaitWithTimeout(free, kTakeOverTimeout)) {
       outcome.set_text("the handover is still under way here; ask again");
       return outcome;
     }

@@ -13,10 +13,10 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/statusor.h"
-#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "transport/link.h"
 #include "transport/memory.h"
+#include "transport/mutex.h"
 #include "transport/rdma/rdma_options.h"
 #include "transport/sync/admission.h"
 #include "transport/sync/peer_rules.h"
@@ -172,7 +172,7 @@ class TargetService {
   RefusalLog refusals_;
   std::atomic<bool> ending_ = false;
 
-  mutable absl::Mutex mutex_;
+  mutable Mutex mutex_;
   std::list<TargetSlot> slots_ ABSL_GUARDED_BY(mutex_);
   std::map<SessionToken, StreamRendezvous> rendezvous_ ABSL_GUARDED_BY(mutex_);
   std::list<Client> clients_ ABSL_GUARDED_BY(mutex_);

@@ -175,23 +175,23 @@ absl::StatusOr<std::unique_ptr<TlsIdentity>> TlsIdentity::Load(const TlsFiles& f
 absl::Status TlsIdentity::Reload() {
   absl::StatusOr<Loaded> loaded = Read(files_);
   if (!loaded.ok()) return loaded.status();
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   loaded_ = *std::move(loaded);
   return absl::OkStatus();
 }
 
 std::string TlsIdentity::name() const {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   return loaded_.name;
 }
 
 absl::Time TlsIdentity::expires() const {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   return loaded_.expires;
 }
 
 std::shared_ptr<SSL_CTX> TlsIdentity::context() const {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   return loaded_.context;
 }
 

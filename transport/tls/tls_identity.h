@@ -8,8 +8,8 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "transport/mutex.h"
 
 typedef struct ssl_ctx_st SSL_CTX;  // OpenSSL's own names; nobody else needs its headers
 typedef struct ssl_st SSL;
@@ -63,7 +63,7 @@ class TlsIdentity {
   static absl::StatusOr<Loaded> Read(const TlsFiles& files);
 
   const TlsFiles files_;
-  mutable absl::Mutex mutex_;
+  mutable Mutex mutex_;
   Loaded loaded_ ABSL_GUARDED_BY(mutex_);
 };
 

@@ -96,7 +96,7 @@ absl::StatusOr<std::unique_ptr<TlsSession>> TlsSession::Shake(int socket,
   if (absl::Status s = MakeNonBlocking(socket); !s.ok()) return s;
   std::unique_ptr<TlsSession> session(new TlsSession());
   session->context_ = identity.context();
-  absl::MutexLock lock(&session->mutex_);  // nobody else has it yet
+  MutexLock lock(&session->mutex_);  // nobody else has it yet
   session->ssl_.reset(SSL_new(session->context_.get()));
   SSL* const ssl = session->ssl_.get();
   if (ssl == nullptr || SSL_set_fd(ssl, socket) != 1 ||
@@ -149,14 +149,14 @@ absl::Status TlsSession::Judge(int result, int error, short* events) {
 }
 
 std::string TlsSession::Describe() const {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   const char* cipher = SSL_get_cipher_name(ssl_.get());
   const bool kernel = BIO_get_ktls_send(SSL_get_wbio(ssl_.get())) != 0;
   return absl::StrCat(cipher, kernel ? ", by the kernel" : "");
 }
 
 absl::StatusOr<size_t> TlsSession::TrySend(absl::Span<const char> bytes, short* events) {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   ERR_clear_error();
   errno = 0;
   size_t sent = 0;
@@ -167,7 +167,7 @@ absl::StatusOr<size_t> TlsSession::TrySend(absl::Span<const char> bytes, short* 
 }
 
 absl::StatusOr<size_t> TlsSession::TryReceive(absl::Span<char> bytes, short* events) {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   ERR_clear_error();
   errno = 0;
   size_t received = 0;

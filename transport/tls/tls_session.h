@@ -8,9 +8,9 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
+#include "transport/mutex.h"
 #include "transport/tls/tls_identity.h"
 
 namespace presync {
@@ -60,7 +60,7 @@ class TlsSession {
   absl::Status Judge(int result, int error, short* events) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   // OpenSSL's object is one thread's at a time; each call under the lock moves one record at most.
-  mutable absl::Mutex mutex_;
+  mutable Mutex mutex_;
   std::shared_ptr<SSL_CTX> context_;
   std::unique_ptr<SSL, Free> ssl_ ABSL_PT_GUARDED_BY(mutex_);
   std::string peer_name_;

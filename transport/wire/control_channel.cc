@@ -58,7 +58,7 @@ absl::Status ControlChannel::Send(const wire::ControlMessage& message, absl::Tim
   const uint32_t length = static_cast<uint32_t>(frame.size() - 4);
   for (int i = 0; i < 4; ++i) frame[i] = static_cast<char>(length >> (8 * i));
 
-  absl::MutexLock lock(&send_mutex_);
+  MutexLock lock(&send_mutex_);
   if (!send_status_.ok()) return send_status_;
   size_t sent = 0;
   while (sent < frame.size()) {

@@ -7,8 +7,8 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "transport/mutex.h"
 #include "transport/tls/connection.h"
 #include "transport/wire/control.pb.h"
 
@@ -54,7 +54,7 @@ class ControlChannel {
 
   Connection connection_;
   const std::string peer_;
-  absl::Mutex send_mutex_;
+  Mutex send_mutex_;
   absl::Status send_status_ ABSL_GUARDED_BY(send_mutex_);
   std::string received_;  // bytes of a frame that is not whole yet
 };

@@ -20,7 +20,7 @@ class RdmaSessionTest : public SessionTest, public ::testing::WithParamInterface
     source_options_.rdma_retry = absl::Milliseconds(300);
     source_options_.rdma_retry_longest = absl::Seconds(2);
     source_options_.log = [this](bool, const std::string& line) {
-      absl::MutexLock lock(&running_mutex_);
+      MutexLock lock(&running_mutex_);
       lines_.push_back(line);
     };
     RestartTarget({GetParam().address});

@@ -42,7 +42,7 @@ class ModelLog final : public DirtyLog {
 
   absl::Status Peek(std::vector<PageRun>* written) override {
     if (model_->dead_) return absl::UnavailableError("the guest's process is gone");
-    absl::MutexLock lock(&model_->mutex_);
+    MutexLock lock(&model_->mutex_);
     for (const PageRun& run : model_->memory().SplitAtRegions({0, model_->memory().pages()})) {
       model_->written_.AppendRunsWithin(run, written);
     }
@@ -52,7 +52,7 @@ class ModelLog final : public DirtyLog {
 
   absl::Status Arm(absl::Span<const PageRun> runs) override {
     if (model_->dead_) return absl::UnavailableError("the guest's process is gone");
-    absl::MutexLock lock(&model_->mutex_);
+    MutexLock lock(&model_->mutex_);
     for (const PageRun& run : runs) {
       if (!model_->memory().IsWithinOneRegion(run)) {
         return absl::InvalidArgumentError("a run crosses regions");
@@ -73,7 +73,7 @@ ModelMemory::ModelMemory(const std::vector<PageCount>& region_pages)
       written_(scratch_->memory().pages()) {}
 
 void ModelMemory::Write(PageIndex page, uint64_t value) {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   if (armed_.Clear({page, 1}) > 0) {
     written_.Set({page, 1});
     ++faults_;
@@ -86,19 +86,19 @@ void ModelMemory::Write(PageIndex page, uint64_t value) {
 }
 
 uint64_t ModelMemory::faults() const {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   return faults_;
 }
 
 std::unique_ptr<DirtyLog> ModelMemory::MakeLog() {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   armed_.ClearAll();
   written_.ClearAll();
   return std::make_unique<ModelLog>(this);
 }
 
 void World::SetRunning(bool source, bool running) {
-  absl::MutexLock lock(&mutex_);
+  MutexLock lock(&mutex_);
   (source ? source_ : target_) = running;
   if (source_ && target_) ever_both_ = true;
 }

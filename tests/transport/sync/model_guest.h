@@ -9,11 +9,11 @@
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
-#include "absl/synchronization/mutex.h"
 #include "predictor/bitmap.h"
 #include "tests/transport/scratch_memory.h"
 #include "transport/dirty_log.h"
 #include "transport/guest.h"
+#include "transport/mutex.h"
 
 namespace presync {
 
@@ -39,7 +39,7 @@ class ModelMemory {
   friend class ModelLog;
   std::unique_ptr<ScratchMemory> scratch_;
   std::atomic<bool> dead_ = false;
-  mutable absl::Mutex mutex_;
+  mutable Mutex mutex_;
   PageBitmap armed_ ABSL_GUARDED_BY(mutex_);
   PageBitmap written_ ABSL_GUARDED_BY(mutex_);
   uint64_t faults_ ABSL_GUARDED_BY(mutex_) = 0;
@@ -54,7 +54,7 @@ class World {
   bool ever_both() const { return ever_both_; }
 
  private:
-  absl::Mutex mutex_;
+  Mutex mutex_;
   std::atomic<bool> source_ = true;
   std::atomic<bool> target_ = false;
   std::atomic<bool> ever_both_ = false;

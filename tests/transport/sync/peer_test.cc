@@ -25,7 +25,7 @@ class PeerTest : public SessionTest {
     target_options_.peers.emplace()["one"] = {};
     target_options_.peers->emplace("elsewhere", PeerRules());
     target_options_.log = [this](bool, const std::string& line) {
-      absl::MutexLock lock(&log_mutex_);
+      MutexLock lock(&log_mutex_);
       log_.push_back(line);
     };
     Restart();
@@ -84,7 +84,7 @@ class PeerTest : public SessionTest {
   }
 
   int LogLines(const std::string& words) {
-    absl::MutexLock lock(&log_mutex_);
+    MutexLock lock(&log_mutex_);
     return static_cast<int>(std::count_if(log_.begin(), log_.end(), [&](const std::string& line) {
       return line.find(words) != std::string::npos;
     }));
@@ -99,7 +99,7 @@ class PeerTest : public SessionTest {
 
   const absl::Time deadline_ = absl::Now() + absl::Seconds(60);
   uint32_t links_ = 0;
-  absl::Mutex log_mutex_;
+  Mutex log_mutex_;
   std::vector<std::string> log_ ABSL_GUARDED_BY(log_mutex_);
 };
 

@@ -164,7 +164,7 @@ class SessionTest : public ::testing::Test {
       std::mt19937_64 random(7);
       while (!writing_ends_) {
         for (int i = 0; i < 20 && world_.source_running(); ++i) {
-          absl::MutexLock lock(&running_mutex_);
+          MutexLock lock(&running_mutex_);
           if (!world_.source_running()) break;
           const PageIndex page =
               static_cast<PageIndex>(random() % (random() % 4 == 0 ? kPages : 50));
@@ -224,7 +224,7 @@ class SessionTest : public ::testing::Test {
   uint16_t port_ = 0;
   std::unique_ptr<TargetService> service_;
   std::unique_ptr<SourceSession> session_;
-  absl::Mutex running_mutex_;
+  Mutex running_mutex_;
   std::atomic<bool> writing_ends_ = false;
   std::thread writer_;
 };
