@@ -41,6 +41,8 @@ SourceSync::TargetContent ToContent(wire::SessionOpened::Content content) {
       return SourceSync::TargetContent::kZero;
     case wire::SessionOpened::KEPT:
       return SourceSync::TargetContent::kKept;
+    case wire::SessionOpened::COPY:
+      return SourceSync::TargetContent::kUnproven;
     default:
       return SourceSync::TargetContent::kUnknown;
   }
@@ -189,6 +191,7 @@ absl::StatusOr<SourceConnection> ConnectSource(Dialer* dialer, const GuestMemory
   absl::StatusOr<Body> opened = Expect(connection.channel.get(), Body::kSessionOpened, deadline);
   if (!opened.ok()) return opened.status();
   connection.content = ToContent(opened->session_opened().content());
+  request.on_content(connection.content);
   const absl::Status linked =
       connection.version >= kLinksVersion
           ? OpenFirstLink(dialer, memory, request, &connection, deadline)

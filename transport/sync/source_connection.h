@@ -40,6 +40,9 @@ struct SessionRequest {
   std::string tcp_reason = "TCP was asked for";  // for people, with kTcp
   RdmaSourceOptions rdma;
   MakeSourceLink make_link = nullptr;  // null: TCP connections
+  // Told what the target's memory holds as soon as the target says it: it says so once, and a
+  // connection that breaks before its link is up changes nothing about that.
+  std::function<void(SourceSync::TargetContent)> on_content = [](SourceSync::TargetContent) {};
 };
 
 struct SourceConnection {

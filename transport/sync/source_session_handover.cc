@@ -44,6 +44,7 @@ void SourceSession::Serve(LaunchOrder* order) {
                       : run_state.status());
     return;
   }
+  comparisons_.Drop(absl::AbortedError("a launch ended it"));
   recording_.End("a launch ended it");
   log_->StopRecording();
   state_ = SessionState::kLaunching;

@@ -73,7 +73,9 @@ struct TargetSlot {
   uint64_t memory_bytes = 0;
   std::string state = "mirroring";
   std::unique_ptr<TargetPlace> place;
-  std::atomic<bool> content_kept = false;  // the memory holds what this session confirmed
+  std::atomic<bool> content_kept = false;  // the memory holds what a session confirmed ...
+  std::atomic<bool> noted = false;         // ... and a later presyncd can find it
+  std::atomic<bool> older_copy = false;  // ... but another one than this, or before this began anew
   absl::Time lost_at = absl::InfiniteFuture();
   ControlChannel* channel = nullptr;  // of the conversation that serves it; null when lost
   bool busy = false;                  // a conversation is using `place`
@@ -90,10 +92,13 @@ struct StreamRendezvous {
 
 class TargetService {
  public:
-  // `listener` is a listening socket; `host` must outlive the service. Starts its accepting thread.
+  // `listener` is a listening socket; `host` must outlive the service. Takes up the copies that an
+  // earlier presyncd left, as those of lost sessions, so recovery has to come first; then starts
+  // its accepting thread.
   static std::unique_ptr<TargetService> Start(UniqueFd listener, TargetHost* host,
                                               TargetServiceOptions options);
-  // Ends all conversations. Guests that run here are left alone; places of sessions are removed.
+  // Ends all conversations. Guests that run here are left alone; of sessions, the copies are left
+  // to a later presyncd where that is possible, and removed elsewhere.
   ~TargetService();
 
   // Serves one connected socket in a thread of its own, as if it had been accepted. For tests.
@@ -114,11 +119,16 @@ class TargetService {
 
   // PERMISSION_DENIED: this peer is not on the list.
   absl::Status CheckPeer(const ControlChannel& channel) const;
+  // How long a session that comes back waits for its old conversation to let go.
+  static constexpr absl::Duration kTakeOverTimeout = absl::Seconds(10);
+
   // Null: no rules, a plain peer.
   const PeerRules* RulesOf(const ControlChannel& channel) const;
 
   // The slot of `session`, made if need be, marked busy. If another conversation of the same
-  // session holds it, that one is ended first (its source has come back before we noticed).
+  // session holds it, that one is ended first (its source has come back before we noticed). A lost
+  // slot of an earlier session of the same guest, from the same source, is taken over with its
+  // memory, an older copy; from another source it is ended.
   // ALREADY_EXISTS: another session mirrors the same guest. PERMISSION_DENIED: it is another peer's
   // session, or a guest that may not come from this one. RESOURCE_EXHAUSTED: as many guests, or as
   // much memory, as its rules or everyone's allow are here.
@@ -153,6 +163,7 @@ class TargetService {
   };
 
   TargetService(UniqueFd listener, TargetHost* host, TargetServiceOptions options);
+  void TakeKept() ABSL_LOCKS_EXCLUDED(mutex_);
   void AcceptLoop();
   absl::Status CheckLimits(const std::string& address) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Serve(Client* client, UniqueFd socket, const std::string& peer);
