@@ -155,6 +155,17 @@ RunCommand AddLaunch(CLI::App* app, CommandContext* context) {
   return [o, context] { return Launch(*o, *context); };
 }
 
+RunCommand AddVerify(CLI::App* app, CommandContext* context) {
+  auto name = std::make_shared<std::string>();
+  app->add_option("name", *name, "The guest's name")->required();
+  return [name, context] {
+    const Answer answer = Ask(*context, {{"command", "verify"}, {"name", *name}}, absl::Hours(24));
+    const int code = Print(answer, *context, RenderVerify);
+    if (code != kOk) return code;
+    return NumberOr(answer.json, "pages_differing", 0) == 0 ? int{kOk} : int{kFailed};
+  };
+}
+
 RunCommand AddStop(CLI::App* app, CommandContext* context) {
   auto name = std::make_shared<std::string>();
   app->add_option("name", *name, "The guest's name")->required();

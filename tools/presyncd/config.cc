@@ -160,6 +160,7 @@ absl::Status ReadDefaults(const toml::node& node, const std::string& path, Confi
   std::vector<std::string> policies;
   for (const std::string_view name : PolicyNames()) policies.emplace_back(name);
   reader.Word("policy", &config->policy, std::move(policies));
+  reader.Parsed("audit_rate", &config->audit_rate, &ParseRate);
   reader.Number("tcp_streams", &config->tcp_streams, 16);
   reader.Word("transport", &config->transport, {"auto", "rdma", "tcp"});
   reader.Number("rdma_queue_pairs", &config->rdma_queue_pairs, kMaxRdmaQueuePairs);

@@ -54,6 +54,8 @@ struct Config {
   std::string compression = "auto";
   std::string dirty_log = "auto";
   std::string policy = "learned";
+  // Guest memory that the background audit compares by hash, bytes a second; 0: none.
+  uint64_t audit_rate = 4'000'000;
 
   std::map<std::string, TargetGuestConfig> guests;
 };

@@ -146,7 +146,8 @@ absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Create(Config config) {
       QemuTargetHost::Create({.ram_folder = c.ram_folder,
                               .run_folder = c.run_folder + "/guests",
                               .max_guest_bytes = c.max_guest_bytes,
-                              .guests = c.guests});
+                              .guests = c.guests,
+                              .log = LogLine});
   if (!host.ok()) return host.status();
   daemon->host_ = *std::move(host);
   auto recovery = std::make_unique<RecoveryLoop>(c.state_folder, daemon->host_.get(),
@@ -228,8 +229,8 @@ std::string Daemon::Summary() const {
 
 Json Daemon::Handle(const Json& request) {
   const std::string command = TextOr(request, "command", "");
-  static constexpr absl::string_view kCommands[] = {"start",  "launch", "stop",  "record",
-                                                    "settle", "status", "report"};
+  static constexpr absl::string_view kCommands[] = {"start",  "launch", "stop",   "record",
+                                                    "settle", "status", "report", "verify"};
   const bool known = absl::c_linear_search(kCommands, command);
   absl::StatusOr<Json> answer = absl::InvalidArgumentError(
       absl::StrCat("no such command: ", command, "; presync and presyncd differ in version?"));
@@ -238,6 +239,7 @@ Json Daemon::Handle(const Json& request) {
   if (command == "stop") answer = Stop(request);
   if (command == "record") answer = Record(request);
   if (command == "settle") answer = Settle(request);
+  if (command == "verify") answer = Verify(request);
   if (command == "status") answer = Status(request);
   if (command == "report") answer = history_.Report(TextOr(request, "name", ""));
   if (!answer.ok()) {
@@ -296,6 +298,7 @@ absl::StatusOr<SourceSessionOptions> Daemon::SessionOptions(const Json& request,
   options.sync.fixed_cost = fixed_costs_.For(peer, config_.fixed_cost);
   options.sync.max_launch_time = config_.max_launch_time;
   options.sync.max_bytes_per_s = config_.max_bandwidth;
+  options.audit_bytes_per_s = config_.audit_rate;
   if (const std::string text = TextOr(request, "max_launch_time", ""); !text.empty()) {
     absl::StatusOr<absl::Duration> promise = ParsePositiveDuration(text);
     if (!promise.ok()) return promise.status();

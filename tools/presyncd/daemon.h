@@ -51,6 +51,7 @@ class Daemon {
   absl::StatusOr<nlohmann::json> Stop(const nlohmann::json& request);
   absl::StatusOr<nlohmann::json> Record(const nlohmann::json& request);
   absl::StatusOr<nlohmann::json> Settle(const nlohmann::json& request);
+  absl::StatusOr<nlohmann::json> Verify(const nlohmann::json& request);
   nlohmann::json Status(const nlohmann::json& request) const;
   // Whether a session of this host has the guest in its hands.
   bool InUse(const std::string& guest) const ABSL_LOCKS_EXCLUDED(mutex_);
