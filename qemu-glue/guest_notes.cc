@@ -44,8 +44,10 @@ std::vector<GuestNote> ReadGuestNotes(const std::string& folder) {
   return notes;
 }
 
-bool IsAlive(const GuestNote& note) {
-  std::ifstream in(absl::StrCat("/proc/", note.pid, "/stat"));
+bool IsAlive(const GuestNote& note) { return IsAlive(note.pid, note.start_ticks); }
+
+bool IsAlive(pid_t pid, uint64_t start_ticks) {
+  std::ifstream in(absl::StrCat("/proc/", pid, "/stat"));
   const std::string stat((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
   // Fields from the third on follow the command's name, which is in parentheses: proc(5).
   const size_t name_end = stat.rfind(')');
@@ -55,7 +57,7 @@ bool IsAlive(const GuestNote& note) {
   constexpr size_t kState = 0;
   constexpr size_t kStartTime = 22 - 3;
   return fields.size() > kStartTime && fields[kState] != "Z" &&
-         fields[kStartTime] == absl::StrCat(note.start_ticks);
+         fields[kStartTime] == absl::StrCat(start_ticks);
 }
 
 }  // namespace presync

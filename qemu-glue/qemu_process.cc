@@ -86,6 +86,8 @@ absl::StatusOr<pid_t> Spawn(const QemuProcess::Options& options) {
   return pid;
 }
 
+}  // namespace
+
 // Field 22 of /proc/PID/stat (proc(5)). The second field is a name in parentheses with anything in
 // it.
 uint64_t StartTicks(pid_t pid) {
@@ -100,8 +102,6 @@ uint64_t StartTicks(pid_t pid) {
   if (fields.size() > kStartField) (void)absl::SimpleAtoi(fields[kStartField], &ticks);
   return ticks;
 }
-
-}  // namespace
 
 QemuProcess::QemuProcess(pid_t pid, UniqueFd pidfd, std::string log_path)
     : pid_(pid), pidfd_(std::move(pidfd)), log_path_(std::move(log_path)) {

@@ -2,6 +2,7 @@
 // this host's own command template, or attaches to one that waits already.
 #pragma once
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -9,6 +10,7 @@
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
+#include "qemu-glue/copy_note.h"
 #include "qemu-glue/qemu_process.h"
 #include "transport/mutex.h"
 #include "transport/sync/target_host.h"
@@ -31,6 +33,8 @@ struct QemuTargetHostOptions {
   std::string run_folder;        // sockets, logs and notes about guests that run
   uint64_t max_guest_bytes = 0;  // 0: what the host has
   std::map<std::string, TargetGuestConfig> guests;
+  // Called with one line whenever an operator would want to know. Any thread.
+  std::function<void(bool problem, const std::string& line)> log = [](bool, const std::string&) {};
 };
 
 // Thread-safe. See TargetHost for the errors of MakePlace.
@@ -42,6 +46,10 @@ class QemuTargetHost final : public TargetHost {
   absl::StatusOr<std::unique_ptr<TargetPlace>> MakePlace(
       const std::string& guest, const std::vector<RegionRequest>& regions) override;
   absl::Status EndOrphan(const std::string& address) override;
+  // Waits some seconds for QEMUs and a presyncd that are still ending. A copy is whole if its files
+  // are the very ones, its presyncd has ended, and none of its QEMUs lives.
+  std::vector<KeptPlace> TakeKept(
+      const std::function<bool(const CopyOwner&)>& may_be_used) override;
 
   // For recovery after presyncd was restarted, once the handover records were looked at: ends QEMUs
   // that still wait for their state (they never ran) and removes what they held.
@@ -59,6 +67,7 @@ class QemuTargetHost final : public TargetHost {
 
  private:
   explicit QemuTargetHost(QemuTargetHostOptions options) : options_(std::move(options)) {}
+  absl::StatusOr<std::unique_ptr<TargetPlace>> TakeUp(const CopyNote& note);
 
   const QemuTargetHostOptions options_;
   Mutex mutex_;

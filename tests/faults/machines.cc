@@ -176,6 +176,16 @@ bool Machines::MoveTarget(TargetVm* vm, std::initializer_list<VmState> from, VmS
   return true;
 }
 
+void Machines::SetNote(TargetVm* vm, std::optional<CopyOwner> note) {
+  MutexLock lock(&mutex_);
+  vm->note = std::move(note);
+}
+
+std::optional<CopyOwner> Machines::NoteOf(const TargetVm& vm) const {
+  MutexLock lock(&mutex_);
+  return vm.note;
+}
+
 void Machines::NoteToldToRun(TargetVm* vm, bool told) {
   MutexLock lock(&mutex_);
   vm->told = told;
@@ -407,7 +417,9 @@ class FaultyPlace final : public TargetPlace {
               std::shared_ptr<Machines::TargetVm> vm)
       : machines_(machines), monitor_(monitor), life_(life), vm_(std::move(vm)) {}
   ~FaultyPlace() override {
-    if (!kept_) EndWaiting().IgnoreError();
+    if (kept_) return;
+    EndWaiting().IgnoreError();
+    ForgetCopy().IgnoreError();
   }
 
   const GuestMemory& memory() const override { return vm_->memory.memory(); }
@@ -439,6 +451,17 @@ class FaultyPlace final : public TargetPlace {
 
   void Keep() override { kept_ = true; }
   std::string address() const override { return "the target's QEMU"; }
+
+  absl::Status NoteCopy(const CopyOwner& owner) override {
+    return life_->Act([&] { machines_->SetNote(vm_.get(), owner); });
+  }
+  absl::Status ForgetCopy() override {
+    return life_->Act([this] { machines_->SetNote(vm_.get(), std::nullopt); });
+  }
+  void Leave() override {
+    EndWaiting().IgnoreError();
+    kept_ = true;
+  }
 
  private:
   Machines* const machines_;
@@ -486,6 +509,21 @@ class FaultyHost final : public TargetHost {
     return std::make_unique<FaultyPlace>(machines_, monitor_, life_, std::move(vm));
   }
   absl::Status EndOrphan(const std::string&) override { return EndOrphanOf(machines_, life_); }
+
+  // As QemuTargetHost: a copy whose QEMU is certainly gone.
+  std::vector<KeptPlace> TakeKept(
+      const std::function<bool(const CopyOwner&)>& may_be_used) override {
+    std::vector<KeptPlace> kept;
+    const std::shared_ptr<Machines::TargetVm> vm = machines_->target();
+    const std::optional<CopyOwner> owner = vm == nullptr ? std::nullopt : machines_->NoteOf(*vm);
+    if (!owner) return kept;
+    if (machines_->state_of(*vm) == VmState::kGone && may_be_used(*owner)) {
+      kept.push_back({*owner, std::make_unique<FaultyPlace>(machines_, monitor_, life_, vm)});
+    } else {
+      life_->Act([&] { machines_->SetNote(vm.get(), std::nullopt); }).IgnoreError();
+    }
+    return kept;
+  }
 
  private:
   Machines* const machines_;

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
@@ -69,7 +70,10 @@ class Machines {
     ModelMemory memory;
     VmState state = VmState::kGone;  // guarded by the machines' mutex
     bool told = false;               // it was run, or had the order to
+    std::optional<CopyOwner> note;   // durable; guarded by the machines' mutex
   };
+  void SetNote(TargetVm* vm, std::optional<CopyOwner> note) ABSL_LOCKS_EXCLUDED(mutex_);
+  std::optional<CopyOwner> NoteOf(const TargetVm& vm) const ABSL_LOCKS_EXCLUDED(mutex_);
   // Memory for a guest that comes. ALREADY_EXISTS: it runs here.
   absl::StatusOr<std::shared_ptr<TargetVm>> NewTarget() ABSL_LOCKS_EXCLUDED(mutex_);
   std::shared_ptr<TargetVm> target() const ABSL_LOCKS_EXCLUDED(mutex_);

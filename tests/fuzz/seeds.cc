@@ -152,6 +152,7 @@ void PutHandover(bool verify, FuzzOutput* out) {
                  b->mutable_hash_request()->set_pages_per_hash(64);
                  b->mutable_hash_request()->add_only(1);
                  b->mutable_hash_request()->add_only(8);
+                 b->mutable_hash_request()->set_id(7);
                }),
                true, out);
   }
@@ -308,6 +309,25 @@ void RecordSeeds() {
       R"("session":"000102030405060708090a0b0c0d0e0f"})";
   Write("state_files", "record", FuzzOutput().Byte(1).Chunk(entry).Chunk("{}").Chunk(entry).text());
   Write("state_files", "unused", FuzzOutput().Byte(0).Raw(std::string(8192, '\0')).text());
+  for (const uint8_t prove : {0, 1}) {
+    FuzzOutput steps;
+    steps.Byte(2 | prove).Byte(19);
+    for (int i = 0; i < 12; ++i) {
+      steps.Byte(0).Byte(3).Byte(static_cast<uint8_t>(7 * i)).Byte(static_cast<uint8_t>(i));
+      steps.Byte(1).Byte(4);
+    }
+    Write("live_comparison", prove != 0 ? "prove" : "verify", steps.text());
+    steps.Byte(0).Byte(5).Chunk(std::string(32, 'h')).Byte(2).Chunk("\x12\x02hh");
+    Write("live_comparison", prove != 0 ? "prove-lies" : "verify-lies", steps.text());
+  }
+  Write("state_files", "copy",
+        FuzzOutput()
+            .Byte(3)
+            .Raw(R"({"guest": "g", "session": "00112233445566778899aabbccddeeff", "peer": "a:1",)"
+                 R"( "peer_name": "", "holder_pid": 4, "holder_start_ticks": 9, "files":)"
+                 R"( [{"region": "ram0", "size_bytes": 4096, "path": "/r", "device": 1,)"
+                 R"( "inode": 2}]})")
+            .text());
   Write("state_files", "costs", FuzzOutput().Byte(2).Raw(R"({"peer": [41000, 52000, -1]})").text());
 }
 

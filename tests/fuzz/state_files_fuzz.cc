@@ -1,12 +1,13 @@
-// What presyncd finds in its folder when it starts: handover records, and measured costs. The first
-// byte says which, and for records whether checksums are made right, so that what lies behind them
-// is reached.
+// What presyncd finds in its folders when it starts: handover records, measured costs, and notes of
+// copies. The first byte says which, and for records whether checksums are made right, so that what
+// lies behind them is reached.
 #include <xxhash.h>
 
 #include <cstdio>
 #include <fstream>
 
 #include "absl/strings/str_format.h"
+#include "qemu-glue/copy_note.h"
 #include "tests/fuzz/fuzz_input.h"
 #include "tools/presyncd/fixed_costs.h"
 #include "transport/sync/handover_record.h"
@@ -71,20 +72,39 @@ void TryCosts(std::string_view bytes) {
   ::remove(path.c_str());
 }
 
+void TryCopyNote(std::string_view bytes) {
+  const std::string path = fuzz::ScratchFolder() + "/g.copy";
+  WriteFile(path, bytes);
+  const std::vector<CopyNote> notes = ReadCopyNotes(fuzz::ScratchFolder());
+  FUZZ_REQUIRE(notes.size() <= 1);
+  if (!notes.empty()) {
+    const CopyNote& note = notes[0];
+    FUZZ_REQUIRE(note.path == path && note.holder_pid > 0 && !note.files.empty());
+    FUZZ_REQUIRE(WriteCopyNote(path, note.owner, note.files).ok());
+    const std::vector<CopyNote> again = ReadCopyNotes(fuzz::ScratchFolder());
+    FUZZ_REQUIRE(again.size() == 1 && again[0].owner.session == note.owner.session);
+    FUZZ_REQUIRE(again[0].files.size() == note.files.size());
+  }
+  ::remove(path.c_str());
+}
+
 }  // namespace
 }  // namespace presync
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   presync::fuzz::FuzzInput input(data, size);
-  switch (input.Byte() % 3) {
+  switch (input.Byte() % 4) {
     case 0:
       presync::TryRecord(std::string(input.rest()));
       break;
     case 1:
       presync::TryRecord(presync::BlocksOf(&input));
       break;
-    default:
+    case 2:
       presync::TryCosts(input.rest());
+      break;
+    default:
+      presync::TryCopyNote(input.rest());
   }
   return 0;
 }

@@ -20,12 +20,14 @@ TEST(Config, AnEmptyFileGivesTheDefaults) {
   EXPECT_EQ(config->listen_host, "127.0.0.1");
   EXPECT_EQ(config->listen_port, kDefaultPort);
   EXPECT_EQ(config->max_launch_time, absl::Milliseconds(100));
+  EXPECT_EQ(config->audit_rate, 4'000'000u);
 }
 
 TEST(Config, ReadsEveryKindOfKey) {
   const absl::StatusOr<Config> config = ParseConfig(
       "listen = '[::]:7400'\nmax_guest_memory = '4G'\n[defaults]\nmax_launch_time = '80ms'\n"
-      "max_bandwidth = '400Mbit'\ntcp_streams = 2\n[guest.a]\ncommand = ['qemu', '{qmp}']\n"
+      "max_bandwidth = '400Mbit'\ntcp_streams = 2\naudit_rate = '0'\n[guest.a]\ncommand = ['qemu', "
+      "'{qmp}']\n"
       "[guest.b]\nattach = '/run/b.qmp'\n",
       "presyncd.toml");
   ASSERT_TRUE(config.ok()) << config.status();
@@ -33,6 +35,7 @@ TEST(Config, ReadsEveryKindOfKey) {
   EXPECT_EQ(config->max_guest_bytes, uint64_t{4} << 30);
   EXPECT_EQ(config->max_bandwidth, 50'000'000u);
   EXPECT_EQ(config->tcp_streams, 2u);
+  EXPECT_EQ(config->audit_rate, 0u);
   EXPECT_EQ(config->guests.at("a").command.size(), 2u);
   EXPECT_EQ(config->guests.at("b").attach_qmp, "/run/b.qmp");
 }

@@ -7,7 +7,6 @@
 #include "tools/presync/bench.h"
 #include "tools/presync/command.h"
 #include "tools/presync/doctor.h"
-#include "tools/presync/libvirt_commands.h"
 #include "tools/presync/record.h"
 #include "tools/presync/replay.h"
 #include "tools/presync/report.h"
@@ -27,12 +26,12 @@ constexpr Subcommand kSubcommands[] = {
     {"start", "Begin to keep a guest in sync with another host", AddStart},
     {"status", "Show guests that are kept in sync, and those mirrored here", AddStatus},
     {"launch", "Run a guest on the host it was kept in sync with", AddLaunch},
+    {"verify", "Compare a guest with its copy by hash, while it runs", AddVerify},
     {"stop", "End a sync; the guest goes on here", AddStop},
     {"settle", "Say where a guest runs whose handover only a person can settle", AddSettle},
     {"report", "Make a page of a guest's sync and launches, with plots", AddReport},
     {"record", "Write down which pages a guest writes, for presync replay", AddRecord},
     {"replay", "Play recorded traces through the policies, off line", AddReplay},
-    {"libvirt", "Ready libvirt's domains for presync", AddLibvirt},
     {"doctor", "Look whether this host, and a guest, are ready", AddDoctor},
     {"bench", "Measure presync's own parts; needs no presyncd", AddBench},
 };
@@ -42,9 +41,8 @@ CommandContext context;  // a signal handler's, too
 int Main(int argc, char** argv) {
   CLI::App app{
       "presync keeps a running guest's memory mirrored on another host, and launches it there.\n"
-      "Exit codes: 0 done, 1 refused or failed (the text says where the guest is), 2 wrong usage, "
-      "3 "
-      "presyncd can't be reached."};
+      "Exit codes: 0 done, 1 refused or failed (the text says where the guest is) or, of verify, "
+      "pages differ, 2 wrong usage, 3 presyncd can't be reached."};
   context.socket = kDefaultSocketPath;
   app.add_option("--socket", context.socket, "presyncd's socket")->capture_default_str();
   app.set_version_flag("--version", "presync " PRESYNC_VERSION);

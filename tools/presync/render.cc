@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
+#include "absl/time/time.h"
 #include "predictor/page.h"
 #include "tools/common/local_api.h"
 #include "tools/common/units.h"
@@ -36,6 +37,46 @@ std::string Pages(const Json& object, const char* key) {
 std::string Rate(const Json& object, const char* key) {
   const int64_t rate = NumberOr(object, key, 0);
   return rate > 0 ? FormatRate(static_cast<uint64_t>(rate)) : "?";
+}
+
+// Nothing before the first audit has ended, unless something was found.
+std::string RenderAudit(const Json& guest) {
+  std::string text;
+  const Json audit = guest.value("audit", Json::object());
+  const auto ended = audit.find("ended_at");
+  if (ended != audit.end() && ended->is_number()) {
+    const absl::Time at = absl::UnixEpoch() + absl::Seconds(ended->get<double>());
+    absl::StrAppendFormat(&text, "\n  last audit %s: %d pages compared, %d differed, %d aside",
+                          absl::FormatTime("%Y-%m-%d %H:%M:%S", at, absl::LocalTimeZone()),
+                          NumberOr(audit, "pages_compared", 0),
+                          NumberOr(audit, "pages_differing", 0), NumberOr(audit, "pages_aside", 0));
+  }
+  if (const int64_t differing = NumberOr(guest, "pages_differing", 0); differing > 0) {
+    absl::StrAppendFormat(&text,
+                          "\n  ! %d pages differed on the target though nobody was seen to write "
+                          "them; they were sent again. Launch with --verify only; see the log",
+                          differing);
+  }
+  return text;
+}
+
+// How it went on after its link, or a presyncd, had gone. Nothing if it never had to.
+std::string RenderResumption(const Json& guest) {
+  if (FlagOr(guest, "proving", false)) {
+    return absl::StrFormat(
+        "\n  comparing the copy that the target still has: %d of %d pages so far",
+        NumberOr(guest, "pages_proven", 0), NumberOr(guest, "pages", 0));
+  }
+  const Json resumed = guest.value("resumption", Json::object());
+  const std::string from = TextOr(resumed, "from", "");
+  if (from.empty()) return "";
+  const char* how = "all anew";
+  if (from == "ledger") how = "where it was";
+  if (from == "copy") how = "with the copy that the target still had";
+  return absl::StrFormat("\n  went on %s: %s%s sent again, %s of hashes", how,
+                         FormatBytes(static_cast<uint64_t>(NumberOr(resumed, "wire_bytes", 0))),
+                         FlagOr(resumed, "caught_up", false) ? "" : " so far",
+                         FormatBytes(static_cast<uint64_t>(NumberOr(resumed, "hash_bytes", 0))));
 }
 
 }  // namespace
@@ -69,6 +110,7 @@ std::string RenderGuest(const Json& guest) {
       FormatBytes(static_cast<uint64_t>(NumberOr(guest, "wire_bytes", 0))),
       Rate(guest, "link_bytes_per_s"), Real(guest, "dirty_pages_per_s"),
       TextOr(guest, "dirty_log", "?"));
+  absl::StrAppend(&text, RenderResumption(guest), RenderAudit(guest));
   const std::string reason = TextOr(guest, "link_reason", "");
   if (!reason.empty()) absl::StrAppend(&text, "\n  link: ", reason);
   const std::string problem = TextOr(guest, "problem", "");
@@ -113,6 +155,25 @@ std::string RenderLaunch(const Json& report) {
   }
   text.back() = ' ';
   return absl::StrCat(text, "(ms)");
+}
+
+std::string RenderVerify(const Json& report) {
+  const int64_t differing = NumberOr(report, "pages_differing", 0);
+  std::string text = absl::StrFormat(
+      "%s and its copy on %s: %d pages compared, %s; %d left aside, which were being written or "
+      "sent; %s of hashes",
+      TextOr(report, "name", "?"), TextOr(report, "to", "?"), NumberOr(report, "pages_compared", 0),
+      differing == 0 ? "all equal" : absl::StrCat(differing, " DIFFER"),
+      NumberOr(report, "pages_aside", 0),
+      FormatBytes(static_cast<uint64_t>(NumberOr(report, "hash_bytes", 0))));
+  if (differing == 0) return text;
+  std::vector<std::string> pages;
+  for (const Json& page : report.value("differing", Json::array())) pages.push_back(page.dump());
+  const bool more = static_cast<int64_t>(pages.size()) < differing;
+  absl::StrAppend(&text, "\n! pages ", absl::StrJoin(pages, ", "), more ? ", ..." : "",
+                  " differ though nobody was seen to write them. They are sent again; until it is "
+                  "known why, launch with --verify only. Keep the logs of both presyncd");
+  return text;
 }
 
 std::string RenderSettled(const Json&) { return "settled; presync status shows what is left"; }

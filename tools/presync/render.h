@@ -11,6 +11,7 @@ std::string RenderGuestLine(const nlohmann::json& guest);  // one line
 std::string RenderStatus(const nlohmann::json& status);
 std::string RenderLaunch(const nlohmann::json& report);
 std::string RenderSettled(const nlohmann::json& answer);
+std::string RenderVerify(const nlohmann::json& report);
 std::string RenderStopped(const nlohmann::json& answer);
 
 // Rewrites the current line of a terminal; without a terminal prints only the last one.

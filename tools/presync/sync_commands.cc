@@ -15,7 +15,7 @@ namespace {
 using Json = nlohmann::json;
 
 struct StartOptions {
-  std::string name, domain, qmp, to, max_launch_time, max_bandwidth, transport, glue, dirty_log,
+  std::string name, qmp, to, max_launch_time, max_bandwidth, transport, glue, dirty_log,
       compression, rdma_devices;
   int rdma_queue_pairs = 0;  // 0: the configuration's
   bool wait = false;
@@ -60,14 +60,8 @@ int WaitForSync(const std::string& name, const CommandContext& context) {
 }
 
 int Start(const StartOptions& options, const CommandContext& context) {
-  if (options.domain.empty() == (options.name.empty() || options.qmp.empty())) {
-    return Fail(absl::InvalidArgumentError(
-                    "start takes a NAME with --qmp, or --domain for a guest of libvirt's"),
-                context, kUsage);
-  }
   Json request = {{"command", "start"},
                   {"name", options.name},
-                  {"domain", options.domain},
                   {"qmp", AbsolutePath(options.qmp)},
                   {"to", options.to},
                   {"max_launch_time", options.max_launch_time},
@@ -80,7 +74,7 @@ int Start(const StartOptions& options, const CommandContext& context) {
   if (!options.compression.empty()) request["compression"] = options.compression;
   const Answer answer = Ask(context, request, absl::Seconds(90));
   if (answer.exit_code != kOk || !options.wait) return Print(answer, context, RenderGuest);
-  return WaitForSync(TextOr(answer.json, "name", options.name), context);
+  return WaitForSync(options.name, context);
 }
 
 int Status(const StatusOptions& options, const CommandContext& context) {
@@ -127,13 +121,10 @@ void AddLinkOptions(CLI::App* app, StartOptions* o) {
 
 RunCommand AddStart(CLI::App* app, CommandContext* context) {
   auto o = std::make_shared<StartOptions>();
-  CLI::Option* name =
-      app->add_option("name", o->name, "The guest's name, as the target's configuration has it");
-  CLI::Option* qmp =
-      app->add_option("--qmp", o->qmp, "Socket of a QMP monitor that presync has for itself");
-  app->add_option("--domain", o->domain, "A guest that libvirt manages, by its name or UUID")
-      ->excludes(name)
-      ->excludes(qmp);
+  app->add_option("name", o->name, "The guest's name, as the target's configuration has it")
+      ->required();
+  app->add_option("--qmp", o->qmp, "Socket of a QMP monitor that presync has for itself")
+      ->required();
   app->add_option("--to", o->to, "Target host, HOST or HOST:PORT (port 7350)")->required();
   app->add_option("--max-launch-time", o->max_launch_time,
                   "What a launch may take, from the order to the guest running on the target, e.g. "
@@ -162,6 +153,17 @@ RunCommand AddLaunch(CLI::App* app, CommandContext* context) {
                 "Compare all memory by hashes before the target may run it (costs downtime)");
   app->add_flag("--wait", o->wait, "Wait for the first full sync");
   return [o, context] { return Launch(*o, *context); };
+}
+
+RunCommand AddVerify(CLI::App* app, CommandContext* context) {
+  auto name = std::make_shared<std::string>();
+  app->add_option("name", *name, "The guest's name")->required();
+  return [name, context] {
+    const Answer answer = Ask(*context, {{"command", "verify"}, {"name", *name}}, absl::Hours(24));
+    const int code = Print(answer, *context, RenderVerify);
+    if (code != kOk) return code;
+    return NumberOr(answer.json, "pages_differing", 0) == 0 ? int{kOk} : int{kFailed};
+  };
 }
 
 RunCommand AddStop(CLI::App* app, CommandContext* context) {

@@ -8,6 +8,7 @@ namespace presync {
 RunCommand AddStart(CLI::App* app, CommandContext* context);
 RunCommand AddStatus(CLI::App* app, CommandContext* context);
 RunCommand AddLaunch(CLI::App* app, CommandContext* context);
+RunCommand AddVerify(CLI::App* app, CommandContext* context);
 RunCommand AddStop(CLI::App* app, CommandContext* context);
 RunCommand AddSettle(CLI::App* app, CommandContext* context);
 

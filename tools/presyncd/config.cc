@@ -160,24 +160,12 @@ absl::Status ReadDefaults(const toml::node& node, const std::string& path, Confi
   std::vector<std::string> policies;
   for (const std::string_view name : PolicyNames()) policies.emplace_back(name);
   reader.Word("policy", &config->policy, std::move(policies));
+  reader.Parsed("audit_rate", &config->audit_rate, &ParseRate);
   reader.Number("tcp_streams", &config->tcp_streams, 16);
   reader.Word("transport", &config->transport, {"auto", "rdma", "tcp"});
   reader.Number("rdma_queue_pairs", &config->rdma_queue_pairs, kMaxRdmaQueuePairs);
   reader.Texts("rdma_devices", &config->rdma_devices, kMaxRdmaDevices);
   reader.Flag("rdma_on_demand_paging", &config->rdma_on_demand_paging);
-  return OnTable(node, reader);
-}
-
-absl::Status ReadLibvirt(const toml::node& node, const std::string& path, LibvirtConfig* libvirt) {
-  TableReader reader(path);
-  libvirt->enabled = true;
-  reader.Text("uri", &libvirt->uri);
-  reader.Text("memory_backing_dir", &libvirt->memory_backing_dir);
-  reader.Text("socket_folder", &libvirt->socket_folder);
-  reader.Text("peer_uri", &libvirt->peer_uri);
-  reader.Word("migration", &libvirt->migration, {"p2p", "direct"});
-  reader.Flag("unsafe", &libvirt->unsafe);
-  reader.Text("plugin", &libvirt->plugin);
   return OnTable(node, reader);
 }
 
@@ -268,8 +256,6 @@ absl::StatusOr<Config> ParseConfig(absl::string_view text, const std::string& pa
   reader.Flag("rdma", &config.rdma);
   reader.Texts("rdma_addresses", &config.rdma_addresses, kMaxRdmaDevices);
   reader.On("defaults", [&](const toml::node& node) { return ReadDefaults(node, path, &config); });
-  reader.On("libvirt",
-            [&](const toml::node& node) { return ReadLibvirt(node, path, &config.libvirt); });
   reader.On("guest", [&](const toml::node& node) -> absl::Status {
     TableReader guests(path);
     const toml::table* table = node.as_table();

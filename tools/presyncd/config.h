@@ -19,18 +19,6 @@ inline constexpr uint16_t kDefaultMetricsPort = 7352;
 inline constexpr char kDefaultConfigPath[] = "/etc/presync/presyncd.toml";
 inline constexpr char kDefaultSocketPath[] = "/run/presync/presyncd.sock";
 
-// [libvirt]: guests that libvirt manages. docs/libvirt.md.
-struct LibvirtConfig {
-  bool enabled = false;  // the table is there
-  std::string uri = "qemu:///system";
-  std::string memory_backing_dir;  // empty: as in libvirt's qemu.conf
-  std::string socket_folder = "/run/presync/libvirt";
-  std::string peer_uri = "qemu+tls://{host}/system";  // {host}: as in --to
-  std::string migration = "p2p";                      // or "direct"
-  bool unsafe = false;
-  std::string plugin = "/usr/lib/x86_64-linux-gnu/qemu/presync_glue.so";
-};
-
 struct Config {
   std::string listen_host = "127.0.0.1";  // until an operator opens it
   uint16_t listen_port = kDefaultPort;
@@ -66,9 +54,10 @@ struct Config {
   std::string compression = "auto";
   std::string dirty_log = "auto";
   std::string policy = "learned";
+  // Guest memory that the background audit compares by hash, bytes a second; 0: none.
+  uint64_t audit_rate = 4'000'000;
 
   std::map<std::string, TargetGuestConfig> guests;
-  LibvirtConfig libvirt;
 };
 
 // INVALID_ARGUMENT with file, line and key: bad syntax, an unknown key, a value that makes no

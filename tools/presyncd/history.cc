@@ -40,7 +40,8 @@ void History::Sample(const SessionStatus& status, absl::Time now) {
   MutexLock lock(&mutex_);
   Guest* guest = Find(status, now);
   const bool same = !guest->points.empty() && guest->newest.state == status.state &&
-                    guest->newest.link == status.link;
+                    guest->newest.link == status.link &&
+                    guest->newest.comparisons.pages_differing == status.comparisons.pages_differing;
   guest->newest = status;
   guest->seen = now;
   if (same && (Over(status.state) || ++guest->skipped < guest->stride)) return;
@@ -52,6 +53,8 @@ void History::Sample(const SessionStatus& status, absl::Time now) {
                            .residual = p.residual,
                            .set_point = p.set_point,
                            .wire_bytes = p.wire_bytes,
+                           .pages_differing = status.comparisons.pages_differing,
+                           .resent_bytes = status.resumption.all_bytes,
                            .predicted_launch = p.predicted_launch,
                            .dirty_pages_per_s = p.dirty_pages_per_s});
   if (guest->points.size() < kMostSamples) return;
@@ -93,6 +96,8 @@ absl::StatusOr<Json> History::Report(const std::string& name) const {
                                  {"residual_pages", point.residual},
                                  {"set_point_pages", point.set_point},
                                  {"wire_bytes", point.wire_bytes},
+                                 {"pages_differing", point.pages_differing},
+                                 {"resent_bytes", point.resent_bytes},
                                  {"predicted_launch_ms", MillisToJson(point.predicted_launch)},
                                  {"dirty_pages_per_s", point.dirty_pages_per_s}});
   }

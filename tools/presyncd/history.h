@@ -45,6 +45,8 @@ class History {
     PageCount residual = 0;
     PageCount set_point = 0;
     uint64_t wire_bytes = 0;
+    uint64_t pages_differing = 0;
+    uint64_t resent_bytes = 0;
     absl::Duration predicted_launch = absl::InfiniteDuration();
     double dirty_pages_per_s = 0;
   };

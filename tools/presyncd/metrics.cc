@@ -84,6 +84,27 @@ constexpr GuestNumber kGuestNumbers[] = {
     {"presync_guest_write_faults_total",
      "Write faults that tracking caused in the guest, about 2 to 6 us each.", MetricType::Counter,
      [](const SessionStatus& s) { return static_cast<double>(s.progress.write_faults); }},
+    {"presync_guest_compared_pages_total", "Pages compared by hash while the guest ran.",
+     MetricType::Counter,
+     [](const SessionStatus& s) { return static_cast<double>(s.comparisons.pages_compared); }},
+    {"presync_guest_differing_pages_total",
+     "Of these, pages that differed though nobody was seen to write them.", MetricType::Counter,
+     [](const SessionStatus& s) { return static_cast<double>(s.comparisons.pages_differing); }},
+    {"presync_guest_audited_timestamp_seconds",
+     "When the audit last ended a walk through all memory; absent before the first.",
+     MetricType::Gauge,
+     [](const SessionStatus& s) {
+       return s.comparisons.audits == 0
+                  ? std::numeric_limits<double>::infinity()
+                  : absl::ToDoubleSeconds(s.comparisons.audited_at - absl::UnixEpoch());
+     }},
+    {"presync_guest_hash_bytes_total", "Bytes of hashes on the control connection, both ways.",
+     MetricType::Counter,
+     [](const SessionStatus& s) { return static_cast<double>(s.comparisons.hash_bytes); }},
+    {"presync_guest_resent_bytes_total",
+     "Bytes, hashes included, that going on after lost links and restarts took.",
+     MetricType::Counter,
+     [](const SessionStatus& s) { return static_cast<double>(s.resumption.all_bytes); }},
     {"presync_guest_reconnects_total", "Times that the link was lost and came back.",
      MetricType::Counter, [](const SessionStatus& s) { return static_cast<double>(s.reconnects); }},
 };

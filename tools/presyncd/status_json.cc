@@ -9,8 +9,43 @@ Json MillisToJson(absl::Duration duration) {
   return absl::ToDoubleMilliseconds(duration);
 }
 
+Json ComparisonToJson(const ComparisonReport& report) {
+  return {{"pages_compared", report.compared},
+          {"pages_aside", report.aside},
+          {"pages_differing", report.differing},
+          {"differing", report.named}};
+}
+
+namespace {
+
+// Seconds since 1970; null: never.
+Json TimeToJson(absl::Time time) {
+  if (time == absl::InfinitePast()) return nullptr;
+  return absl::ToDoubleSeconds(time - absl::UnixEpoch());
+}
+
+Json ResumptionToJson(const ResumptionStatus& status) {
+  return {{"count", status.count},
+          {"from", status.count == 0 ? "" : std::string(ResumedFromName(status.from))},
+          {"at", TimeToJson(status.at)},
+          {"stale_pages", status.stale_pages},
+          {"wire_bytes", status.wire_bytes},
+          {"hash_bytes", status.hash_bytes},
+          {"caught_up", status.caught_up}};
+}
+
+Json AuditToJson(const ComparisonStatus& status) {
+  Json audit = ComparisonToJson(status.audit);
+  audit["audits"] = status.audits;
+  audit["ended_at"] = TimeToJson(status.audited_at);
+  return audit;
+}
+
+}  // namespace
+
 Json SourceStatusToJson(const SessionStatus& status) {
   const SyncProgress& p = status.progress;
+  const ComparisonStatus& c = status.comparisons;
   return {{"name", status.guest},
           {"qmp", status.guest_address},
           {"session", status.session},
@@ -37,7 +72,15 @@ Json SourceStatusToJson(const SessionStatus& status) {
           {"pages_sent", p.pages_sent},
           {"pages_zero", p.pages_zero},
           {"write_faults", p.write_faults},
-          {"dirty_pages_per_s", p.dirty_pages_per_s}};
+          {"dirty_pages_per_s", p.dirty_pages_per_s},
+          {"pages_compared", c.pages_compared},
+          {"pages_differing", c.pages_differing},
+          {"hash_bytes", c.hash_bytes},
+          {"audit", AuditToJson(c)},
+          {"proving", c.proving},
+          {"pages_proven", c.proof.compared},
+          {"resumption", ResumptionToJson(status.resumption)},
+          {"resent_bytes", status.resumption.all_bytes}};
 }
 
 Json TargetStatusToJson(const TargetStatus& status) {

@@ -14,6 +14,7 @@ namespace presync {
 // Milliseconds; an infinite duration, "not known", is null.
 nlohmann::json MillisToJson(absl::Duration duration);
 
+nlohmann::json ComparisonToJson(const ComparisonReport& report);
 nlohmann::json SourceStatusToJson(const SessionStatus& status);
 nlohmann::json TargetStatusToJson(const TargetStatus& status);
 nlohmann::json MatterToJson(const OpenMatter& matter);

@@ -27,6 +27,11 @@ std::string PrintableText(absl::string_view text) {
   return clean;
 }
 
+std::string AddressOf(const std::string& peer) {
+  const std::string endpoint = peer.substr(0, peer.find(' '));
+  return endpoint.substr(0, endpoint.rfind(':'));
+}
+
 uint32_t CommonVersion(uint32_t newest_a, uint32_t oldest_a, uint32_t newest_b, uint32_t oldest_b) {
   const uint32_t common = std::min(newest_a, newest_b);
   return common >= oldest_a && common >= oldest_b ? common : 0;
@@ -63,10 +68,9 @@ bool IsAside(const Body& message) {
     case Body::kLinkReady:
     case Body::kLinkRefused:
     case Body::kLinkClosed:
-    case Body::kLaunchComing:
-    case Body::kLaunchExpected:
-    case Body::kLaunchOff:
       return true;
+    case Body::kHashReply:  // of a comparison beside everything else, which may be over by now
+      return message.hash_reply().id() != 0;
     default:
       return false;
   }

@@ -17,8 +17,8 @@ absl::StatusOr<uint32_t> ExchangeHello(ControlChannel* channel, absl::Time deadl
 // The version that two ranges have in common, 0 if none: the newest.
 uint32_t CommonVersion(uint32_t newest_a, uint32_t oldest_a, uint32_t newest_b, uint32_t oldest_b);
 
-// Whether a message may come between any others: Ping, Pong, and what is said about data links and
-// about what libvirt is going to do.
+// Whether a message may come between any others: Ping, Pong, what is said about data links, and
+// hashes that were asked for outside a handover.
 bool IsAside(const wire::ControlMessage& message);
 
 // Waits for the message `wanted`. Asides are passed over; Refused becomes its status; anything else
@@ -29,6 +29,10 @@ absl::StatusOr<wire::ControlMessage> Expect(ControlChannel* channel,
 
 // A peer's words, cut and cleaned of control characters: they go to an operator's terminal.
 std::string PrintableText(absl::string_view text);
+
+// The address in a channel's "10.0.0.1:4711" or "10.0.0.1:4711 (host1)", without the port, which is
+// another one each time.
+std::string AddressOf(const std::string& peer);
 
 wire::ControlMessage MakeRefused(const absl::Status& status);
 // The status that a Refused carries; never ok, whatever the peer wrote.

@@ -45,8 +45,7 @@ absl::Status GuestSwitchover::Run(absl::Time rounds_deadline) {
   const absl::Time deadline = absl::Now() + timeout_;
   absl::StatusOr<UniqueFd> stream = guest_->BeginSave(deadline);
   if (!stream.ok()) return stream.status();
-  // A manager stops the guest when it likes: what it saves may be of then from the first byte on.
-  relay_.emplace(*std::move(stream), channel_, deadline, guest_->managed() != nullptr);
+  relay_.emplace(*std::move(stream), channel_, deadline);
   const absl::StatusOr<absl::Time> stopped_at = guest_->Stop(deadline);
   if (!stopped_at.ok()) return stopped_at.status();
   relay_->StageFromNowOn();

@@ -15,6 +15,10 @@ namespace {
 
 constexpr std::byte kZeroPage[kPageBytes] = {};
 
+// Up to here asking for the holes page by page (0.3 us each) costs less than a walk, which goes on
+// to the next hole beyond the run, in the worst case through all of a large guest.
+constexpr PageCount kShortRun = 8192;
+
 struct HashStateDeleter {
   void operator()(XXH3_state_t* state) const { XXH3_freeState(state); }
 };
@@ -75,12 +79,17 @@ PageRun HashPlan::RangeOf(size_t index) const {
   return {first, std::min(pages_per_hash, run.end() - first)};
 }
 
+absl::StatusOr<std::vector<PageRun>> HolesOf(const GuestMemory& memory, PageRun run) {
+  return run.count <= kShortRun ? memory.RecheckHoles(run) : memory.Holes(run);
+}
+
 absl::StatusOr<std::string> HashPages(const GuestMemory& memory, const HashPlan& plan) {
   if (absl::Status s = CheckPlan(memory, plan); !s.ok()) return s;
-  absl::StatusOr<std::vector<PageRun>> holes = memory.Holes(plan.run);
+  absl::StatusOr<std::vector<PageRun>> holes = HolesOf(memory, plan.run);
   if (!holes.ok()) return holes.status();
-  PageBitmap hole_pages(memory.pages());
-  for (const PageRun& hole : *holes) hole_pages.Set(hole);
+  const PageIndex base = plan.run.first;  // of the bitmap, which has no more than the run
+  PageBitmap hole_pages(plan.run.count);
+  for (const PageRun& hole : *holes) hole_pages.Set({hole.first - base, hole.count});
   const size_t hashes = plan.hashes();
   std::string result(hashes * kHashBytes, '\0');
   const size_t workers =
@@ -94,7 +103,8 @@ absl::StatusOr<std::string> HashPages(const GuestMemory& memory, const HashPlan&
     for (size_t i = first; i < hashes; i += workers) {
       const PageRun range = plan.RangeOf(i);
       within.clear();
-      hole_pages.AppendRunsWithin(range, &within);
+      hole_pages.AppendRunsWithin({range.first - base, range.count}, &within);
+      for (PageRun& hole : within) hole.first += base;
       char* const out = &result[i * kHashBytes];
       if (CountPages(within) == plan.pages_per_hash) {
         std::memcpy(out, zeros, kHashBytes);

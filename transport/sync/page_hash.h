@@ -28,6 +28,9 @@ struct HashPlan {
   PageRun RangeOf(size_t index) const;
 };
 
+// The holes within `run`, by whichever way of asking costs less. Errors as GuestMemory::Holes.
+absl::StatusOr<std::vector<PageRun>> HolesOf(const GuestMemory& memory, PageRun run);
+
 // XXH3-128, canonical form, of each range of `plan`, one after another. Holes count as the zeros
 // that they read as, and stay holes. Uses up to four threads and blocks until done.
 // INVALID_ARGUMENT: the run is empty or outside the memory, pages_per_hash is 0, or `only` is not

@@ -21,6 +21,7 @@ void PageLedger::MarkStale(absl::Span<const PageRun> runs) {
     stale_.Set(run);
     sendable_.Set(run);
     in_flight_.AppendRunsWithin(run, &flying);
+    if (touched_) touched_->Set(run);
   }
   for (const PageRun& run : flying) sendable_.Clear(run);
 }
@@ -31,6 +32,7 @@ void PageLedger::MarkInFlight(PageRun run) {
   in_flight_.Set(run);
   target_nonzero_.Set(run);
   never_sent_.Clear(run);
+  if (touched_) touched_->Set(run);
 }
 
 void PageLedger::OnPosted(PageRun run) { since_commit_.Set(run); }
@@ -78,7 +80,46 @@ void PageLedger::OnTargetReset(bool target_is_zero) {
   stale_.SetAll();
   sendable_.SetAll();
   never_sent_.SetAll();
+  if (touched_) touched_->SetAll();
   target_is_zero ? target_nonzero_.ClearAll() : target_nonzero_.SetAll();
+}
+
+void PageLedger::Watch(PageRun run, bool stale_may) {
+  if (!touched_) touched_.emplace(pages());
+  touched_->Clear(run);
+  std::vector<PageRun> not_synced;
+  if (!stale_may) stale_.AppendRunsWithin(run, &not_synced);
+  for (const PageBitmap* with_link : {&in_flight_, &since_commit_, &in_commit_}) {
+    with_link->AppendRunsWithin(run, &not_synced);
+  }
+  for (const PageRun& each : not_synced) touched_->Set(each);
+}
+
+void PageLedger::AppendTouched(PageRun run, std::vector<PageRun>* out) const {
+  PRESYNC_CHECK(touched_.has_value());
+  touched_->AppendRunsWithin(run, out);
+}
+
+// What is stale already is not marked again: it would count as touched.
+void PageLedger::MarkDiscarded(absl::Span<const PageRun> holes) {
+  std::vector<PageRun> nonzero, stale, newly;
+  for (const PageRun& hole : holes) target_nonzero_.AppendRunsWithin(hole, &nonzero);
+  for (const PageRun& run : nonzero) {
+    stale.clear();
+    stale_.AppendRunsWithin(run, &stale);
+    PageIndex next = run.first;
+    for (const PageRun& known : stale) {
+      AppendRun({next, known.first - next}, &newly);
+      next = known.end();
+    }
+    AppendRun({next, run.end() - next}, &newly);
+  }
+  MarkStale(newly);
+}
+
+void PageLedger::Distrust(absl::Span<const PageRun> runs) {
+  for (const PageRun& run : runs) target_nonzero_.Set(run);
+  MarkStale(runs);
 }
 
 void PageLedger::AddUnconfirmed(PageBitmap* pages) const {

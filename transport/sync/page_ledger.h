@@ -3,6 +3,7 @@
 // (docs/design.md).
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "absl/types/span.h"
@@ -16,7 +17,7 @@ namespace presync {
 //   stale        the target may not hold its bytes; it has to be sent
 //   unconfirmed  its bytes were written by the link, the target has not confirmed them yet
 //   synced       the target holds its bytes
-// Not thread-safe. Seven bits a page.
+// Not thread-safe. Seven bits a page, eight once any was watched.
 class PageLedger {
  public:
   // At first every page is stale. `target_is_zero`: the target's memory is fresh, so a page that
@@ -54,6 +55,20 @@ class PageLedger {
   // The target lost the memory: every page is stale.
   void OnTargetReset(bool target_is_zero);
 
+  // --- For whoever compares the two copies while the guest runs ---
+  // Begins anew to note which pages of `run` are *touched*: a page is, once the guest was seen to
+  // write it or a link was given it; and at once if it is not synced. A page that is compared equal
+  // or not, and was not touched by the end of it, was the same page all the time.
+  // `stale_may`: pages that are only stale, and not with the link, do not count as touched.
+  void Watch(PageRun run, bool stale_may);
+  // The touched parts of `run`. Precondition: all of it is watched.
+  void AppendTouched(PageRun run, std::vector<PageRun>* out) const;
+
+  // The target's copy of these pages is not what it should be: they have to be sent, zeros too.
+  void Distrust(absl::Span<const PageRun> runs);
+  // The target's copy of `run` is known to be zero.
+  void MarkTargetZero(PageRun run) { target_nonzero_.Clear(run); }
+
   PageCount pages() const { return stale_.size(); }
   const PageBitmap& stale() const { return stale_; }
   // Stale and not in flight: what may be sent now.
@@ -70,6 +85,10 @@ class PageLedger {
   // Adds to `*pages` those that the link was given and the target has not confirmed.
   void AddUnconfirmed(PageBitmap* pages) const;
 
+  // These pages have left the guest's memory, and so became zero: those whose copy may differ from
+  // zero are stale.
+  void MarkDiscarded(absl::Span<const PageRun> holes);
+
   // The parts of `run` whose copy on the target may differ from zero.
   void AppendTargetNonzero(PageRun run, std::vector<PageRun>* out) const {
     target_nonzero_.AppendRunsWithin(run, out);
@@ -83,6 +102,7 @@ class PageLedger {
   PageBitmap in_commit_;     // covered by the commit that is under way
   PageBitmap target_nonzero_;
   PageBitmap never_sent_;
+  std::optional<PageBitmap> touched_;  // see Watch
   CommitId commit_under_way_ = 0;
 };
 

@@ -41,6 +41,8 @@ SourceSync::TargetContent ToContent(wire::SessionOpened::Content content) {
       return SourceSync::TargetContent::kZero;
     case wire::SessionOpened::KEPT:
       return SourceSync::TargetContent::kKept;
+    case wire::SessionOpened::COPY:
+      return SourceSync::TargetContent::kUnproven;
     default:
       return SourceSync::TargetContent::kUnknown;
   }
@@ -173,17 +175,11 @@ absl::StatusOr<SourceConnection> ConnectSource(Dialer* dialer, const GuestMemory
       DialControl(dialer, deadline, &connection.version);
   if (!channel.ok()) return channel.status();
   connection.channel = *std::move(channel);
-  if (!request.domain.empty() && connection.version < kDomainVersion) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("the presyncd of ", dialer->peer(),
-                     " is too old for guests that libvirt manages: upgrade it"));
-  }
 
   Body message;
   wire::OpenSession* open = message.mutable_open_session();
   open->set_session_id(IdToBytes(request.session));
   open->set_guest(request.guest);
-  open->set_domain(request.domain);
   open->set_page_bytes(kPageBytes);
   open->set_tcp_streams(request.tcp_streams);
   for (const Region& region : memory->regions()) {
@@ -195,6 +191,7 @@ absl::StatusOr<SourceConnection> ConnectSource(Dialer* dialer, const GuestMemory
   absl::StatusOr<Body> opened = Expect(connection.channel.get(), Body::kSessionOpened, deadline);
   if (!opened.ok()) return opened.status();
   connection.content = ToContent(opened->session_opened().content());
+  request.on_content(connection.content);
   const absl::Status linked =
       connection.version >= kLinksVersion
           ? OpenFirstLink(dialer, memory, request, &connection, deadline)

@@ -33,7 +33,6 @@ using MakeSourceLink = std::function<absl::StatusOr<std::unique_ptr<SourceLink>>
 struct SessionRequest {
   SessionId session = {};
   std::string guest;
-  std::string domain;  // libvirt's UUID of a guest that libvirt manages; else empty
   uint32_t tcp_streams = 4;
   TcpSourceOptions tcp;
   SocketOptions socket;
@@ -41,6 +40,9 @@ struct SessionRequest {
   std::string tcp_reason = "TCP was asked for";  // for people, with kTcp
   RdmaSourceOptions rdma;
   MakeSourceLink make_link = nullptr;  // null: TCP connections
+  // Told what the target's memory holds as soon as the target says it: it says so once, and a
+  // connection that breaks before its link is up changes nothing about that.
+  std::function<void(SourceSync::TargetContent)> on_content = [](SourceSync::TargetContent) {};
 };
 
 struct SourceConnection {

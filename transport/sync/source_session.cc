@@ -72,7 +72,13 @@ SourceSession::SourceSession(SourceSessionOptions options, std::unique_ptr<Diale
       dialer_(std::move(dialer)),
       memory_(std::move(memory)),
       log_(std::make_unique<WriteRecorder>(std::move(log), &memory_)),
-      guest_(std::move(guest)) {}
+      guest_(std::move(guest)),
+      comparisons_({.audit_bytes_per_s = options_.audit_bytes_per_s,
+                    .log = options_.log,
+                    .guest = options_.guest,
+                    .peer = dialer_->peer(),
+                    .publish = [this] { Publish(); }},
+                   &memory_) {}
 
 SourceSession::~SourceSession() {
   {
@@ -90,6 +96,11 @@ void SourceSession::Join() {
 bool SourceSession::StopRequested() const {
   MutexLock lock(&mutex_);
   return stop_;
+}
+
+bool SourceSession::ForgetRequested() const {
+  MutexLock lock(&mutex_);
+  return forget_;
 }
 
 SessionStatus SourceSession::status() const {
@@ -137,7 +148,7 @@ absl::Status SourceSession::Stop() {
           absl::StrCat(options_.guest, " is ", StateName(published_.state), ": ",
                        published_.problem, ". Stopping would forget that; see presync status"));
     }
-    stop_ = true;
+    stop_ = forget_ = true;
   }
   Join();
   return absl::OkStatus();
@@ -183,29 +194,25 @@ void SourceSession::Run() {
       recording_.Step(log_.get(), absl::Now()).IgnoreError();
       if (absl::Status s = TickConnected(); !s.ok()) LoseLink(s);
     }
+    if (!connected_) comparisons_.Drop(NoComparison());
     if (absl::Now() >= next_publish_) Publish();
 
     const bool busy = connected_ && sync_->busy();
-    LaunchOrder* order = WaitForOrder(busy ? absl::ZeroDuration() : IdleStep());
-    if (guest_->managed() != nullptr) {
-      ServeManaged(order);
-    } else if (order != nullptr) {
-      Serve(order);
-    }
+    const absl::Duration rest = comparisons_.hurried() ? kBusyStep : absl::Milliseconds(5);
+    LaunchOrder* order = WaitForOrder(busy ? absl::ZeroDuration() : rest);
+    if (order != nullptr) Serve(order);
     if (StopRequested()) break;
   }
-  if (LaunchOrder* late = WaitForOrder(absl::ZeroDuration()); late != nullptr) {
-    Answer(late, absl::FailedPreconditionError(absl::StrCat(
-                     options_.guest, " can't be launched: it is ", StateName(state_))));
-  }
   if (!Open() && !Ended()) {
-    if (connected_) {
+    if (connected_ && ForgetRequested()) {
       Body close;
       close.mutable_close_session();
       connection_.channel->Send(close, absl::Now() + absl::Seconds(1)).IgnoreError();
     }
     state_ = SessionState::kStopped;
   }
+  comparisons_.End(absl::FailedPreconditionError(
+      absl::StrCat("the sync ended: ", options_.guest, " is ", StateName(state_))));
   recording_.End(absl::StrCat("the sync ended: ", options_.guest, " is ", StateName(state_)));
   if (record_ != nullptr && !record_->used()) RemoveRecord();
   sync_->DetachLink();
@@ -217,8 +224,7 @@ void SourceSession::Run() {
 }
 
 absl::Status SourceSession::TickConnected() {
-  const bool coming = guest_->managed() != nullptr && guest_->managed()->expected();
-  sync_->set_urgent(waiting_launches_ > 0 || coming);
+  sync_->set_urgent(waiting_launches_ > 0);
   // Without a link the guest is watched all the same: what was synced stays known.
   if (absl::Status s = sync_->Tick(); !s.ok()) return s;
   if (!connected_) return absl::OkStatus();
@@ -231,24 +237,23 @@ absl::Status SourceSession::TickConnected() {
     Publish();
   }
   if (absl::Status s = PollControl(); !s.ok()) return s;
-  if (coming) {
-    if (absl::Status s = TickManaged(); !s.ok()) return s;
-  }
+  if (absl::Status s = Compare(); !s.ok()) return s;
   TryRdmaAgain();
   return absl::OkStatus();
 }
 
 absl::Status SourceSession::PollControl() {
   const absl::Time now = absl::Now();
-  const bool ping_due = now >= next_ping_;
-  // What a manager is about to do can't wait for the next ping.
-  if (!ping_due && guest_->managed() == nullptr) return absl::OkStatus();
-  if (ping_due) {
-    next_ping_ = now + kPingEvery;
-    Body ping;
-    ping.mutable_ping()->set_sequence(static_cast<uint64_t>(absl::ToUnixMicros(now)));
-    if (absl::Status s = connection_.channel->Send(ping, now + absl::Seconds(5)); !s.ok()) return s;
-  }
+  if (now < next_ping_) return comparisons_.awaits_reply() ? TakeMessages() : absl::OkStatus();
+  next_ping_ = now + kPingEvery;
+  Body ping;
+  ping.mutable_ping()->set_sequence(static_cast<uint64_t>(absl::ToUnixMicros(now)));
+  if (absl::Status s = connection_.channel->Send(ping, now + absl::Seconds(5)); !s.ok()) return s;
+  return TakeMessages();
+}
+
+// What has come, without waiting.
+absl::Status SourceSession::TakeMessages() {
   while (true) {
     absl::StatusOr<Body> message = connection_.channel->Receive(absl::Now());
     if (absl::IsDeadlineExceeded(message.status())) return absl::OkStatus();
@@ -256,11 +261,10 @@ absl::Status SourceSession::PollControl() {
     if (message->body_case() == Body::kRefused) {
       return RefusedStatus(message->refused(), dialer_->peer());
     }
-    if (message->body_case() == Body::kLaunchComing) {
-      if (absl::Status s = OnLaunchComing(); !s.ok()) return s;
-    }
-    if (message->body_case() == Body::kLaunchOff) OnLaunchOff(message->launch_off().reason());
     if (return_ != nullptr && LinkOf(*message) == return_->number()) return_->OnMessage(*message);
+    if (message->body_case() == Body::kHashReply) {
+      if (absl::Status s = comparisons_.OnReply(message->hash_reply()); !s.ok()) return s;
+    }
     if (!IsAside(*message)) {
       return absl::InvalidArgumentError(
           absl::StrCat(dialer_->peer(), " sent message ", message->body_case(), " unasked"));
@@ -271,7 +275,6 @@ absl::Status SourceSession::PollControl() {
 SessionRequest SourceSession::Request() const {
   return {.session = id_,
           .guest = options_.guest,
-          .domain = options_.domain,
           .tcp_streams = options_.tcp_streams,
           .tcp = options_.tcp,
           .socket = options_.socket,
@@ -283,6 +286,7 @@ SessionRequest SourceSession::Request() const {
 
 absl::Status SourceSession::Connect() {
   SessionRequest request = Request();
+  request.on_content = [this](SourceSync::TargetContent content) { sync_->NoteContent(content); };
   // What failed a moment ago is not tried again with every reconnection.
   const bool spare = request.transport == Transport::kAuto && absl::Now() < next_rdma_;
   if (spare) request.transport = Transport::kTcp;
@@ -292,6 +296,9 @@ absl::Status SourceSession::Connect() {
   connection_ = *std::move(connection);
   if (spare) connection_.why = absl::StrCat("TCP, for RDMA failed: ", rdma_problem_);
   sync_->AttachLink(connection_.link.get(), connection_.content);
+  resumption_.OnAttached(connection_.content, attached_before_, *sync_, 0, absl::Now());
+  resumption_.Look(*sync_, 0);
+  attached_before_ = true;
   connected_ = true;
   problem_.clear();
   state_ = SessionState::kFirstPass;  // the next Tick says if that is already over
@@ -308,13 +315,14 @@ absl::Status SourceSession::Connect() {
 
 void SourceSession::LoseLink(const absl::Status& why) {
   problem_ = std::string(why.message());
-  if (guest_->managed() != nullptr) guest_->managed()->Forget();
   if (!connected_) {  // then it was the dirty log, without which there is nothing to go on
     Settle(SessionState::kFailed, why);
     return;
   }
   const bool rdma_failed = RdmaFailed();
   if (rdma_failed) NoteRdmaFailure(why);
+  // Before messages are waited for, which would pass its answer over.
+  comparisons_.Drop(absl::AbortedError(absl::StrCat("the link was lost: ", why.message())));
   if (rdma_failed && FallBack(why)) return;
   sync_->DetachLink();
   EndReturn();
@@ -328,6 +336,9 @@ void SourceSession::LoseLink(const absl::Status& why) {
 }
 
 void SourceSession::Publish() {
+  const bool proven = resumption_.status().from == ResumedFrom::kCopy;  // or will be
+  const uint64_t hash_bytes = proven ? comparisons_.status().proof.hash_bytes : 0;
+  if (connected_) resumption_.Look(*sync_, hash_bytes);
   SessionStatus status = {.state = state_,
                           .guest = options_.guest,
                           .guest_address = options_.guest_address,
@@ -342,7 +353,9 @@ void SourceSession::Publish() {
                           .promise = sync_->options().max_launch_time,
                           .fixed_cost = sync_->options().fixed_cost,
                           .reconnects = reconnects_,
-                          .progress = sync_->progress()};
+                          .progress = sync_->progress(),
+                          .comparisons = comparisons_.status(),
+                          .resumption = resumption_.status()};
   next_publish_ = absl::Now() + kPublishEvery;
   MutexLock lock(&mutex_);
   published_ = std::move(status);
@@ -362,14 +375,7 @@ void SourceSession::Answer(LaunchOrder* order, absl::StatusOr<HandoverReport> re
   MutexLock lock(&mutex_);
   order->result = std::move(result);
   order->done = true;
-  if (order_ == order) order_ = nullptr;  // a manager's own launch is nobody's order
-}
-
-// How long an idle session sleeps: a manager stops its guest some milliseconds after it has begun.
-absl::Duration SourceSession::IdleStep() const {
-  ManagedLaunch* managed = guest_->managed();
-  const bool coming = managed != nullptr && (managed->expected() || manager_told_);
-  return coming ? kBusyStep : absl::Milliseconds(5);
+  order_ = nullptr;
 }
 
 }  // namespace presync

@@ -20,6 +20,8 @@
 #include "transport/mutex.h"
 #include "transport/sync/dialer.h"
 #include "transport/sync/link_return.h"
+#include "transport/sync/resumption.h"
+#include "transport/sync/session_comparisons.h"
 #include "transport/sync/session_recording.h"
 #include "transport/sync/source_connection.h"
 #include "transport/sync/source_handover.h"
@@ -31,7 +33,6 @@ namespace presync {
 struct SourceSessionOptions {
   std::string guest;
   std::string guest_address;  // how this host reaches the guest's QEMU: for the handover record
-  std::string domain;         // libvirt's UUID of a guest with a manager; else empty
   std::string record_folder;
   SourceSyncOptions sync;
   uint32_t tcp_streams = 4;
@@ -46,9 +47,8 @@ struct SourceSessionOptions {
   // How soon RDMA is tried again while TCP carries the sync; doubles with each failure.
   absl::Duration rdma_retry = absl::Seconds(30);
   absl::Duration rdma_retry_longest = absl::Minutes(8);
-  // Called when a launch has ended that the guest's manager began by itself. The session's thread.
-  std::function<void(absl::Time ordered_at, const absl::StatusOr<HandoverReport>& report)>
-      on_managed_launch = [](absl::Time, const absl::StatusOr<HandoverReport>&) {};
+  // Memory that the background audit compares a second; 0: no audit.
+  uint64_t audit_bytes_per_s = 0;
   // Called with one line whenever an operator would want to know. The session's thread.
   std::function<void(bool problem, const std::string& line)> log = [](bool, const std::string&) {};
 };
@@ -86,6 +86,8 @@ struct SessionStatus {
   absl::Duration fixed_cost = absl::ZeroDuration();
   uint32_t reconnects = 0;
   SyncProgress progress;
+  ComparisonStatus comparisons;
+  ResumptionStatus resumption;
 };
 
 // Everything public may be called from any thread. The session owns a thread of its own, which
@@ -99,7 +101,8 @@ class SourceSession {
                                                               GuestMemory memory,
                                                               std::unique_ptr<DirtyLog> log,
                                                               std::unique_ptr<SourceGuest> guest);
-  // Ends the sync. The guest goes on here. Never interrupts a handover.
+  // Ends the sync, but for the target, which keeps its copy for a session that goes on with it.
+  // The guest goes on here. Never interrupts a handover.
   ~SourceSession();
 
   SessionStatus status() const ABSL_LOCKS_EXCLUDED(mutex_);
@@ -120,6 +123,11 @@ class SourceSession {
   // FAILED_PRECONDITION: the session is not in doubt, or the guest could not be resumed yet.
   absl::Status Decide(bool runs_here) ABSL_LOCKS_EXCLUDED(mutex_);
 
+  // Compares all memory by hash while the guest runs; pages that differ are sent again. Blocks
+  // until it is done, which a launch, a stop or a lost link ends: FAILED_PRECONDITION, ABORTED or
+  // the link's error. UNIMPLEMENTED: the target's presync is too old.
+  absl::StatusOr<ComparisonReport> Verify() ABSL_LOCKS_EXCLUDED(mutex_);
+
   // Records what the guest writes, beside the sync, while the session lasts. A launch ends it.
   SessionRecording* recording() { return &recording_; }
   PageCount pages() const { return memory_.pages(); }
@@ -138,22 +146,15 @@ class SourceSession {
   void Run();
   void Join() ABSL_LOCKS_EXCLUDED(join_mutex_);
   bool StopRequested() const ABSL_LOCKS_EXCLUDED(mutex_);
+  bool ForgetRequested() const ABSL_LOCKS_EXCLUDED(mutex_);
   absl::Status ReserveRecord();
   void RemoveRecord();
   void Serve(LaunchOrder* order);
-  absl::Status CheckLaunchable() const;
-  absl::Status CheckRuns();
-  void HandOver(LaunchOrder* order);
-  void ServeManaged(LaunchOrder* order);
-  void BeginManaged(LaunchOrder* order);
-  void TakeUpManaged(LaunchOrder* order);
-  absl::Status TickManaged();
-  absl::Duration IdleStep() const;
-  void WaitABit();
-  absl::Status OnLaunchComing();
-  void OnLaunchOff(const std::string& reason);
   absl::Status TickConnected();
   absl::Status PollControl();
+  absl::Status TakeMessages();
+  absl::Status Compare();
+  absl::Status NoComparison() const;
   absl::Status Connect();
   SessionRequest Request() const;
   void LoseLink(const absl::Status& why);
@@ -186,11 +187,14 @@ class SourceSession {
   const std::unique_ptr<WriteRecorder> log_;
   const std::unique_ptr<SourceGuest> guest_;
   SessionRecording recording_;
+  SessionComparisons comparisons_;
+  ResumptionMeter resumption_;
 
   // The session thread's own.
   std::unique_ptr<SourceSync> sync_;
   SourceConnection connection_;
   bool connected_ = false;
+  bool attached_before_ = false;
   SessionState state_ = SessionState::kConnecting;
   std::string problem_;
   uint32_t reconnects_ = 0;
@@ -198,10 +202,6 @@ class SourceSession {
   absl::Time next_ping_ = absl::InfinitePast();
   absl::Time next_publish_ = absl::InfinitePast();
   std::unique_ptr<HandoverRecord> record_;  // from the end of the first pass on
-  // With a guest that has a manager.
-  bool manager_told_ = false;  // of the launch that is ordered
-  absl::Time coming_since_ = absl::InfinitePast();
-  absl::Time next_round_ = absl::InfinitePast();
   // The way back to RDMA, while TCP carries the sync.
   std::unique_ptr<LinkReturn> return_;
   absl::Time next_rdma_ = absl::InfinitePast();
@@ -217,6 +217,7 @@ class SourceSession {
   SessionStatus published_ ABSL_GUARDED_BY(mutex_);
   LaunchOrder* order_ ABSL_GUARDED_BY(mutex_) = nullptr;
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
+  bool forget_ ABSL_GUARDED_BY(mutex_) = false;           // stopped by a person: nothing goes on
   std::optional<bool> decision_ ABSL_GUARDED_BY(mutex_);  // it runs here; what a person said
 
   Mutex join_mutex_;

@@ -54,12 +54,16 @@ SourceSync::SourceSync(const GuestMemory* memory, DirtyLog* log, SourceSyncOptio
       ledger_(memory->pages(), /*target_is_zero=*/false),
       maybe_holes_(memory->pages(), true) {}
 
-void SourceSync::AttachLink(SourceLink* link, TargetContent content) {
+void SourceSync::NoteContent(TargetContent content) {
   PRESYNC_CHECK(link_ == nullptr);
-  if (content != TargetContent::kKept) {
-    ledger_.OnTargetReset(content == TargetContent::kZero);
-    first_pass_done_ = false;
-  }
+  if (content == TargetContent::kKept) return;
+  ledger_.OnTargetReset(content == TargetContent::kZero);
+  first_pass_done_ = false;
+  unproven_ = content == TargetContent::kUnproven;
+}
+
+void SourceSync::AttachLink(SourceLink* link, TargetContent content) {
+  NoteContent(content);
   BeginWith(link);
 }
 
@@ -120,6 +124,7 @@ absl::Status SourceSync::Tick() {
   pace_.Sample();
   if (absl::Status s = Collect(); !s.ok()) return s;
   if (absl::Status s = PostPending(); !s.ok()) return s;
+  if (unproven_) return CommitIfDue(/*now=*/false);
   if (held_) return pending_.empty() ? CommitIfDue(/*now=*/true) : absl::OkStatus();
 
   const bool rate_matters = !first_pass_done_ || pace_.rate_is_suspect();
@@ -165,6 +170,7 @@ absl::Status SourceSync::ProbeRate(absl::Time now) {
 absl::Status SourceSync::Scan() {
   written_.clear();
   if (absl::Status s = log_->Peek(&written_); !s.ok()) return s;
+  ++scans_;
   write_faults_ += CountPages(written_);
   ledger_.MarkStale(written_);
   policy_->OnScan(written_);
@@ -186,13 +192,9 @@ absl::Status SourceSync::FindDiscarded() {
   const PageRun all = {0, memory_->pages()};
   absl::StatusOr<std::vector<PageRun>> holes = memory_->Holes(all);
   if (!holes.ok()) return holes.status();
-  std::vector<PageRun> differ;
   maybe_holes_.ClearAll();
-  for (const PageRun& hole : *holes) {
-    maybe_holes_.Set(hole);
-    ledger_.AppendTargetNonzero(hole, &differ);
-  }
-  ledger_.MarkStale(differ);
+  for (const PageRun& hole : *holes) maybe_holes_.Set(hole);
+  ledger_.MarkDiscarded(*holes);
   return absl::OkStatus();
 }
 

@@ -62,8 +62,12 @@ class SourceSync {
                                                             SourceSyncOptions options);
 
   // What the target's memory holds at the moment a link to it is attached.
-  enum class TargetContent { kUnknown, kZero, kKept };
+  // kUnproven: an older copy of this very guest, any page of which may differ. Nothing is sent
+  // before set_proven: comparing by hash finds what has to be (live_comparison.h).
+  enum class TargetContent { kUnknown, kZero, kKept, kUnproven };
 
+  // Takes note of it ahead of the link, which may fail to come up. Precondition: no link.
+  void NoteContent(TargetContent content);
   // `link` must live until DetachLink.
   void AttachLink(SourceLink* link, TargetContent content);
   // Forgets the link and everything it had not confirmed.
@@ -106,6 +110,30 @@ class SourceSync {
   void NoteWrites();
   // Precondition: NoteWrites was called since the link was attached.
   const PageBitmap& noted_writes() const { return *noted_writes_; }
+
+  // --- For comparisons while the guest runs (live_comparison.h) ---
+
+  // How many looks at the dirty log there were. What was written before look N + 1 is known when
+  // scans() is N + 1.
+  uint64_t scans() const { return scans_; }
+  // Notes from here on what touches the pages of `run`; see PageLedger::Watch. A page that is not
+  // synced counts as touched.
+  void Watch(PageRun run) { ledger_.Watch(run, /*stale_may=*/false); }
+  // The same, for pages that are to be proven: arms the stale ones first, so that no write from
+  // here on is missed, and they count as untouched. Errors as DirtyLog::Arm.
+  absl::Status ArmAndWatch(PageRun run);
+  // The parts of `run`, all of it watched, that were touched since.
+  void AppendTouched(PageRun run, std::vector<PageRun>* out) const {
+    ledger_.AppendTouched(run, out);
+  }
+  // The target's copies of these pages are not what they should be: they are sent again.
+  void Distrust(absl::Span<const PageRun> runs) { ledger_.Distrust(runs); }
+  // These pages were watched by ArmAndWatch, not touched by the newest Scan, and their bytes were
+  // found equal meanwhile: they are synced. `zero`: those of them that are zero on the target.
+  void MarkProven(absl::Span<const PageRun> equal, absl::Span<const PageRun> zero);
+  // Whether the target's copy waits for its proof; set_proven ends that, whatever was proven.
+  bool unproven() const { return unproven_; }
+  void set_proven() { unproven_ = false; }
 
   PageCount residual() const { return ledger_.residual(); }
   // Of the residual, what the link has not finished with: without what only lacks its confirmation.
@@ -159,6 +187,8 @@ class SourceSync {
   bool first_pass_done_ = false;
   bool held_ = false;
   bool urgent_ = false;
+  bool unproven_ = false;
+  uint64_t scans_ = 0;
 
   // The commit under way, and what it measures.
   struct CommitSample {

@@ -2,16 +2,17 @@
 // peer.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "absl/strings/str_cat.h"
 #include "absl/time/time.h"
 #include "transport/guest.h"
 #include "transport/memory.h"
+#include "transport/sync/session_id.h"
 
 namespace presync {
 
@@ -19,6 +20,14 @@ namespace presync {
 struct RegionRequest {
   std::string name;
   uint64_t size_bytes = 0;
+};
+
+// Whose confirmed bytes a place's memory holds.
+struct CopyOwner {
+  std::string guest;
+  SessionId session = {};
+  std::string peer;       // the source's address, for people
+  std::string peer_name;  // in its certificate; empty: it showed none
 };
 
 // One guest's place on this host: its memory, and the process that waits for its device state.
@@ -50,6 +59,29 @@ class TargetPlace {
 
   // How this host reaches the guest's QEMU, for people and for recovery.
   virtual std::string address() const = 0;
+
+  // --- For a copy that outlives presyncd. A place that can't be one need not know of it. ---
+
+  // Notes whose bytes the memory holds, so that the presyncd after this one finds it by
+  // TargetHost::TakeKept. Any thread. UNIMPLEMENTED: this memory does not outlive this process;
+  // else it could not be noted. After any error no note is there.
+  virtual absl::Status NoteCopy(const CopyOwner&) {
+    return absl::UnimplementedError("this memory does not outlive presyncd");
+  }
+
+  // The memory is no such copy any more: something else than links is about to write it. Once it
+  // is ok no later presyncd takes it for one. Any thread.
+  virtual absl::Status ForgetCopy() { return absl::OkStatus(); }
+
+  // Ends the waiting guest, and leaves the memory and its note to the presyncd after this one.
+  // Nothing but the destructor is called afterwards.
+  virtual void Leave() {}
+};
+
+// A copy that an earlier presyncd left.
+struct KeptPlace {
+  CopyOwner owner;
+  std::unique_ptr<TargetPlace> place;
 };
 
 // Thread-safe.
@@ -64,22 +96,16 @@ class TargetHost {
   virtual absl::StatusOr<std::unique_ptr<TargetPlace>> MakePlace(
       const std::string& guest, const std::vector<RegionRequest>& regions) = 0;
 
-  // The same for a guest that libvirt manages, by its domain's UUID: libvirt starts the process
-  // that waits, when it comes to a launch. FAILED_PRECONDITION: this host has nothing to do with
-  // libvirt.
-  virtual absl::StatusOr<std::unique_ptr<TargetPlace>> MakeDomainPlace(
-      const std::string& guest, const std::string& domain,
-      const std::vector<RegionRequest>& regions) {
-    (void)domain, (void)regions;
-    return absl::FailedPreconditionError(
-        absl::StrCat("guest ", guest,
-                     " is managed by libvirt, and this host's presyncd takes no such guests: add "
-                     "[libvirt] to its presyncd.toml and restart it"));
-  }
-
   // Makes sure that a guest which was waiting for `session` under this address, before presyncd was
   // restarted, never runs. Ok: it is certain.
   virtual absl::Status EndOrphan(const std::string& address) = 0;
+
+  // The copies that an earlier presyncd left and that are whole, each once; `may_be_used` has the
+  // last word. The others are given up. Call it once, after recovery has looked at all handovers.
+  virtual std::vector<KeptPlace> TakeKept(
+      const std::function<bool(const CopyOwner&)>& /*may_be_used*/) {
+    return {};
+  }
 };
 
 }  // namespace presync

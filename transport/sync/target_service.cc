@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "transport/sync/conversation.h"
 #include "transport/sync/handover_record.h"
 #include "transport/sync/target_session.h"
 #include "transport/tcp/socket.h"
@@ -14,9 +15,6 @@ namespace {
 
 // How often the acceptor looks for expired sessions and ended threads.
 constexpr absl::Duration kSweepEvery = absl::Milliseconds(200);
-// How long a session that comes back waits for its old conversation to let go.
-constexpr absl::Duration kTakeOverTimeout = absl::Seconds(10);
-
 // When no connection can be taken, for want of descriptors: how long until the next try.
 constexpr absl::Duration kAcceptRest = absl::Milliseconds(100);
 
@@ -26,6 +24,7 @@ std::unique_ptr<TargetService> TargetService::Start(UniqueFd listener, TargetHos
                                                     TargetServiceOptions options) {
   std::unique_ptr<TargetService> service(
       new TargetService(std::move(listener), host, std::move(options)));
+  service->TakeKept();
   service->acceptor_ = std::thread([raw = service.get()] { raw->AcceptLoop(); });
   return service;
 }
@@ -46,6 +45,10 @@ TargetService::~TargetService() {
     clients.swap(clients_);
   }
   for (Client& client : clients) client.thread.join();
+  MutexLock lock(&mutex_);
+  for (TargetSlot& slot : slots_) {
+    if (slot.place != nullptr && slot.content_kept && slot.noted) slot.place->Leave();
+  }
 }
 
 void TargetService::CloseConnections() {
@@ -131,9 +134,7 @@ void TargetService::Serve(Client* client, UniqueFd socket, const std::string& pe
 
 void TargetService::LogRefusal(const ControlChannel& channel, const absl::Status& why) {
   const std::string name = channel.peer_name();
-  // Without the port, which is another one each time.
-  const std::string& peer = channel.peer();
-  const std::string address = peer.substr(0, peer.find(' ')).substr(0, peer.rfind(':'));
+  const std::string address = AddressOf(channel.peer());
   refusals_.Refuse(name.empty() ? address : absl::StrCat(address, " (", name, ")"),
                    std::string(why.message()), absl::Now());
 }
@@ -193,117 +194,6 @@ void TargetService::ForgetStreams(const SessionToken& token) {
   MutexLock lock(&mutex_);
   const auto it = rendezvous_.find(token);
   if (it != rendezvous_.end()) it->second.forgotten = true;
-}
-
-absl::StatusOr<TargetSlot*> TargetService::AcquireSlot(const SessionId& session,
-                                                       const std::string& guest,
-                                                       uint64_t memory_bytes,
-                                                       ControlChannel* channel) {
-  const std::string peer_name = channel->peer_name();
-  std::list<TargetSlot> replaced;  // a place may take its time to end: not under the lock
-  MutexLock lock(&mutex_);
-  const auto find = [&] {
-    mutex_.AssertHeld();
-    return std::find_if(slots_.begin(), slots_.end(),
-                        [&](const TargetSlot& slot) { return slot.guest == guest; });
-  };
-  if (IsOthers(session, peer_name)) {
-    return absl::PermissionDeniedError("this session was opened by another peer");
-  }
-  auto it = find();
-  // Before anything is changed for it: who may not, ends and replaces nothing.
-  const TargetSlot* same = it != slots_.end() ? &*it : nullptr;
-  if (absl::Status s = CheckUse(same, guest, memory_bytes, peer_name); !s.ok()) return s;
-  if (it != slots_.end() && it->session == session && it->busy) {
-    if (it->channel != nullptr) it->channel->Shutdown();
-    const auto let_go = [&] {
-      mutex_.AssertHeld();
-      return find() == slots_.end() || !find()->busy;
-    };
-    mutex_.AwaitWithTimeout(let_go, kTakeOverTimeout);
-    it = find();
-  }
-  if (it != slots_.end() && it->closing) {
-    const auto is_closed = [&] { return find() == slots_.end() || !find()->closing; };
-    mutex_.AwaitWithTimeout(is_closed, kTakeOverTimeout);
-    it = find();
-  }
-  if (it != slots_.end() && it->session != session && !it->busy) {
-    // A lost session of the same guest: its source has begun anew, so nobody will come back for it.
-    replaced.splice(replaced.end(), slots_, it);
-    it = slots_.end();
-  }
-  if (it != slots_.end() && (it->busy || it->session != session)) {
-    return absl::AlreadyExistsError(
-        absl::StrCat("guest ", guest, " is already being mirrored here, from ", it->peer,
-                     "; stop that sync first (presync stop ", guest, ", on its source)"));
-  }
-  TargetSlot& slot = it != slots_.end() ? *it : slots_.emplace_back();
-  slot.session = session;
-  slot.guest = guest;
-  slot.peer_name = peer_name;
-  slot.memory_bytes = memory_bytes;
-  slot.peer = channel->peer();
-  slot.state = "mirroring";
-  slot.channel = channel;
-  slot.busy = true;
-  slot.lost_at = absl::InfiniteFuture();
-  return &slot;
-}
-
-bool TargetService::IsOthers(const SessionId& session, const std::string& peer_name) const {
-  return std::any_of(slots_.begin(), slots_.end(), [&](const TargetSlot& slot) {
-    return slot.session == session && slot.peer_name != peer_name;
-  });
-}
-
-absl::Status TargetService::CheckUse(const TargetSlot* except, const std::string& guest,
-                                     uint64_t memory_bytes, const std::string& peer_name) const {
-  PeerUse all, own;
-  for (const TargetSlot& slot : slots_) {
-    if (&slot == except) continue;
-    for (PeerUse* use : {&all, &own}) {
-      if (use == &own && slot.peer_name != peer_name) continue;
-      ++use->guests;
-      use->memory_bytes += slot.memory_bytes;
-    }
-  }
-  absl::Status status = CheckRules(options_.everyone, all, guest, memory_bytes, "all peers");
-  const PeerRules* rules = peer_name.empty() ? nullptr : FindRules(options_.peers, peer_name);
-  if (rules != nullptr) {
-    status.Update(CheckRules(*rules, own, guest, memory_bytes, peer_name));
-  }
-  return status;
-}
-
-void TargetService::ReleaseSlot(TargetSlot* slot, bool forget) {
-  if (forget || slot->place == nullptr) {
-    EndSlot(slot);
-    return;
-  }
-  MutexLock lock(&mutex_);
-  slot->busy = false;
-  slot->channel = nullptr;
-  slot->lost_at = absl::Now();
-  slot->state = "lost";
-}
-
-// A place may take its time to end, so not under the lock; and before the guest's name is free, for
-// a new place would use the same files.
-void TargetService::EndSlot(TargetSlot* slot) {
-  {
-    MutexLock lock(&mutex_);
-    slot->closing = true;
-    slot->channel = nullptr;
-  }
-  slot->place.reset();
-  MutexLock lock(&mutex_);
-  slots_.remove_if([slot](const TargetSlot& each) { return &each == slot; });
-}
-
-void TargetService::SetSlotState(TargetSlot* slot, const std::string& state) {
-  MutexLock lock(&mutex_);
-  slot->state = state;
 }
 
 void TargetService::Sweep() {

@@ -7,7 +7,6 @@
 #include <list>
 #include <map>
 #include <memory>
-#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -74,12 +73,13 @@ struct TargetSlot {
   uint64_t memory_bytes = 0;
   std::string state = "mirroring";
   std::unique_ptr<TargetPlace> place;
-  std::atomic<bool> content_kept = false;  // the memory holds what this session confirmed
+  std::atomic<bool> content_kept = false;  // the memory holds what a session confirmed ...
+  std::atomic<bool> noted = false;         // ... and a later presyncd can find it
+  std::atomic<bool> older_copy = false;  // ... but another one than this, or before this began anew
   absl::Time lost_at = absl::InfiniteFuture();
   ControlChannel* channel = nullptr;  // of the conversation that serves it; null when lost
   bool busy = false;                  // a conversation is using `place`
   bool closing = false;               // ... and ends it: the guest's name will be free
-  std::optional<absl::Status> launch_expected;  // the source's answer to the newest LaunchComing
 };
 
 // Where data connections wait until their session takes them.
@@ -92,25 +92,19 @@ struct StreamRendezvous {
 
 class TargetService {
  public:
-  // `listener` is a listening socket; `host` must outlive the service. Starts its accepting thread.
+  // `listener` is a listening socket; `host` must outlive the service. Takes up the copies that an
+  // earlier presyncd left, as those of lost sessions, so recovery has to come first; then starts
+  // its accepting thread.
   static std::unique_ptr<TargetService> Start(UniqueFd listener, TargetHost* host,
                                               TargetServiceOptions options);
-  // Ends all conversations. Guests that run here are left alone; places of sessions are removed.
+  // Ends all conversations. Guests that run here are left alone; of sessions, the copies are left
+  // to a later presyncd where that is possible, and removed elsewhere.
   ~TargetService();
 
   // Serves one connected socket in a thread of its own, as if it had been accepted. For tests.
   void Adopt(UniqueFd socket, std::string peer);
 
   std::vector<TargetStatus> status() const ABSL_LOCKS_EXCLUDED(mutex_);
-
-  // For guests that libvirt manages ("target_launch.cc"): libvirt here is about to start the
-  // process that waits for `guest`. Returns when its source is ready for that. FAILED_PRECONDITION:
-  // the sync is not ready for a launch, with what it is; UNAVAILABLE, DEADLINE_EXCEEDED: no source
-  // answers.
-  absl::Status AnnounceLaunch(const std::string& guest, absl::Time deadline)
-      ABSL_LOCKS_EXCLUDED(mutex_);
-  // That process has ended. Ok if nothing was announced.
-  void RetractLaunch(const std::string& guest, const std::string& why) ABSL_LOCKS_EXCLUDED(mutex_);
 
   // Ends all conversations; their sessions are kept for their sources to come back. For tests.
   void CloseConnections() ABSL_LOCKS_EXCLUDED(mutex_);
@@ -125,11 +119,16 @@ class TargetService {
 
   // PERMISSION_DENIED: this peer is not on the list.
   absl::Status CheckPeer(const ControlChannel& channel) const;
+  // How long a session that comes back waits for its old conversation to let go.
+  static constexpr absl::Duration kTakeOverTimeout = absl::Seconds(10);
+
   // Null: no rules, a plain peer.
   const PeerRules* RulesOf(const ControlChannel& channel) const;
 
   // The slot of `session`, made if need be, marked busy. If another conversation of the same
-  // session holds it, that one is ended first (its source has come back before we noticed).
+  // session holds it, that one is ended first (its source has come back before we noticed). A lost
+  // slot of an earlier session of the same guest, from the same source, is taken over with its
+  // memory, an older copy; from another source it is ended.
   // ALREADY_EXISTS: another session mirrors the same guest. PERMISSION_DENIED: it is another peer's
   // session, or a guest that may not come from this one. RESOURCE_EXHAUSTED: as many guests, or as
   // much memory, as its rules or everyone's allow are here.
@@ -139,10 +138,6 @@ class TargetService {
   // Gives it back. `forget`: with all that it holds.
   void ReleaseSlot(TargetSlot* slot, bool forget) ABSL_LOCKS_EXCLUDED(mutex_);
   void SetSlotState(TargetSlot* slot, const std::string& state) ABSL_LOCKS_EXCLUDED(mutex_);
-
-  // The source's answer to AnnounceLaunch.
-  void NoteLaunchExpected(TargetSlot* slot, const wire::LaunchExpected& answer)
-      ABSL_LOCKS_EXCLUDED(mutex_);
 
   // Data connections: a token is good from ExpectStreams until TakeStreams returns, for the peer of
   // `channel` only.
@@ -168,6 +163,7 @@ class TargetService {
   };
 
   TargetService(UniqueFd listener, TargetHost* host, TargetServiceOptions options);
+  void TakeKept() ABSL_LOCKS_EXCLUDED(mutex_);
   void AcceptLoop();
   absl::Status CheckLimits(const std::string& address) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Serve(Client* client, UniqueFd socket, const std::string& peer);
@@ -177,7 +173,6 @@ class TargetService {
                         const std::string& peer_name) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   bool IsOthers(const SessionId& session, const std::string& peer_name) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  TargetSlot* FindServed(const std::string& guest) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Ends the place of a busy slot, then the slot.
   void EndSlot(TargetSlot* slot) ABSL_LOCKS_EXCLUDED(mutex_);
   void Sweep() ABSL_LOCKS_EXCLUDED(mutex_);

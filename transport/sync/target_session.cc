@@ -32,24 +32,10 @@ bool IsPlainName(const std::string& name) {
          });
 }
 
-// As libvirt writes them: it becomes part of file names.
-bool IsUuid(const std::string& text) {
-  if (text.size() != 36) return false;
-  for (size_t i = 0; i < text.size(); ++i) {
-    const bool dash = i == 8 || i == 13 || i == 18 || i == 23;
-    const auto c = static_cast<unsigned char>(text[i]);
-    if (dash ? c != '-' : std::isxdigit(c) == 0 || std::isupper(c) != 0) return false;
-  }
-  return true;
-}
-
 absl::Status CheckRequest(const wire::OpenSession& open) {
   if (!IsPlainName(open.guest())) {
     return absl::InvalidArgumentError(
         "a guest's name has letters, digits, '-', '_' and '.', at most 128 of them");
-  }
-  if (!open.domain().empty() && !IsUuid(open.domain())) {
-    return absl::InvalidArgumentError("a domain is named by its UUID");
   }
   if (open.page_bytes() != kPageBytes) {
     return absl::InvalidArgumentError(
@@ -65,6 +51,17 @@ absl::Status CheckRequest(const wire::OpenSession& open) {
     }
   }
   return absl::OkStatus();
+}
+
+// Whether there is a place, with these regions.
+bool Fits(const TargetPlace* place, const std::vector<RegionRequest>& regions) {
+  if (place == nullptr) return false;
+  const absl::Span<const Region> here = place->memory().regions();
+  return std::equal(here.begin(), here.end(), regions.begin(), regions.end(),
+                    [](const Region& region, const RegionRequest& wanted) {
+                      return region.name() == wanted.name &&
+                             region.size_bytes() == wanted.size_bytes;
+                    });
 }
 
 }  // namespace
@@ -119,11 +116,25 @@ absl::Status TargetConversation::Open(const wire::OpenSession& open) {
                 absl::StrCat(slot_->guest, ": mirroring from ", channel_->peer(), ", ",
                              slot_->place->memory().pages() * (kPageBytes >> 10) >> 10, " MiB"));
   links_ = std::make_unique<TargetLinks>(service_, channel_, &slot_->place->memory(), slot_->guest,
-                                         [slot = slot_] { slot->content_kept = true; });
+                                         [this] { OnLinkUp(); });
   Body opened;
   opened.mutable_session_opened()->set_content(*content);
   return version_ >= kLinksVersion ? Send(opened)
                                    : OpenTcpLink(open.tcp_streams(), std::move(opened));
+}
+
+// From now on the source counts on what it has confirmed. Any thread.
+void TargetConversation::OnLinkUp() {
+  slot_->content_kept = true;
+  slot_->older_copy = false;
+  const absl::Status noted = slot_->place->NoteCopy({.guest = slot_->guest,
+                                                     .session = slot_->session,
+                                                     .peer = channel_->peer(),
+                                                     .peer_name = channel_->peer_name()});
+  slot_->noted = noted.ok();
+  if (noted.ok() || absl::IsUnimplemented(noted)) return;
+  service_->Log(true, absl::StrCat(slot_->guest,
+                                   ": its copy will not outlive this presyncd: ", noted.message()));
 }
 
 // Version 1: one TCP link, which comes with the session.
@@ -143,13 +154,14 @@ absl::Status TargetConversation::OpenTcpLink(uint32_t streams, Body opened) {
       TcpTargetLink::Create(&slot_->place->memory(), *std::move(made));
   if (!link.ok()) return link.status();
   links_->Adopt(*std::move(link));
-  slot_->content_kept = true;
+  OnLinkUp();
   Body ready;
   ready.mutable_link_ready();
   return Send(ready);
 }
 
-// Memory and waiting guest: those of the session if it comes back, else new ones.
+// Memory and waiting guest: those of the session if it comes back, or of an earlier one of the same
+// guest; else new ones.
 absl::StatusOr<wire::SessionOpened::Content> TargetConversation::PreparePlace(
     const wire::OpenSession& open) {
   std::vector<RegionRequest> regions;
@@ -157,27 +169,30 @@ absl::StatusOr<wire::SessionOpened::Content> TargetConversation::PreparePlace(
     regions.push_back({spec.name(), spec.size_bytes()});
   }
   wire::SessionOpened::Content content = wire::SessionOpened::KEPT;
+  if (slot_->older_copy) {
+    content = wire::SessionOpened::COPY;
+    // Whoever can't tell what of it is right gets new memory.
+    if (version_ < kHashesVersion || !Fits(slot_->place.get(), regions)) {
+      slot_->content_kept = false;
+    }
+  }
   if (slot_->place == nullptr || !slot_->content_kept) {
     slot_->place.reset();
+    slot_->older_copy = slot_->noted = false;
     absl::StatusOr<std::unique_ptr<TargetPlace>> place =
-        open.domain().empty()
-            ? service_->host()->MakePlace(open.guest(), regions)
-            : service_->host()->MakeDomainPlace(open.guest(), open.domain(), regions);
+        service_->host()->MakePlace(open.guest(), regions);
     if (!place.ok()) return place.status();
     slot_->place = *std::move(place);
-    if (const PeerRules* rules = service_->RulesOf(*channel_); rules != nullptr) {
-      if (absl::Status s = CheckFolders(*rules, slot_->place->memory()); !s.ok()) return s;
-    }
     content =
         slot_->place->memory_was_zero() ? wire::SessionOpened::ZERO : wire::SessionOpened::UNKNOWN;
   }
-  const absl::Span<const Region> here = slot_->place->memory().regions();
-  for (size_t i = 0; i < std::max(here.size(), regions.size()); ++i) {
-    if (i >= here.size() || i >= regions.size() || here[i].name() != regions[i].name ||
-        here[i].size_bytes() != regions[i].size_bytes) {
-      return absl::FailedPreconditionError(
-          "the session came back with other memory regions than it began with");
-    }
+  // Of an older copy, too: the list may be another one by now.
+  if (const PeerRules* rules = service_->RulesOf(*channel_); rules != nullptr) {
+    if (absl::Status s = CheckFolders(*rules, slot_->place->memory()); !s.ok()) return s;
+  }
+  if (!Fits(slot_->place.get(), regions)) {
+    return absl::FailedPreconditionError(
+        "the session came back with other memory regions than it began with");
   }
   if (absl::StatusOr<TargetGuest*> guest = slot_->place->Waiting(absl::Now() + kGuestTimeout);
       !guest.ok()) {
@@ -245,9 +260,6 @@ absl::Status TargetConversation::Handle(const Body& message) {
       service_->Log(true, absl::StrCat(slot_->guest, ": the source called the handover off: ",
                                        PrintableText(message.abort_handover().reason())));
       AbortHandover();
-      return absl::OkStatus();
-    case Body::kLaunchExpected:
-      service_->NoteLaunchExpected(slot_, message.launch_expected());
       return absl::OkStatus();
     case Body::kCloseSession:
       service_->Log(false, absl::StrCat(slot_->guest, ": the source ended the sync"));

@@ -53,11 +53,6 @@ absl::Status TargetConversation::BeginHandover() {
   if (!guest.ok()) return guest.status();
   if (absl::Status s = record_->Append(HandoverPhase::kWaiting); !s.ok()) return s;
   guest_ = *guest;
-  guest_->OnReturn([this](absl::string_view bytes) {
-    Body back;
-    back.mutable_state_return()->set_data(bytes.data(), bytes.size());
-    Send(back).IgnoreError();  // a source that is gone is noticed by whoever waits for it
-  });
   absl::StatusOr<UniqueFd> stream = (*guest)->BeginLoad(absl::Now() + kGuestTimeout);
   if (!stream.ok()) return stream.status();
   state_stream_ = *std::move(stream);
@@ -93,10 +88,11 @@ absl::Status TargetConversation::AnswerHashes(const wire::HashRequest& request) 
   }
   // In a thread of its own, so that the device state can be loaded meanwhile; one at a time.
   FinishHashing();
-  hasher_ = std::thread([this, plan = std::move(plan)] {
+  hasher_ = std::thread([this, plan = std::move(plan), id = request.id()] {
     absl::StatusOr<std::string> hashes = HashPages(slot_->place->memory(), plan);
     Body reply;
     if (hashes.ok()) {
+      reply.mutable_hash_reply()->set_id(id);
       reply.mutable_hash_reply()->set_first_page(plan.run.first);
       *reply.mutable_hash_reply()->mutable_hashes() = *std::move(hashes);
     } else {
@@ -117,8 +113,10 @@ absl::Status TargetConversation::Load(const wire::Load& load) {
   }
   // Nothing of the network's may touch the guest's memory from here on.
   if (absl::Status s = links_->CloseAll(); !s.ok()) return s;
+  // Loading writes it: from here on it is no copy, whatever becomes of this presyncd.
+  if (absl::Status s = slot_->place->ForgetCopy(); !s.ok()) return s;
   loading_ = true;
-  slot_->content_kept = false;
+  slot_->content_kept = slot_->noted = false;
   const absl::Time deadline = absl::Now() + kGuestTimeout;
   if (absl::Status s = WriteAll(state_stream_.get(), staged_, deadline); !s.ok()) return s;
   state_stream_.reset();

@@ -142,5 +142,63 @@ TEST(PageLedgerDeathTest, SendingAPageTwiceAtATimeIsABrokenInvariant) {
   EXPECT_DEATH(ledger.MarkInFlight({1, 1}), "sendable_.Clear");
 }
 
+std::vector<PageRun> Touched(const PageLedger& ledger, PageRun run) {
+  std::vector<PageRun> runs;
+  ledger.AppendTouched(run, &runs);
+  return runs;
+}
+
+TEST(PageLedger, WhatIsNotSyncedWhenAWatchBeginsIsTouched) {
+  PageLedger ledger = SyncedLedger(20);
+  const std::vector<PageRun> stale = {{1, 8}};
+  ledger.MarkStale(stale);
+  ledger.MarkInFlight({3, 6});
+  ledger.OnPosted({5, 4});
+  ledger.OnCompleted({{7, 2}, false});  // 1, 2 stale; 3, 4 in flight; 5, 6 posted; 7, 8 unconfirmed
+  ledger.Watch({0, 10}, /*stale_may=*/false);
+  EXPECT_EQ(Touched(ledger, {0, 10}), (std::vector<PageRun>{{1, 8}}));
+  ledger.Watch({0, 10}, /*stale_may=*/true);
+  EXPECT_EQ(Touched(ledger, {0, 10}), (std::vector<PageRun>{{3, 6}}));
+}
+
+TEST(PageLedger, WhatIsWrittenOrSentWhileItIsWatchedStaysTouchedThoughItIsSyncedAgain) {
+  PageLedger ledger = SyncedLedger(20);
+  ledger.Watch({0, 10}, false);
+  EXPECT_TRUE(Touched(ledger, {0, 10}).empty());
+  const PageRun written = {4, 2};
+  ledger.MarkStale({&written, 1});
+  ledger.MarkInFlight(written);
+  ledger.OnPosted(written);
+  ledger.OnCompleted({written, false});
+  ledger.OnCommitPosted(1);
+  ledger.OnCommitted(1);
+  ASSERT_TRUE(ledger.all_synced());
+  EXPECT_EQ(Touched(ledger, {0, 10}), std::vector<PageRun>{written});
+  ledger.Watch({4, 1}, false);
+  EXPECT_EQ(Touched(ledger, {0, 10}), (std::vector<PageRun>{{5, 1}}));
+}
+
+TEST(PageLedger, WhatLeftMemoryIsStaleWhereTheTargetIsNotZeroAndTouchedOnlyIfItWasNot) {
+  PageLedger ledger(20, /*target_is_zero=*/false);
+  ledger.MarkSynced({0, 10});
+  ledger.MarkTargetZero({4, 2});
+  ledger.Watch({0, 20}, /*stale_may=*/true);
+  const std::vector<PageRun> holes = {{2, 6}, {9, 4}};
+  ledger.MarkDiscarded(holes);
+  EXPECT_EQ(Touched(ledger, {0, 20}), (std::vector<PageRun>{{2, 2}, {6, 2}, {9, 1}}));
+  EXPECT_EQ(ledger.stale().count(), 10u + 5u);
+}
+
+TEST(PageLedger, APageThatIsDistrustedIsSentEvenAsZero) {
+  PageLedger ledger = SyncedLedger(10);
+  ASSERT_TRUE(Nonzero(ledger).empty());
+  const std::vector<PageRun> runs = {{2, 3}};
+  ledger.Distrust(runs);
+  EXPECT_EQ(ledger.sendable().count(), 3u);
+  EXPECT_EQ(Nonzero(ledger), runs);
+  ledger.MarkTargetZero({3, 1});
+  EXPECT_EQ(Nonzero(ledger), (std::vector<PageRun>{{2, 1}, {4, 1}}));
+}
+
 }  // namespace
 }  // namespace presync

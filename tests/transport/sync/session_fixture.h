@@ -7,7 +7,9 @@
 
 #include <atomic>
 #include <filesystem>
+#include <functional>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <thread>
@@ -54,7 +56,19 @@ class ModelHost final : public TargetHost {
     return absl::OkStatus();
   }
 
+  // As if places were made by this host's presyncd itself: a copy outlives it.
+  std::vector<KeptPlace> TakeKept(
+      const std::function<bool(const CopyOwner&)>& may_be_used) override {
+    std::vector<KeptPlace> kept;
+    const std::optional<CopyOwner> owner = std::exchange(note_, std::nullopt);
+    if (!owner || !may_be_used(*owner)) return kept;
+    note_ = owner;
+    kept.push_back({*owner, std::make_unique<Place>(this)});
+    return kept;
+  }
+
   void set_fails(std::string fails) { fails_ = std::move(fails); }
+  void set_keeps_copies() { keeps_copies_ = true; }
   ModelMemory& memory() { return *memory_; }
   int places_made() const { return places_made_; }
   bool kept() const { return kept_; }
@@ -63,6 +77,9 @@ class ModelHost final : public TargetHost {
   class Place final : public TargetPlace {
    public:
     explicit Place(ModelHost* host) : host_(host) {}
+    ~Place() override {
+      if (!left_) host_->note_.reset();
+    }
     const GuestMemory& memory() const override { return host_->memory_->memory(); }
     bool memory_was_zero() const override { return host_->places_made_ == 1; }
     absl::StatusOr<TargetGuest*> Waiting(absl::Time) override {
@@ -77,15 +94,28 @@ class ModelHost final : public TargetHost {
     }
     void Keep() override { host_->kept_ = true; }
     std::string address() const override { return "model"; }
+    absl::Status NoteCopy(const CopyOwner& owner) override {
+      if (!host_->keeps_copies_) return TargetPlace::NoteCopy(owner);
+      host_->note_ = owner;
+      return absl::OkStatus();
+    }
+    absl::Status ForgetCopy() override {
+      host_->note_.reset();
+      return absl::OkStatus();
+    }
+    void Leave() override { left_ = true; }
 
    private:
     ModelHost* const host_;
+    bool left_ = false;
     std::unique_ptr<ModelTargetGuest> guest_;
   };
 
   World* const world_;
   std::unique_ptr<ModelMemory> memory_;
   std::string fails_;
+  bool keeps_copies_ = false;
+  std::optional<CopyOwner> note_;  // on disk, so to say
   std::atomic<int> places_made_ = 0;
   std::atomic<int> orphans_ended_ = 0;
   std::atomic<bool> kept_ = false;
@@ -94,17 +124,26 @@ class ModelHost final : public TargetHost {
 // A dialer whose connections can be cut, all at once, as a dying network does.
 class CuttableDialer final : public Dialer {
  public:
-  explicit CuttableDialer(uint16_t port, std::shared_ptr<std::atomic<bool>> up)
-      : tcp_("127.0.0.1", port), up_(std::move(up)) {}
+  // `broken_links`: so many links break as soon as the target has them.
+  explicit CuttableDialer(uint16_t port, std::shared_ptr<std::atomic<bool>> up,
+                          std::atomic<int>* broken_links)
+      : tcp_("127.0.0.1", port), up_(std::move(up)), broken_links_(broken_links) {}
   absl::StatusOr<Connection> Dial(const Preamble& preamble, absl::Time deadline) override {
     if (!*up_) return absl::UnavailableError("connect: the network is down, as scripted");
-    return tcp_.Dial(preamble, deadline);
+    absl::StatusOr<Connection> dialed = tcp_.Dial(preamble, deadline);
+    if (preamble.kind != Preamble::Kind::kData || *broken_links_ == 0) return dialed;
+    // The last stream makes it whole there. Not at once, or the target would not have taken it.
+    if (preamble.stream + 1 < SourceSessionOptions().tcp_streams) return dialed;
+    std::this_thread::sleep_for(std::chrono::milliseconds(200));
+    --*broken_links_;
+    return absl::UnavailableError("connect: lost, as scripted");
   }
   const std::string& peer() const override { return tcp_.peer(); }
 
  private:
   TcpDialer tcp_;
   std::shared_ptr<std::atomic<bool>> up_;
+  std::atomic<int>* const broken_links_;
 };
 
 class SessionTest : public ::testing::Test {
@@ -140,7 +179,8 @@ class SessionTest : public ::testing::Test {
     options.sync.max_launch_time = options.sync.fixed_cost;  // a set-point of 0: everything is sent
     options.reconnect_every = absl::Milliseconds(50);
     auto session = SourceSession::Start(
-        options, std::make_unique<CuttableDialer>(port_, up_), CopyMemory(), source_.MakeLog(),
+        options, std::make_unique<CuttableDialer>(port_, up_, &broken_links_), CopyMemory(),
+        source_.MakeLog(),
         std::make_unique<ModelSourceGuest>(&world_, &source_, source_fails, device_writes));
     if (session.ok()) session_ = *std::move(session);
     return session.status();
@@ -220,6 +260,7 @@ class SessionTest : public ::testing::Test {
   ModelHost host_;
   TempFolder source_folder_, target_folder_;
   std::shared_ptr<std::atomic<bool>> up_ = std::make_shared<std::atomic<bool>>(true);
+  std::atomic<int> broken_links_ = 0;
   int patience_ = 4000;  // times 5 ms
   uint16_t port_ = 0;
   std::unique_ptr<TargetService> service_;

@@ -1,0 +1,348 @@
+#include "qemu-glue/qemu_target_place.h"
+
+#include <errno.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/time/clock.h"
+#include "predictor/bitmap.h"
+#include "qemu-glue/copy_note.h"
+#include "qemu-glue/discovery.h"
+#include "qemu-glue/guest_notes.h"
+#include "qemu-glue/qemu_guest.h"
+#include "qemu-glue/qemu_process.h"
+#include "qemu-glue/qemu_target_host.h"
+#include "qemu-glue/qmp/qmp_client.h"
+#include "transport/mutex.h"
+
+namespace presync {
+namespace {
+
+// A QEMU answers its monitor within a second; a loaded machine under emulation takes some.
+constexpr absl::Duration kQmpTimeout = absl::Seconds(10);
+
+std::vector<RamBackend> ToBackends(const std::vector<RegionRequest>& regions) {
+  std::vector<RamBackend> backends;
+  for (const RegionRequest& region : regions) {
+    backends.push_back({.id = region.name, .size_bytes = region.size_bytes, .shared = true});
+  }
+  return backends;
+}
+
+absl::Status FirstProblems(const Findings& findings) {
+  if (findings.problems.empty()) return absl::OkStatus();
+  std::vector<std::string> texts;
+  for (const Problem& problem : findings.problems) {
+    texts.push_back(absl::StrCat(problem.what, " (", problem.remedy, ")"));
+  }
+  return absl::FailedPreconditionError(absl::StrJoin(texts, "; "));
+}
+
+// Connects to a waiting QEMU and makes sure that it fits what the source described.
+absl::StatusOr<std::unique_ptr<QemuTargetGuest>> AttachTo(std::unique_ptr<QmpClient> qmp,
+                                                          const std::vector<RegionRequest>& regions,
+                                                          GuestInfo* info, absl::Time deadline) {
+  absl::StatusOr<GuestInfo> described = DescribeGuest(*qmp, deadline);
+  if (!described.ok()) return described.status();
+  absl::StatusOr<Findings> findings = CheckTarget(*qmp, *described, ToBackends(regions), deadline);
+  if (!findings.ok()) return findings.status();
+  if (absl::Status s = FirstProblems(*findings); !s.ok()) return s;
+  *info = *std::move(described);
+  return QemuTargetGuest::Create(std::move(qmp), deadline);
+}
+
+// A place whose QEMU somebody else started: its memory files are QEMU's own.
+class AttachedPlace final : public TargetPlace {
+ public:
+  AttachedPlace(std::string qmp_path, std::unique_ptr<QemuTargetGuest> guest, GuestMemory memory,
+                bool was_zero)
+      : qmp_path_(std::move(qmp_path)),
+        guest_(std::move(guest)),
+        memory_(std::move(memory)),
+        was_zero_(was_zero) {}
+
+  const GuestMemory& memory() const override { return memory_; }
+  bool memory_was_zero() const override { return was_zero_; }
+
+  absl::StatusOr<TargetGuest*> Waiting(absl::Time) override {
+    if (guest_ == nullptr) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("the QEMU at ", qmp_path_,
+                       " was ended when an earlier handover was called off; start "
+                       "another there, with -incoming defer -S, and begin anew"));
+    }
+    return guest_.get();
+  }
+
+  absl::Status Check() override {
+    if (guest_ == nullptr) return absl::OkStatus();
+    const absl::StatusOr<RunState> state = guest_->State(absl::Now() + kQmpTimeout);
+    if (state.ok() && *state == RunState::kIncoming) return absl::OkStatus();
+    return absl::UnavailableError(
+        absl::StrCat("the waiting QEMU at ", qmp_path_, " has ended or was used otherwise"));
+  }
+
+  absl::Status EndWaiting() override {
+    if (guest_ == nullptr) return absl::OkStatus();
+    const absl::Status ended = guest_->Discard(absl::Now() + kQmpTimeout);
+    if (ended.ok()) guest_.reset();
+    return ended;
+  }
+
+  // The QEMU is its operator's: a sync that ends before any handover leaves it waiting.
+  void Keep() override {}
+  std::string address() const override { return qmp_path_; }
+
+ private:
+  const std::string qmp_path_;
+  std::unique_ptr<QemuTargetGuest> guest_;
+  GuestMemory memory_;
+  const bool was_zero_;
+};
+
+// A place made here: memory files and process are ours until Keep.
+class StartedPlace final : public TargetPlace {
+ public:
+  StartedPlace(QemuTargetHost* host, std::string guest_name, std::vector<std::string> command,
+               GuestPaths paths, std::vector<RegionRequest> regions, GuestMemory memory, bool fresh)
+      : host_(host),
+        guest_name_(std::move(guest_name)),
+        command_(std::move(command)),
+        paths_(std::move(paths)),
+        regions_(std::move(regions)),
+        memory_(std::move(memory)),
+        fresh_(fresh) {}
+
+  ~StartedPlace() override {
+    if (kept_) return;
+    EndWaiting().IgnoreError();
+    RemoveFile(paths_.copy).IgnoreError();
+    for (const std::string& path : paths_.ram) RemoveFile(path).IgnoreError();
+    RemoveFile(paths_.qmp).IgnoreError();
+    RemoveFile(paths_.glue).IgnoreError();
+    RemoveFile(paths_.note).IgnoreError();
+  }
+
+  const GuestMemory& memory() const override { return memory_; }
+  bool memory_was_zero() const override { return fresh_; }
+
+  absl::StatusOr<TargetGuest*> Waiting(absl::Time deadline) override {
+    if (guest_ != nullptr && Check().ok()) return guest_.get();
+    if (absl::Status s = EndWaiting(); !s.ok()) return s;
+    absl::StatusOr<QemuProcess> process = QemuProcess::Start(
+        {.argv = command_, .qmp_path = paths_.qmp, .log_path = paths_.log}, deadline);
+    if (!process.ok()) return process.status();
+    process_.emplace(*std::move(process));
+    WriteNote();
+    GuestInfo info;
+    absl::StatusOr<std::unique_ptr<QemuTargetGuest>> guest =
+        AttachTo(process_->TakeMonitor(), regions_, &info, deadline);
+    if (guest.ok()) {
+      if (absl::Status s = CheckFiles(info); !s.ok()) guest = s;
+    }
+    // This QEMU has no other use: what can be done before a launch is done now.
+    if (guest.ok()) {
+      if (absl::Status s = (*guest)->PrepareLoad(deadline); !s.ok()) guest = s;
+    }
+    if (!guest.ok()) {
+      EndWaiting().IgnoreError();
+      return absl::Status(guest.status().code(),
+                          absl::StrCat("the QEMU that this host's configuration starts for ",
+                                       guest_name_, ": ", guest.status().message()));
+    }
+    guest_ = *std::move(guest);
+    return guest_.get();
+  }
+
+  absl::Status Check() override {
+    if (guest_ == nullptr) return absl::OkStatus();
+    const absl::StatusOr<RunState> state = guest_->State(absl::Now() + kQmpTimeout);
+    if (state.ok() && *state == RunState::kIncoming) return absl::OkStatus();
+    return absl::UnavailableError(
+        absl::StrCat("the QEMU waiting for ", guest_name_, " has ended; see ", paths_.log));
+  }
+
+  absl::Status EndWaiting() override {
+    if (guest_ != nullptr) guest_->Discard(absl::Now() + kQmpTimeout).IgnoreError();
+    guest_.reset();
+    if (!process_) return absl::OkStatus();
+    const absl::Status killed = process_->Kill(absl::Now() + kQmpTimeout);
+    if (!killed.ok()) return killed;
+    process_.reset();
+    // The note speaks of a process that is gone, and would have the memory files taken for
+    // leftovers.
+    return RemoveFile(paths_.note);
+  }
+
+  absl::Status NoteCopy(const CopyOwner& owner) override {
+    MutexLock lock(&note_mutex_);
+    const absl::Status written = WriteCopyNote(paths_.copy, owner, FilesOf(memory_));
+    if (!written.ok()) RemoveFile(paths_.copy).IgnoreError();
+    return written;
+  }
+
+  absl::Status ForgetCopy() override {
+    MutexLock lock(&note_mutex_);
+    return RemoveFile(paths_.copy);
+  }
+
+  void Leave() override {
+    // A QEMU that does not end is ended by the next presyncd, before it looks at the copy.
+    EndWaiting().IgnoreError();
+    RemoveFile(paths_.qmp).IgnoreError();
+    RemoveFile(paths_.glue).IgnoreError();
+    kept_ = true;
+  }
+
+  void Keep() override {
+    kept_ = true;
+    host_->Adopt(*std::move(process_));
+    process_.reset();
+  }
+
+  std::string address() const override { return paths_.qmp; }
+
+ private:
+  // For a presyncd that comes after this one: whose files these are.
+  void WriteNote() const {
+    GuestNote note = {.path = paths_.note,
+                      .pid = process_->pid(),
+                      .start_ticks = process_->start_ticks(),
+                      .qmp = paths_.qmp,
+                      .files = {paths_.qmp, paths_.glue}};
+    note.files.insert(note.files.end(), paths_.ram.begin(), paths_.ram.end());
+    WriteGuestNote(note);
+  }
+
+  // The QEMU must have mapped the very files that are mirrored into: not just the same path, for a
+  // file that is missing there QEMU makes anew.
+  absl::Status CheckFiles(const GuestInfo& info) const {
+    for (const Region& region : memory_.regions()) {
+      const auto it = std::find_if(info.backends.begin(), info.backends.end(),
+                                   [&](const RamBackend& b) { return b.id == region.name(); });
+      struct stat ours = {}, theirs = {};
+      if (it == info.backends.end() || ::fstat(region.fd(), &ours) != 0 ||
+          ::stat(it->path.c_str(), &theirs) != 0 || ours.st_dev != theirs.st_dev ||
+          ours.st_ino != theirs.st_ino) {
+        return absl::FailedPreconditionError(
+            absl::StrCat("its memory backend ", region.name(),
+                         " is not the file that is mirrored into; it must "
+                         "have mem-path={ram.",
+                         region.name(), "} in the command"));
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  QemuTargetHost* const host_;
+  const std::string guest_name_;
+  const std::vector<std::string> command_;
+  const GuestPaths paths_;
+  const std::vector<RegionRequest> regions_;
+  GuestMemory memory_;
+  const bool fresh_;
+  Mutex note_mutex_;  // one note at a time is written
+  std::optional<QemuProcess> process_;
+  std::unique_ptr<QemuTargetGuest> guest_;
+  bool kept_ = false;
+};
+
+}  // namespace
+
+GuestPaths MakePaths(const std::string& run_folder, const std::string& ram_folder,
+                     const std::string& guest, const std::vector<RegionRequest>& regions) {
+  const std::string base = absl::StrCat(run_folder, "/", guest);
+  GuestPaths paths = {.qmp = base + ".qmp",
+                      .glue = base + ".glue",
+                      .log = base + ".log",
+                      .note = base + ".guest",
+                      .copy = base + ".copy",
+                      .ram = {}};
+  for (const RegionRequest& region : regions) {
+    paths.ram.push_back(absl::StrCat(ram_folder, "/", guest, ".", region.name, ".ram"));
+  }
+  return paths;
+}
+
+absl::Status RemoveFile(const std::string& path) {
+  if (::unlink(path.c_str()) == 0 || errno == ENOENT) return absl::OkStatus();
+  return absl::UnavailableError(absl::StrCat("remove ", path, ": ", std::strerror(errno)));
+}
+
+absl::StatusOr<GuestMemory> CreateMemory(const std::vector<RegionRequest>& regions,
+                                         const GuestPaths& paths) {
+  std::vector<Region> made;
+  absl::Status failure;
+  for (size_t i = 0; i < regions.size() && failure.ok(); ++i) {
+    absl::StatusOr<Region> region =
+        Region::Create(regions[i].name, paths.ram[i], regions[i].size_bytes);
+    if (region.ok()) {
+      made.push_back(*std::move(region));
+    } else {
+      failure = region.status();
+    }
+  }
+  if (!failure.ok()) {
+    for (const Region& region : made) RemoveFile(region.path()).IgnoreError();
+    return failure;
+  }
+  return GuestMemory::Create(std::move(made));
+}
+
+absl::StatusOr<GuestMemory> ReopenMemory(const std::vector<RegionRequest>& regions,
+                                         const GuestPaths& paths) {
+  std::vector<Region> opened;
+  for (size_t i = 0; i < regions.size(); ++i) {
+    absl::StatusOr<Region> region =
+        Region::Open(regions[i].name, paths.ram[i], regions[i].size_bytes);
+    if (!region.ok()) return region.status();
+    opened.push_back(*std::move(region));
+  }
+  return GuestMemory::Create(std::move(opened));
+}
+
+std::unique_ptr<TargetPlace> MakeStartedPlace(QemuTargetHost* host, std::string guest,
+                                              std::vector<std::string> command, GuestPaths paths,
+                                              std::vector<RegionRequest> regions,
+                                              GuestMemory memory, bool fresh) {
+  return std::make_unique<StartedPlace>(host, std::move(guest), std::move(command),
+                                        std::move(paths), std::move(regions), std::move(memory),
+                                        fresh);
+}
+
+absl::StatusOr<std::unique_ptr<TargetPlace>> MakeAttachedPlace(
+    const std::string& qmp_path, const std::vector<RegionRequest>& regions) {
+  const absl::Time deadline = absl::Now() + kQmpTimeout;
+  absl::StatusOr<std::unique_ptr<QmpClient>> qmp = QmpClient::Connect(qmp_path, deadline);
+  if (!qmp.ok()) return qmp.status();
+  GuestInfo info;
+  absl::StatusOr<std::unique_ptr<QemuTargetGuest>> guest =
+      AttachTo(*std::move(qmp), regions, &info, deadline);
+  if (!guest.ok()) return guest.status();
+  std::vector<Region> opened;
+  for (const RegionRequest& wanted : regions) {
+    const auto it = std::find_if(info.backends.begin(), info.backends.end(),
+                                 [&](const RamBackend& b) { return b.id == wanted.name; });
+    if (it == info.backends.end()) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("the QEMU at ", qmp_path, " has no memory backend ", wanted.name));
+    }
+    absl::StatusOr<Region> region = Region::Open(wanted.name, it->path, wanted.size_bytes);
+    if (!region.ok()) return region.status();
+    opened.push_back(*std::move(region));
+  }
+  absl::StatusOr<GuestMemory> memory = GuestMemory::Create(std::move(opened));
+  if (!memory.ok()) return memory.status();
+  absl::StatusOr<std::vector<PageRun>> holes = memory->Holes({0, memory->pages()});
+  const bool zero = holes.ok() && CountPages(*holes) == memory->pages();
+  return std::make_unique<AttachedPlace>(qmp_path, *std::move(guest), *std::move(memory), zero);
+}
+
+}  // namespace presync

@@ -1,0 +1,189 @@
+// Copies that outlive the presyncd that made them: which are taken up, and what becomes of the
+// files of those that are not. The QEMUs themselves are not started here.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <stdlib.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "qemu-glue/copy_note.h"
+#include "qemu-glue/qemu_target_host.h"
+
+namespace presync {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+
+const std::vector<RegionRequest> kRegions = {{"ram0", 16 * kPageBytes}, {"ram1", 4 * kPageBytes}};
+const CopyOwner kOwner = {
+    .guest = "g1", .session = {1, 2, 3}, .peer = "10.0.0.1:4711", .peer_name = "host1"};
+
+class TargetCopyTest : public ::testing::Test {
+ protected:
+  TargetCopyTest() {
+    char name[] = "/dev/shm/presync-copy-test-XXXXXX";
+    folder_ = ::mkdtemp(name);
+    options_ = {.ram_folder = folder_ + "/ram", .run_folder = folder_ + "/run"};
+    options_.guests["g1"] = {.command = {"qemu", "{ram.ram0}", "{ram.ram1}", "{qmp}"},
+                             .attach_qmp = ""};
+    options_.log = [this](bool, const std::string& line) { log_ += line + "\n"; };
+  }
+  ~TargetCopyTest() override { std::filesystem::remove_all(folder_); }
+
+  // What `life` does with a place happens in a process that is then gone, as by SIGKILL: nothing is
+  // destroyed.
+  template <typename Life>
+  void InAnEarlierPresyncd(Life life) {
+    const pid_t child = ::fork();
+    if (child == 0) {
+      auto host = QemuTargetHost::Create(options_);
+      if (!host.ok()) ::_exit(2);
+      auto place = (*host)->MakePlace("g1", kRegions);
+      if (!place.ok()) ::_exit(3);
+      std::memset((*place)->memory().Bytes({0, 16}).data(), 7, 16 * kPageBytes);
+      life(**place);
+      ::_exit(0);
+    }
+    int status = -1;
+    ASSERT_EQ(::waitpid(child, &status, 0), child);
+    ASSERT_EQ(status, 0);
+  }
+
+  std::vector<KeptPlace> TakeKept(bool may_be_used = true) {
+    auto host = QemuTargetHost::Create(options_);
+    EXPECT_TRUE(host.ok()) << host.status();
+    host_ = *std::move(host);
+    host_->EndWaitingLeftovers();
+    return host_->TakeKept([&](const CopyOwner&) { return may_be_used; });
+  }
+
+  std::vector<std::string> FilesIn(const std::string& folder) {
+    std::vector<std::string> names;
+    for (const auto& file : std::filesystem::directory_iterator(folder_ + "/" + folder)) {
+      names.push_back(file.path().filename());
+    }
+    std::sort(names.begin(), names.end());
+    return names;
+  }
+
+  std::string folder_, log_;
+  QemuTargetHostOptions options_;
+  std::unique_ptr<QemuTargetHost> host_;
+};
+
+void Note(TargetPlace& place) {
+  if (!place.NoteCopy(kOwner).ok()) ::_exit(4);
+}
+
+TEST_F(TargetCopyTest, ACopyIsTakenUpWithItsBytes) {
+  InAnEarlierPresyncd(Note);
+  std::vector<KeptPlace> kept = TakeKept();
+  ASSERT_EQ(kept.size(), 1u) << log_;
+  EXPECT_EQ(kept[0].owner.guest, "g1");
+  EXPECT_EQ(kept[0].owner.session, kOwner.session);
+  EXPECT_EQ(kept[0].owner.peer, kOwner.peer);
+  EXPECT_EQ(kept[0].owner.peer_name, "host1");
+  const GuestMemory& memory = kept[0].place->memory();
+  ASSERT_EQ(memory.pages(), 20u);
+  EXPECT_EQ(memory.Bytes({15, 1})[99], std::byte{7});
+  EXPECT_EQ(memory.Bytes({16, 1})[99], std::byte{0});
+  EXPECT_FALSE(kept[0].place->memory_was_zero());
+  host_->RemoveLeftovers();
+  EXPECT_THAT(FilesIn("ram"), ElementsAre("g1.ram0.ram", "g1.ram1.ram"));
+  kept.clear();
+  EXPECT_THAT(FilesIn("ram"), IsEmpty()) << "given up, its memory is free";
+  EXPECT_THAT(FilesIn("run"), IsEmpty());
+}
+
+TEST_F(TargetCopyTest, ItOutlivesItsQemuToo) {
+  InAnEarlierPresyncd([&](TargetPlace& place) {
+    Note(place);
+    // As it is written for a QEMU that runs: one that is gone by now.
+    std::ofstream(folder_ + "/run/g1.guest")
+        << R"({"pid": 2147483000, "start_ticks": 1, "qmp": "/q", "files": [")" << folder_
+        << R"(/ram/g1.ram0.ram"]})";
+  });
+  EXPECT_EQ(TakeKept().size(), 1u) << log_;
+  EXPECT_FALSE(std::filesystem::exists(folder_ + "/run/g1.guest"));
+}
+
+TEST_F(TargetCopyTest, LeftInOrderItIsFoundToo) {
+  InAnEarlierPresyncd([](TargetPlace& place) {
+    Note(place);
+    place.Leave();
+  });
+  EXPECT_EQ(TakeKept().size(), 1u) << log_;
+}
+
+TEST_F(TargetCopyTest, AForgottenCopyIsNotTakenUp) {
+  InAnEarlierPresyncd([](TargetPlace& place) {
+    Note(place);
+    if (!place.ForgetCopy().ok()) ::_exit(5);
+  });
+  EXPECT_THAT(TakeKept(), IsEmpty());
+}
+
+TEST_F(TargetCopyTest, AnotherFileOfTheSameNameIsNotTakenUpAndStays) {
+  InAnEarlierPresyncd(Note);
+  const std::string file = folder_ + "/ram/g1.ram1.ram";
+  std::filesystem::copy_file(file, file + ".2");  // the first one's inode stays in use
+  std::filesystem::rename(file + ".2", file);
+  EXPECT_THAT(TakeKept(), IsEmpty());
+  EXPECT_THAT(log_, HasSubstr("not the ones"));
+  EXPECT_TRUE(std::filesystem::exists(file));
+  EXPECT_THAT(FilesIn("run"), IsEmpty());
+}
+
+TEST_F(TargetCopyTest, WhereRecoverySaysNoItsMemoryIsFreed) {
+  InAnEarlierPresyncd(Note);
+  EXPECT_THAT(TakeKept(/*may_be_used=*/false), IsEmpty());
+  EXPECT_THAT(FilesIn("ram"), IsEmpty());
+}
+
+TEST_F(TargetCopyTest, AGuestThatIsNotConfiguredAnyMoreIsGivenUp) {
+  InAnEarlierPresyncd(Note);
+  options_.guests.clear();
+  EXPECT_THAT(TakeKept(), IsEmpty());
+  EXPECT_THAT(log_, HasSubstr("not configured"));
+  EXPECT_THAT(FilesIn("ram"), IsEmpty());
+}
+
+TEST_F(TargetCopyTest, NotesThatAreNoneArePassedOver) {
+  std::filesystem::create_directories(folder_ + "/run");
+  for (const char* text :
+       {"", "{", "[]", R"({"guest": "g1"})",
+        R"({"guest": "../g1", "session": "01", "holder_pid": 1, "files": []})"}) {
+    std::ofstream(folder_ + "/run/g1.copy") << text;
+    EXPECT_THAT(TakeKept(), IsEmpty());
+  }
+}
+
+TEST_F(TargetCopyTest, ANoteUnderAnotherGuestsNameIsNotBelieved) {
+  InAnEarlierPresyncd(Note);
+  std::filesystem::rename(folder_ + "/run/g1.copy", folder_ + "/run/g2.copy");
+  EXPECT_THAT(TakeKept(), IsEmpty());
+  EXPECT_THAT(log_, HasSubstr("another guest's"));
+}
+
+TEST_F(TargetCopyTest, WhileItsPresyncdLivesItIsNotTakenUp) {
+  InAnEarlierPresyncd(Note);
+  const std::vector<CopyNote> notes = ReadCopyNotes(folder_ + "/run");
+  ASSERT_EQ(notes.size(), 1u);
+  // From now on it is this process that holds it.
+  ASSERT_TRUE(WriteCopyNote(notes[0].path, notes[0].owner, notes[0].files).ok());
+  EXPECT_THAT(TakeKept(), IsEmpty());
+  EXPECT_THAT(log_, HasSubstr("still lives"));
+}
+
+}  // namespace
+}  // namespace presync

@@ -1,0 +1,54 @@
+// When a source's session compares while the guest runs.
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "transport/sync/source_session.h"
+#include "transport/wire/version.h"
+
+namespace presync {
+
+absl::StatusOr<ComparisonReport> SourceSession::Verify() {
+  {
+    MutexLock lock(&mutex_);
+    if (published_.state != SessionState::kSyncing) {
+      return absl::FailedPreconditionError(
+          absl::StrCat(options_.guest, " can't be compared: it is ", StateName(published_.state),
+                       published_.problem.empty() ? "" : ": ", published_.problem));
+    }
+  }
+  return comparisons_.Verify();
+}
+
+absl::Status SourceSession::NoComparison() const {
+  return absl::FailedPreconditionError(absl::StrCat(options_.guest, " can't be compared: it is ",
+                                                    StateName(state_), problem_.empty() ? "" : ": ",
+                                                    problem_));
+}
+
+// An order that nothing can come of is answered at once.
+absl::Status SourceSession::Compare() {
+  if (connection_.version < kHashesVersion) {
+    sync_->set_proven();  // if it was begun with a newer presync there: the rest is sent
+    comparisons_.Drop(absl::UnimplementedError(absl::StrCat(
+        "the presync of ", dialer_->peer(), " is too old to compare a running guest: upgrade it")));
+    return absl::OkStatus();
+  }
+  const bool syncing = state_ == SessionState::kSyncing;
+  if (!syncing && !sync_->unproven()) {
+    comparisons_.Drop(NoComparison());
+    return absl::OkStatus();
+  }
+  const bool may_begin = syncing && waiting_launches_ == 0;
+  const bool unproven = sync_->unproven();
+  absl::Status stepped =
+      comparisons_.Step(sync_.get(), connection_.channel.get(), may_begin, absl::Now());
+  if (unproven && !sync_->unproven()) {
+    resumption_.Look(*sync_, comparisons_.status().proof.hash_bytes);  // before anything is sent
+    options_.log(false, absl::StrCat(options_.guest, ": the copy on ", dialer_->peer(),
+                                     " is proven, but for ", sync_->residual(), " pages"));
+  }
+  return stepped;
+}
+
+}  // namespace presync
