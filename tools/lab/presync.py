@@ -181,6 +181,7 @@ class Move:
         self._settings = settings
         self.source = self.reader = self.source_daemon = self.target_daemon = None
         self.target_agent = f"{self.folder}/target.agent"
+        self._attached = None  # the waiting QEMU that the reader reads
 
     def __enter__(self):
         import dataclasses
@@ -218,7 +219,11 @@ class Move:
         """`presync start`; connects the beat reader to the waiting target."""
         answer = self.source_daemon.ask("start", NAME, "--qmp", self.source.sockets.qmp[0],
                                         "--to", self.to, *arguments)
-        self.reader.attach("target", self.target_agent)
+        # A target that went on with its copy may still have the QEMU that the reader has already.
+        waiting = self.target_daemon.guest_pids().get(NAME)
+        if waiting is None or waiting != self._attached:
+            self.reader.attach("target", self.target_agent)
+        self._attached = waiting
         return answer
 
     def status(self):

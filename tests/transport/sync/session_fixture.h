@@ -69,6 +69,8 @@ class ModelHost final : public TargetHost {
 
   void set_fails(std::string fails) { fails_ = std::move(fails); }
   void set_keeps_copies() { keeps_copies_ = true; }
+  // What a presyncd that comes after a kill would find.
+  bool noted() const { return note_.has_value(); }
   ModelMemory& memory() { return *memory_; }
   int places_made() const { return places_made_; }
   bool kept() const { return kept_; }

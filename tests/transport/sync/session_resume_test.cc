@@ -251,8 +251,11 @@ TEST_F(TargetRestartTest, ACopyThatNobodyComesBackForAfterARestartIsRemoved) {
 TEST_F(TargetRestartTest, MemoryThatWasLoadedFromIsNoCopy) {
   host_.set_fails("await-loaded");
   SyncAll();
+  EXPECT_TRUE(host_.noted());
   *up_ = false;  // the launch goes over the connection that there is, and none comes after it
   ASSERT_FALSE(Launch().ok());
+  ASSERT_TRUE(Lost());
+  EXPECT_FALSE(host_.noted()) << "a kill right now must not leave it";
   StopTarget();
   host_.set_fails("");
   StartItAgain();
