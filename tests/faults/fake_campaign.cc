@@ -60,6 +60,7 @@ class Campaign {
     uint64_t runs = 0;
     uint64_t struck = 0;
     std::map<std::string, uint64_t> outcomes;
+    std::map<std::string, uint64_t> struck_at;  // by step
   };
 
   uint64_t Total() const { return options_.only >= 0 ? options_.repeat : options_.runs; }
@@ -83,6 +84,7 @@ class Campaign {
     Row& row = by_fault_[FaultName(plan.strikes[0].fault)];
     ++row.runs;
     row.struck += outcome.struck ? 1 : 0;
+    row.struck_at[Where(plan.strikes[0])] += outcome.struck ? 1 : 0;
     ++row.outcomes[outcome.ok() ? outcome.what : "violation"];
     lost_ += outcome.lost ? 1 : 0;
     doubled_ += outcome.doubled ? 1 : 0;
@@ -111,7 +113,7 @@ class Campaign {
     const double seconds = absl::ToDoubleSeconds(absl::Now() - began_);
     nlohmann::json rows = nlohmann::json::object();
     for (const auto& [fault, row] : by_fault_) {
-      rows[fault] = {{"runs", row.runs}, {"struck", row.struck}};
+      rows[fault] = {{"runs", row.runs}, {"struck", row.struck}, {"at", row.struck_at}};
       for (const auto& [what, count] : row.outcomes) rows[fault][what] = count;
     }
     const nlohmann::json report = {{"runs", done_},

@@ -110,6 +110,12 @@ Plan DrawPlan(uint64_t campaign_seed, uint64_t run) {
   return plan;
 }
 
+std::string Where(const Strike& strike) {
+  if (strike.fault == Fault::kNone) return "nowhere";
+  if (strike.step.empty()) return strike.in_sync ? "in the sync" : "in the launch";
+  return absl::StrCat(strike.before ? "before " : "after ", strike.step);
+}
+
 std::string PlanText(const Plan& plan) {
   std::string text;
   for (const Strike& strike : plan.strikes) {

@@ -58,6 +58,8 @@ struct Plan {
 // Everything in a plan follows from its seed; runs take the faults in turn.
 Plan DrawPlan(uint64_t campaign_seed, uint64_t run);
 std::string PlanText(const Plan& plan);
+// "before run", "in the sync", ...: without the moment's time.
+std::string Where(const Strike& strike);
 
 struct Outcome {
   std::string what;  // "moved", "stayed" or "guest killed"

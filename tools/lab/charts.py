@@ -46,8 +46,24 @@ def legend(names, colors=COLORS):
 
 
 def bars(groups, series, value, label, points=None, log=False, line=None):
-    """Grouped bars.  `value(group, name)` is a number or None (then "none" is written); `points(group, name)` gives the
-    single measurements, drawn as dots; `line` is (number, text) across; `log`: a logarithmic axis from 1."""
+    """Grouped bars and their legend, for a page.  `value(group, name)` is a number or None (then "none" is written);
+    `points(group, name)` gives the single measurements, drawn as dots; `line` is (number, text) across; `log`: a
+    logarithmic axis from 1."""
+    return _svg(_bars(groups, series, value, label, points, log, line)) + legend(series)
+
+
+def picture(groups, series, value, label, style, **more):
+    """`bars` as a file of its own: an SVG image with `style` and the legend in it."""
+    parts = [f"<style>{style}</style><rect width='100%' height='100%' fill='#fff'/>", *_bars(groups, series, value, label, **more)]
+    step = (WIDTH - LEFT - RIGHT) / len(series)
+    for i, name in enumerate(series):
+        x = LEFT + i * step
+        parts.append(f'<rect x="{x:.1f}" y="{HEIGHT + 2}" width="10" height="10" fill="{COLORS[i % len(COLORS)]}"/>')
+        parts.append(_text(x + 14, HEIGHT + 11, name, "start"))
+    return _svg(parts, height=HEIGHT + 20).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1) + "\n"
+
+
+def _bars(groups, series, value, label, points=None, log=False, line=None):
     cells = {(g, s): value(g, s) for g in groups for s in series}
     every = [v for v in cells.values() if v is not None]
     if points:
@@ -84,7 +100,7 @@ def bars(groups, series, value, label, points=None, log=False, line=None):
         y = place(line[0])
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="goal"/>')
         parts.append(_text(WIDTH - RIGHT, y - 4, line[1], "end", 'class="goal"'))
-    return _svg(parts) + legend(series)
+    return parts
 
 
 def curves(lines, label, x_label="s", marks=()):

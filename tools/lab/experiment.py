@@ -182,16 +182,27 @@ def main():
     parser.add_argument("--append", action="store_true", help="add to the results that --json holds: an experiment in slices")
     parser.add_argument("--page", type=pathlib.Path, metavar="FILE", help="default: beside --json, as .html")
     parser.add_argument("--page-from", type=pathlib.Path, metavar="FILE",
-                        help="run nothing: make the page of results that are there")
+                        help="run nothing: make the page of results that are there, and print their table")
+    parser.add_argument("--picture", type=pathlib.Path, metavar="FILE", help="the main picture as SVG, too")
     options = parser.parse_args()
     options.workload = options.workload or list(WORKLOADS)
     options.method = options.method or list(launches.METHODS)
     options.part = options.part or list(PARTS)
     if options.page_from:
         page = options.page or options.page_from.with_suffix(".html")
-        page.write_text(experiment_page.render(json.loads(options.page_from.read_text())))
+        result = json.loads(options.page_from.read_text())
+        result["summary"] = summarize(result["rows"])
+        result["goals"] = goals(result["summary"])
+        page.write_text(experiment_page.render(result))
+        draw(options, result)
+        print_table(result["summary"])
         return 0
     return run(options)
+
+
+def draw(options, result):
+    if options.picture:
+        options.picture.write_text(experiment_page.picture(result))
 
 
 def run(options):
@@ -213,6 +224,7 @@ def run(options):
         say(f"  {mode:20} {why}")
     if "launches" in options.part:
         run_launches(options, result["rows"], keep)
+        draw(options, result)
         print_table(result["summary"])
         say()
         for text, reached in result["goals"]:

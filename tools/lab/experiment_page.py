@@ -15,6 +15,8 @@ table{border-collapse:collapse;width:100%;font-size:13px} td,th{padding:3px 8px;
 td:first-child,th:first-child,td:nth-child(2),th:nth-child(2){text-align:left} .legend span{margin-right:1.2em;font-size:13px}
 .legend i{display:inline-block;width:.8em;height:.8em;margin-right:.4em} .yes{color:#0b6e4f} .no{color:#c00;font-weight:bold}
 """
+PICTURE_STYLE = ("text{font:11px system-ui,sans-serif;fill:#444}.grid{stroke:#ddd}.goal{stroke:#c00;stroke-dasharray:5 3}"
+                 "text.goal{fill:#c00;stroke:none}.dot{fill:#fff;stroke:#222}text.none{fill:#999}")
 LEAST_OPTIMUM_PAGES = 500  # below it a ratio says nothing
 COLUMNS = (("launch ms", "launch_ms", 1), ("over after ms", "done_ms", 1), ("stopped ms", "downtime_ms", 1),
            ("longest gap ms", "gap_ms", 1), ("left at launch, pages", "residual_pages", 1),
@@ -42,27 +44,34 @@ def _table(summary):
     return f"<table>{''.join(rows)}</table>"
 
 
-def _launches(result):
+def _chart(draw, result, key, goal, **more):
+    """Workloads by methods: medians of `key` in ms, and each launch."""
     summary, rows = result["summary"], result["rows"]
     workloads = list(dict.fromkeys(line["workload"] for line in summary))
     methods = [m for m in METHODS if any(line["method"] == m for line in summary)]
     lines = {(line["workload"], line["method"]): line for line in summary}
+    return draw(workloads, methods, lambda w, m: lines.get((w, m), {}).get(f"{key}_median"), "ms",
+                points=lambda w, m: [r[key] for r in rows if r["workload"] == w and r["method"] == m and not r["loop"]
+                                     and r.get(key) is not None],
+                log=True, line=goal, **more)
 
-    def chart(key, label, goal):
-        return charts.bars(
-            workloads, methods, lambda w, m: lines.get((w, m), {}).get(f"{key}_median"), label,
-            points=lambda w, m: [r[key] for r in rows if r["workload"] == w and r["method"] == m and not r["loop"]
-                                 and r.get(key) is not None],
-            log=True, line=goal)
+
+def picture(result):
+    """The main picture, an SVG image: from the order to a guest that needs the old host no more."""
+    return _chart(charts.picture, result, "done_ms", (100, "100 ms"), style=PICTURE_STYLE)
+
+
+def _launches(result):
+    summary = result["summary"]
 
     goals = "".join(f"<li class={'yes' if ok else 'no'}>{html.escape(text)}" for text, ok in result.get("goals", []))
     return ("<h2>From the order to a guest that needs the old host no more</h2>"
             "<p>Bars: median; dots: each launch. A logarithmic axis. For post-copy this is when its last page has "
             "arrived; the guest runs on the target earlier, and waits for its pages.</p>"
-            + chart("done_ms", "ms", (100, "100 ms"))
+            + _chart(charts.bars, result, "done_ms", (100, "100 ms"))
             + "<h2>How long the guest stood still</h2><p>By presync's and QEMU's own account; the table has the longest "
             "time without a heartbeat, every 10 ms, as the guest's owner sees it.</p>"
-            + chart("downtime_ms", "ms", (50, "50 ms"))
+            + _chart(charts.bars, result, "downtime_ms", (50, "50 ms"))
             + f"<h2>Figures</h2><p>Median / worst.</p>{_table(summary)}<h2>What presync is held to</h2><ul>{goals}</ul>")
 
 

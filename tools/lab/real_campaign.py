@@ -79,9 +79,10 @@ class Campaign:
             self._pair = None
         self.result["runs"] += 1
         row["runs"] += 1
-        row["struck"] += bool(run and (run.struck.is_set() or plan.fault == "none"))
+        struck = bool(run and (run.struck.is_set() or plan.fault == "none"))
+        row["struck"] += struck
         row[outcome] = row.get(outcome, 0) + 1
         by_step = row.setdefault("at", {})
-        by_step[plan.where] = by_step.get(plan.where, 0) + 1
+        by_step[plan.where] = by_step.get(plan.where, 0) + struck
         self.say(f"run {number:4d}: {outcome:12s} {time.monotonic() - began:5.1f} s  {plan}")
         sys.stdout.flush()

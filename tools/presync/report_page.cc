@@ -110,6 +110,16 @@ Curves MakeCurves(const Json& report) {
   return curves;
 }
 
+// After a move there is none any more.
+std::string Link(const Json& report) {
+  std::string link = TextOr(report, "link", "");
+  if (link.empty()) link = "none any more";
+  if (const std::string why = TextOr(report, "link_reason", ""); !why.empty()) {
+    absl::StrAppend(&link, "; ", why);
+  }
+  return absl::StrCat(link, "; reconnects: ", NumberOr(report, "reconnects", 0));
+}
+
 std::string Summary(const Json& report) {
   const double memory = Megabytes(Real(report, "pages"));
   std::string html = "<table>";
@@ -118,9 +128,7 @@ std::string Summary(const Json& report) {
       Row("memory", absl::StrFormat("%.0f MB", memory)),
       Row("promise, fixed cost of a launch",
           absl::StrCat(Ms(Real(report, "max_launch_ms")), ", ", Ms(Real(report, "fixed_cost_ms")))),
-      Row("link",
-          absl::StrCat(TextOr(report, "link", "none"), "; ", TextOr(report, "link_reason", ""),
-                       "; reconnects: ", NumberOr(report, "reconnects", 0))),
+      Row("link", Link(report)),
       Row("sent so far",
           absl::StrFormat("%.1f MB (%.2f times the memory)", Real(report, "wire_bytes", 0) / 1e6,
                           Real(report, "wire_bytes", 0) / 1e6 / memory)),
