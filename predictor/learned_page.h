@@ -27,6 +27,7 @@ class LearnedPage {
   static constexpr uint32_t kStampBits = 14;
   static constexpr uint32_t kMaxAge = 1 << 13;
   static constexpr uint32_t kMaxStreak = 5;
+  static constexpr uint32_t kMaxSpare = 31;
   static constexpr uint32_t kUnseen = 31;
   // What the EWMA stands at before there was a gap: 2^7 scans.
   static constexpr uint32_t kFirstGapLog2Quarters = 7 * 4;
@@ -73,11 +74,12 @@ class LearnedPage {
   uint32_t WaitScans(uint32_t max_streak, uint32_t spare = 0) const {
     const uint32_t wait = (1u << std::min(streak(), max_streak)) - 1;
     if (spare <= wait || gap_log2_quarters() + 4 > Log2Sixteenths(spare) / 4) return wait;
-    return std::min(spare, (1u << max_streak) - 1);
+    return max_streak == 0 ? 0 : std::min(spare, kMaxSpare);
   }
 
   void EndWait(uint32_t now) {
-    for (uint32_t scans = SinceStamp(now); scans > 0 && gap_log2_quarters() > 0; --scans) Learn(0);
+    const uint32_t known = (1u << streak()) - 1;  // scans that it was expected to be written in
+    for (uint32_t scans = std::min(SinceStamp(now), known); scans > 0 && gap_log2_quarters() > 0; --scans) Learn(0);
     word_ &= ~(1u << 30);
     Stamp(now);
   }

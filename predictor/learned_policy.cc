@@ -33,7 +33,7 @@ constexpr size_t kBulkWords = 256;
 
 // A page may go unwatched for this part of a stay: 1/16 costs hardly a byte (docs/prediction.md,
 // "Arming back-off").
-constexpr uint32_t kSparePart = 16;
+constexpr uint32_t kSparePart = 8;
 // Below this part of a stay a page is hardly ever sent: its age classes there are passed over,
 // which halves the cost for half a per cent of bytes. From 24 scans on none is.
 constexpr uint32_t kYoungPart = 16;
@@ -43,10 +43,9 @@ constexpr uint32_t kLongStay = 24 * kYoungPart;
 // the pages left stale over the pages sent in a scan.
 class Stay {
  public:
-  void SetLeft(PageCount pages) { left_ = pages; }
   void AddSent(PageCount pages) { sent_sum_ += uint64_t{pages} * kOne; }
-  void EndScan() {
-    left_sum_ += uint64_t{left_} * kOne - left_sum_ / 128;
+  void EndScan(PageCount left) {
+    left_sum_ += uint64_t{left} * kOne - left_sum_ / 128;
     sent_sum_ -= sent_sum_ / 128;
   }
   uint32_t scans() const {
@@ -57,7 +56,6 @@ class Stay {
   static constexpr uint64_t kOne = 256;  // a page, in fixed point
   static constexpr uint64_t kLongest = LearnedPage::kMaxAge;
 
-  PageCount left_ = 0;
   uint64_t left_sum_ = 0;
   uint64_t sent_sum_ = 0;
 };
@@ -74,7 +72,8 @@ class LearnedPolicy final : public SendPolicy {
   std::string_view name() const override { return "learned"; }
 
   void OnScan(absl::Span<const PageRun> written) override {
-    stay_.EndScan();
+    stay_.EndScan(stale_);
+    CountNewlyStale(written);
     histories_.SetSpareScans(stay_.scans() / kSparePart);
     histories_.OnScan(written);
     const PageCount pages = CountPages(written);
@@ -100,7 +99,6 @@ class LearnedPolicy final : public SendPolicy {
     chosen->clear();
     const PageCount left = candidates.count() - std::min(pages, candidates.count());
     contest_.SetSize(left);
-    stay_.SetLeft(left);
     if (pages == 0) return;
     if (pages >= candidates.count()) {
       candidates.AppendRunsWithin({0, candidates.size()}, chosen);
@@ -119,11 +117,26 @@ class LearnedPolicy final : public SendPolicy {
 
   void OnSent(absl::Span<const PageRun> runs) override {
     stay_.AddSent(CountPages(runs));
+    for (const PageRun& run : runs) {
+      for (PageIndex page = run.first; page < run.end(); ++page) stale_ -= histories_[page].stale();
+    }
     histories_.OnSent(runs);
   }
 
  private:
   uint32_t now() const { return histories_.now(); }
+
+  void CountNewlyStale(absl::Span<const PageRun> written) {
+    for (size_t i = 0; i < written.size(); ++i) {
+      if (i + kPrefetchPages < written.size()) {
+        __builtin_prefetch(histories_.data() + written[i + kPrefetchPages].first, 1);
+      }
+      const PageRun& run = written[i];
+      for (PageIndex page = run.first; page < run.end(); ++page) {
+        stale_ += !histories_[page].stale();
+      }
+    }
+  }
 
   // How the neighbour `page` stands to a page of age `age`: which was written first, and by how
   // much.
@@ -305,6 +318,7 @@ class LearnedPolicy final : public SendPolicy {
   SendQueue queue_;
   OrderContest contest_;
   Stay stay_;
+  PageCount stale_ = 0;  // as far as the words know
   std::vector<uint8_t> written_log2_;            // of the pages written in each scan, by its stamp
   std::vector<std::vector<PageIndex>> cohorts_;  // pages by the scan of their last write
   std::vector<uint8_t> scored_class_;            // the age class that each cohort has come to

@@ -251,7 +251,7 @@ RunCommand AddReplay(CLI::App* app, CommandContext* context) {
       ->excludes(set_point);
   app->add_option("--link", r->link,
                   "The link's goodput, e.g. 1Gbit: limits each scan, and predicts launch times");
-  r->fixed_cost = "45ms";
+  r->fixed_cost = "60ms";
   app->add_option("--fixed-cost", r->fixed_cost, "What a launch takes besides moving memory")
       ->capture_default_str();
   app->add_option("--back-off", r->max_back_off_log2,

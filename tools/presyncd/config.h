@@ -43,7 +43,7 @@ struct Config {
 
   // What `presync start` uses where its caller says nothing.
   absl::Duration max_launch_time = absl::Milliseconds(100);
-  absl::Duration fixed_cost = absl::Milliseconds(45);
+  absl::Duration fixed_cost = absl::Milliseconds(60);
   absl::Duration scan_interval = absl::Milliseconds(100);
   uint64_t max_bandwidth = 0;
   std::string transport = "auto";

@@ -27,7 +27,7 @@ namespace presync {
 struct SourceSyncOptions {
   absl::Duration scan_interval = absl::Milliseconds(100);
   absl::Duration max_launch_time = absl::Milliseconds(100);  // the promise
-  absl::Duration fixed_cost = absl::Milliseconds(45);  // of a handover, until one was measured here
+  absl::Duration fixed_cost = absl::Milliseconds(60);  // of a handover, until one was measured here
   uint64_t max_bytes_per_s = 0;                        // of the background sync; 0 = no cap
   std::string policy = "learned";
   std::function<absl::Time()> now = absl::Now;
