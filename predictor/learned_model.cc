@@ -1,6 +1,8 @@
 #include "predictor/learned_model.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 
 #include "predictor/learned_page.h"
 
@@ -27,6 +29,12 @@ constexpr double Log(double y) {
 constexpr int kUnit = 1024;        // of log-odds
 constexpr int kLimit = 8 * kUnit;  // sums are cut here: 1 in 3000
 constexpr int kCertain = 4096;     // of probabilities
+// An error that teaches hardly anything, but costs as much.
+constexpr int kSmallError = kCertain / 16;
+// Of one table's correction: with the prior, below 4 units, the sum of all fits 16 bits. (So does
+// that of the lanes which count what was learned.)
+constexpr int kCorrectionLimit = 3 * kUnit;
+static_assert(Model::kContexts * kCorrectionLimit + 4 * kUnit < 1 << 15);
 
 // Of the sum of log-odds, in steps of 16.
 constexpr auto kSigmoid = [] {
@@ -79,9 +87,10 @@ const std::array<int16_t, 8>& Priors(const Model::Cells& cells) {
 // How far a correction moves, in 1/1024 of the error: 0.7 / (n + 2), not below 0.03 so that it
 // never ceases to follow the guest.
 constexpr auto kRate = [] {
-  std::array<int16_t, 64> table{};
-  for (size_t n = 0; n < table.size(); ++n) {
-    table[n] = static_cast<int16_t>(kUnit * std::max(0.7 / (static_cast<double>(n) + 2), 0.03));
+  std::array<int16_t, 128> table{};
+  for (size_t i = 0; i < table.size(); ++i) {
+    const double n = static_cast<double>(i / 4);
+    table[i] = static_cast<int16_t>(kUnit * std::max(0.7 / (n + 2), 0.03));
   }
   return table;
 }();
@@ -98,6 +107,14 @@ constexpr uint32_t kGapWeight = 3;
 static_assert(kMostSure + 63 * 4 * kGapWeight / 32 +
                   Log2Sixteenths(Model::kClassAges.back() + 1) * Model::kAgeWeights.back() / 32 <
               Model::kScores);
+
+// Eight lanes, for seven horizons, that are added at once.
+typedef int16_t Lanes __attribute__((vector_size(16)));
+Lanes Load(const std::array<int16_t, 8>& lanes) {
+  Lanes loaded;
+  std::memcpy(&loaded, lanes.data(), sizeof(loaded));
+  return loaded;
+}
 
 // For keys that are wider than an index: multiplicative, the high bits.
 uint16_t Hash(uint32_t key) { return static_cast<uint16_t>(key * 0x9e3779b1 >> (32 - 12)); }
@@ -128,16 +145,20 @@ LearnedModel::Cells LearnedModel::Locate(const Features& f) {
 }
 
 uint32_t LearnedModel::Score(const Cells& cells) const {
-  // Eight lanes for seven horizons: the compiler makes vectors of that.
-  const std::array<int16_t, 8>& priors = Priors(cells);
-  std::array<int32_t, 8> log_odds;
-  for (size_t h = 0; h < 8; ++h) log_odds[h] = priors[h];
-  for (size_t i = 0; i < kContexts; ++i) {
-    const std::array<int16_t, 8>& lanes = At(cells, i).lanes;
-    for (size_t h = 0; h < 8; ++h) log_odds[h] += lanes[h];
-  }
-  int sum = 0;
-  for (size_t h = 0; h < kHorizons; ++h) sum += kWeight[h] * Probability(log_odds[h]);
+  Lanes log_odds = Load(Priors(cells));
+  for (size_t i = 0; i < kContexts; ++i) log_odds += Load(At(cells, i).lanes);
+  // Cut and scaled in lanes, too.
+  const Lanes lowest = Lanes{} - kLimit;
+  const Lanes highest = Lanes{} + (kLimit - 1);
+  log_odds = log_odds < lowest ? lowest : log_odds;
+  log_odds = log_odds > highest ? highest : log_odds;
+  std::array<int16_t, 8> index;
+  const Lanes scaled = (log_odds - lowest) >> 4;
+  std::memcpy(index.data(), &scaled, sizeof(scaled));
+  const auto odds = [&](size_t h) {
+    return kWeight[h] * kSigmoid[static_cast<uint16_t>(index[h])];
+  };
+  const int sum = odds(0) + odds(1) + odds(2) + odds(3) + odds(4) + odds(5) + odds(6);
   // By the logarithm: cold pages differ by little, and they are the ones that are sent.
   return kMostSure - (Log2Sixteenths(static_cast<uint32_t>(sum) + 64) - Log2Sixteenths(64));
 }
@@ -157,14 +178,15 @@ void LearnedModel::Learn(const Cells& cells, size_t horizon, bool written) {
   int log_odds = Priors(cells)[horizon];
   for (size_t i = 0; i < kContexts; ++i) log_odds += At(cells, i).lanes[horizon];
   const int error = (written ? kCertain : 0) - Probability(log_odds);
+  if (std::abs(error) < kSmallError) return;
+  static_assert(kCertain == 1 << 12);
   for (size_t i = 0; i < kContexts; ++i) {
-    Entry& entry = tables_[i * kEntries + cells.entry[i]];
-    int16_t& learned = entry.lanes[kHorizons];
-    const int rate = kRate[std::min<size_t>(learned / 4, kRate.size() - 1)];
-    int16_t& correction = entry.lanes[horizon];
-    correction = static_cast<int16_t>(
-        std::clamp(correction + (error * rate + kCertain / 2) / kCertain, -kLimit, kLimit));
-    if (learned < static_cast<int>(4 * kRate.size())) ++learned;
+    std::array<int16_t, kHorizons + 1>& lanes = tables_[i * kEntries + cells.entry[i]].lanes;
+    const int learned = lanes[kHorizons];
+    const int correction = lanes[horizon] + ((error * kRate[learned] + kCertain / 2) >> 12);
+    lanes[horizon] =
+        static_cast<int16_t>(std::clamp(correction, -kCorrectionLimit, kCorrectionLimit));
+    lanes[kHorizons] = static_cast<int16_t>(std::min<int>(learned + 1, kRate.size() - 1));
   }
 }
 

@@ -27,8 +27,8 @@ class LearnedModel {
   static constexpr std::array<uint32_t, kHorizons> kHorizonScans = {1, 2, 4, 8, 32, 128, 512};
   static constexpr size_t kContexts = 9;
   // Ages are looked at in classes: class k begins at kClassAges[k] scans.
-  static constexpr size_t kAgeClasses = 13;
-  static constexpr std::array<uint32_t, kAgeClasses> kClassAges = {0,  1,  2,   3,   6,   12,  24,
+  static constexpr size_t kAgeClasses = 12;
+  static constexpr std::array<uint32_t, kAgeClasses> kClassAges = {0,  1,  3,   6,   12,  24,
                                                                    48, 96, 192, 384, 768, 1536};
   // Scores are below this, with what a page gets for its age.
   static constexpr uint32_t kScores = 288;
@@ -74,7 +74,7 @@ class LearnedModel {
   uint32_t Score(const Cells& cells) const;
 
   // The corrections of the horizons in 1/1024 of a natural log-odd, and how often the entry
-  // learned; 16 bytes, so that one load brings all.
+  // learned; 16 bytes, so that one load brings all, and one addition adds all.
   struct alignas(16) Entry {
     std::array<int16_t, kHorizons + 1> lanes;
   };

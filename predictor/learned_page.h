@@ -79,7 +79,9 @@ class LearnedPage {
 
   void EndWait(uint32_t now) {
     const uint32_t known = (1u << streak()) - 1;  // scans that it was expected to be written in
-    for (uint32_t scans = std::min(SinceStamp(now), known); scans > 0 && gap_log2_quarters() > 0; --scans) Learn(0);
+    for (uint32_t scans = std::min(SinceStamp(now), known); scans > 0 && gap_log2_quarters() > 0;
+         --scans)
+      Learn(0);
     word_ &= ~(1u << 30);
     Stamp(now);
   }

@@ -31,9 +31,9 @@ constexpr size_t kPrefetchPages = 8;
 // Words of candidates in which one Choose looks for pages that were never written.
 constexpr size_t kBulkWords = 256;
 
-// A page may go unwatched for this part of a stay: 1/16 costs hardly a byte (docs/prediction.md,
+// A page may go unwatched for this part of a stay: 1/11 costs hardly a byte (docs/prediction.md,
 // "Arming back-off").
-constexpr uint32_t kSparePart = 8;
+constexpr uint32_t kSparePart = 11;
 // Below this part of a stay a page is hardly ever sent: its age classes there are passed over,
 // which halves the cost for half a per cent of bytes. From 24 scans on none is.
 constexpr uint32_t kYoungPart = 16;
@@ -318,7 +318,7 @@ class LearnedPolicy final : public SendPolicy {
   SendQueue queue_;
   OrderContest contest_;
   Stay stay_;
-  PageCount stale_ = 0;  // as far as the words know
+  PageCount stale_ = 0;                          // as far as the words know
   std::vector<uint8_t> written_log2_;            // of the pages written in each scan, by its stamp
   std::vector<std::vector<PageIndex>> cohorts_;  // pages by the scan of their last write
   std::vector<uint8_t> scored_class_;            // the age class that each cohort has come to
