@@ -30,10 +30,16 @@ set(install_text [[
     "${CMAKE_INSTALL_PREFIX}/lib/sysusers.d/presync.conf")
   execute_process(COMMAND "@PROJECT_SOURCE_DIR@/tools/man-pages"
     "$ENV{DESTDIR}${CMAKE_INSTALL_PREFIX}/share/man" COMMAND_ERROR_IS_FATAL ANY)
-  if(EXISTS "@PROJECT_SOURCE_DIR@/tools/libvirt/presync-hook")
-    file(INSTALL "@PROJECT_SOURCE_DIR@/tools/libvirt/presync-hook"
-      DESTINATION /etc/libvirt/hooks/qemu.d RENAME presync USE_SOURCE_PERMISSIONS)
-  endif()
+  file(INSTALL "@PROJECT_SOURCE_DIR@/tools/libvirt/presync-hook"
+    DESTINATION /etc/libvirt/hooks/qemu.d RENAME presync USE_SOURCE_PERMISSIONS)
+  file(INSTALL "@PROJECT_SOURCE_DIR@/tools/libvirt/libvirt-hook.conf" DESTINATION /etc/presync)
+  file(INSTALL "@PROJECT_SOURCE_DIR@/tools/libvirt/presync-libvirt.apparmor"
+    DESTINATION /etc/apparmor.d/abstractions RENAME presync-libvirt)
+  file(INSTALL "@PROJECT_SOURCE_DIR@/tools/libvirt/presync-libvirt.tmpfiles"
+    DESTINATION "${CMAKE_INSTALL_PREFIX}/lib/tmpfiles.d" RENAME presync-libvirt.conf)
+  file(INSTALL "@PROJECT_SOURCE_DIR@/tools/libvirt/presyncd-libvirt.conf"
+    DESTINATION "${CMAKE_INSTALL_PREFIX}/lib/systemd/system/presyncd.service.d"
+    RENAME libvirt.conf)
 ]])
 string(CONFIGURE "${install_text}" install_text @ONLY)
 install(CODE "${install_text}")

@@ -59,6 +59,13 @@ absl::StatusOr<GuestMemory> OpenMemory(const GuestInfo& info) {
   return GuestMemory::Create(std::move(regions));
 }
 
+absl::StatusOr<std::unique_ptr<SourceGuest>> MakeGuest(const OpenGuestOptions& options,
+                                                       std::unique_ptr<QmpClient> qmp,
+                                                       absl::Time deadline) {
+  if (options.make_guest != nullptr) return options.make_guest(std::move(qmp), deadline);
+  return QemuSourceGuest::Create(std::move(qmp), deadline);
+}
+
 }  // namespace
 
 std::string FindGlueSocket(const std::vector<std::string>& arguments,
@@ -103,8 +110,8 @@ absl::StatusOr<OpenedGuest> OpenGuest(const OpenGuestOptions& options, absl::Tim
     findings->notes.push_back(absl::StrCat("dirty log ", std::string(refused.name),
                                            " not used: ", refused.why.message()));
   }
-  absl::StatusOr<std::unique_ptr<QemuSourceGuest>> guest =
-      QemuSourceGuest::Create(*std::move(qmp), deadline);
+  absl::StatusOr<std::unique_ptr<SourceGuest>> guest =
+      MakeGuest(options, *std::move(qmp), deadline);
   if (!guest.ok()) return guest.status();
   return OpenedGuest{.info = *std::move(info),
                      .memory = *std::move(memory),

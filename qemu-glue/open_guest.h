@@ -15,11 +15,16 @@
 
 namespace presync {
 
+// Makes the guest of a monitor that was looked at: see QemuSourceGuest::Create.
+using MakeSourceGuest = std::function<absl::StatusOr<std::unique_ptr<SourceGuest>>(
+    std::unique_ptr<QmpClient> qmp, absl::Time deadline)>;
+
 struct OpenGuestOptions {
   std::string qmp_path;
   std::string
       glue_path;  // the plug-in's socket; empty: found in QEMU's command line or environment
-  std::string dirty_log = "auto";  // or "uffd-async", "uffd-handler"
+  std::string dirty_log = "auto";        // or "uffd-async", "uffd-handler"
+  MakeSourceGuest make_guest = nullptr;  // null: a QEMU that presync itself moves
 };
 
 struct OpenedGuest {

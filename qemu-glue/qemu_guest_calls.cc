@@ -16,6 +16,9 @@ namespace {
 // Events tell at once; this is how soon a lost one is made up for.
 constexpr absl::Duration kAskAgain = absl::Milliseconds(100);
 
+// How long after its monitor was closed a QEMU that ends has ended.
+constexpr absl::Duration kEndAfterClose = absl::Milliseconds(500);
+
 bool IsOneOf(std::string_view status, std::initializer_list<std::string_view> list) {
   return std::find(list.begin(), list.end(), status) != list.end();
 }
@@ -52,6 +55,32 @@ absl::StatusOr<RunState> QueryGuestState(QmpClient& qmp, const PeerProcess& proc
     return status.status();
   }
   return ToRunState(*status);
+}
+
+absl::Status ReviveMonitor(std::unique_ptr<QmpClient>* qmp, const PeerProcess& process,
+                           absl::Time deadline) {
+  if ((*qmp)->health().ok()) return absl::OkStatus();
+  const pid_t pid = process.pid();
+  // A QEMU that is ending closes its monitor first.
+  const absl::Time end_known = std::min(deadline, absl::Now() + kEndAfterClose);
+  if (process.AwaitEnd(end_known).ok()) {
+    return absl::UnavailableError(absl::StrCat("QEMU (process ", pid, ") has ended"));
+  }
+  absl::StatusOr<std::unique_ptr<QmpClient>> again = QmpClient::Connect((*qmp)->path(), deadline);
+  if (!again.ok()) {
+    return absl::AbortedError(absl::StrCat("QEMU (process ", pid,
+                                           ") lives, but its monitor can't "
+                                           "be reached any more: ",
+                                           again.status().message()));
+  }
+  if ((*again)->peer_pid() != pid) {
+    return absl::AbortedError(absl::StrCat("QEMU (process ", pid,
+                                           ") lives, but its monitor's "
+                                           "socket ",
+                                           (*qmp)->path(), " is another process's now"));
+  }
+  *qmp = *std::move(again);
+  return absl::OkStatus();
 }
 
 RunState ToRunState(std::string_view run_state) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <memory>
 #include <string>
 #include <string_view>
 
@@ -31,6 +32,12 @@ absl::StatusOr<RunState> QueryGuestState(QmpClient& qmp, const PeerProcess& proc
 
 // What QEMU's run state comes down to.
 RunState ToRunState(std::string_view run_state);
+
+// Connects anew if the monitor's connection was lost: that says nothing about the guest, which
+// answers as long as its process lives. UNAVAILABLE: `process` has ended. ABORTED: it lives, and
+// its monitor can't be reached.
+absl::Status ReviveMonitor(std::unique_ptr<QmpClient>* qmp, const PeerProcess& process,
+                           absl::Time deadline);
 
 // Blocks until the migration's status is one of `wanted`. FAILED_PRECONDITION: it failed or was
 // cancelled, or completed, and that was not wanted; the text starts with `step` and has QEMU's

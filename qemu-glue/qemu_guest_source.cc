@@ -18,9 +18,6 @@ constexpr uint64_t kDowntimeLimitMs = 2'000'000;
 // for.
 constexpr absl::Duration kAskAgain = absl::Milliseconds(20);
 
-// How long after its monitor was closed a QEMU that ends has ended.
-constexpr absl::Duration kEndAfterClose = absl::Milliseconds(500);
-
 constexpr char kStreamName[] = "presync-save";
 
 const Json& SaveParameters() {
@@ -44,29 +41,8 @@ absl::StatusOr<std::unique_ptr<QemuSourceGuest>> QemuSourceGuest::Create(
   return std::unique_ptr<QemuSourceGuest>(new QemuSourceGuest(std::move(qmp), *std::move(process)));
 }
 
-// A lost connection says nothing about the guest: as long as its process lives, it answers anew.
 absl::Status QemuSourceGuest::EnsureMonitor(absl::Time deadline) {
-  if (qmp_->health().ok()) return absl::OkStatus();
-  // A QEMU that is ending closes its monitor first.
-  const absl::Time end_known = std::min(deadline, absl::Now() + kEndAfterClose);
-  if (process_.AwaitEnd(end_known).ok()) {
-    return absl::UnavailableError(absl::StrCat("QEMU (process ", pid(), ") has ended"));
-  }
-  absl::StatusOr<std::unique_ptr<QmpClient>> again = QmpClient::Connect(qmp_->path(), deadline);
-  if (!again.ok()) {
-    return absl::AbortedError(absl::StrCat("QEMU (process ", pid(),
-                                           ") lives, but its monitor can't "
-                                           "be reached any more: ",
-                                           again.status().message()));
-  }
-  if ((*again)->peer_pid() != pid()) {
-    return absl::AbortedError(absl::StrCat("QEMU (process ", pid(),
-                                           ") lives, but its monitor's "
-                                           "socket ",
-                                           qmp_->path(), " is another process's now"));
-  }
-  qmp_ = *std::move(again);
-  return absl::OkStatus();
+  return ReviveMonitor(&qmp_, process_, deadline);
 }
 
 absl::Status QemuSourceGuest::PrepareSave(absl::Time deadline) {

@@ -102,7 +102,7 @@ class PackageTest(unittest.TestCase):
 
     def install(self):
         names = sorted(p.name for p in self.debs.glob("*.deb"))
-        self.assertGreaterEqual(len(names), 2, names)
+        self.assertEqual(len(names), 3, names)
         self.inside("apt-get", "update", "-qq")
         self.inside("apt-get", "install", "-y", "-qq", "--no-install-recommends", *(f"/debs/{name}" for name in names))
         self.assertEqual(self.inside("dpkg", "--audit"), "")
@@ -118,9 +118,12 @@ class PackageTest(unittest.TestCase):
         config = (self.root / "etc/presync/presyncd.toml").read_text(encoding="utf-8")
         for path in re.findall(r'"(/[^",]*\.so)[",]', config):
             self.assertTrue((self.root / path.lstrip("/")).exists(), path)
-        for page in ("presync.1", "presyncd.toml.5", "presyncd.8", "presync-qemu.7"):
+        for page in ("presync.1", "presyncd.toml.5", "presyncd.8", "presync-qemu.7", "presync-libvirt.7"):
             name, section = page.rsplit(".", 1)
             self.assertIn("NAME", self.inside("man", section, name), page)
+        hook = self.root / "etc/libvirt/hooks/qemu.d/presync"
+        self.assertEqual(hook.stat().st_mode & 0o777, 0o755)
+        self.inside("bash", "-c", f"echo '<uuid>6d1e3a52-7c0b-4f55-9b0a-0a5e5f1c2d3e</uuid>' | /{hook.relative_to(self.root)} web1 migrate begin -")
         words = self.inside("bash", "-c", ". /usr/share/bash-completion/bash_completion; . /usr/share/bash-completion/completions/presync; "
                             "COMP_WORDS=(presync sta); COMP_CWORD=1; COMP_LINE='presync sta'; COMP_POINT=11; _presync; echo ${COMPREPLY[*]}")
         self.assertEqual(sorted(words.split()), ["start", "status"])
@@ -137,7 +140,8 @@ class PackageTest(unittest.TestCase):
         self.inside("apt-get", "install", "-y", "-qq", "--reinstall", *(f"/debs/{name}" for name in names))
         self.assertEqual(config.read_text(encoding="utf-8"), mine, "an upgrade keeps what the operator wrote")
         self.inside("apt-get", "purge", "-y", "-qq", *(name.split("_")[0] for name in names))
-        for path in ("etc/presync/presyncd.toml", "usr/sbin/presyncd", "usr/lib/x86_64-linux-gnu/qemu/presync_glue.so"):
+        for path in ("etc/presync/presyncd.toml", "usr/sbin/presyncd", "usr/lib/x86_64-linux-gnu/qemu/presync_glue.so",
+                     "etc/libvirt/hooks/qemu.d/presync"):
             self.assertFalse((self.root / path).exists(), path)
 
 

@@ -2,10 +2,13 @@
 // streamed out on one host and in on the other, and that must never run on both.
 #pragma once
 
+#include <functional>
+#include <optional>
 #include <string>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 #include "transport/unique_fd.h"
 
@@ -16,6 +19,46 @@ enum class RunState {
   kPaused,    // stopped, could run
   kIncoming,  // a target that still waits for, or loads, its device state
   kGone,      // its process has ended
+};
+
+// A guest whose moves are not presync's to make but its manager's (libvirt): the manager starts the
+// process on the target, tells the guest to save its state and to run there, and undoes all of it
+// when something fails. presync keeps the memory in sync and stands between the two processes: the
+// device state passes through it, and its last byte only when everything else is there. One thread
+// at a time, the one that uses the guest. Nothing blocks for long but Expect.
+class ManagedLaunch {
+ public:
+  virtual ~ManagedLaunch() = default;
+
+  // The manager is about to save the guest: from now on its memory stays out of what is saved. Ends
+  // with the launch, with Forget, or by itself after some minutes without a launch.
+  // FAILED_PRECONDITION: something else is under way with this guest; else as SourceGuest.
+  virtual absl::Status Expect(absl::Time deadline) = 0;
+  // No launch will come of it. Ok to call at any time.
+  virtual void Forget() = 0;
+  virtual bool expected() const = 0;
+
+  // Tells the manager to move the guest, and returns at once. ALREADY_EXISTS: it was told before,
+  // and is not done.
+  virtual absl::Status Order() = 0;
+  // What came of it, once, when the manager is done with the order.
+  virtual std::optional<absl::Status> TakeOrderEnd() = 0;
+
+  // Whether the manager has begun to save the guest, ordered or by itself: hand it over at once, or
+  // Resume it. It stands still now, or will in some milliseconds.
+  virtual bool Begun() = 0;
+
+  // What the target's process answers on the guest's stream (StateReturn): for the process here.
+  // UNAVAILABLE: it does not listen any more.
+  virtual absl::Status TakeReturn(absl::string_view bytes) = 0;
+
+  // Ok while the guest stands still for the launch that was begun. FAILED_PRECONDITION: its manager
+  // has let it go on here.
+  virtual absl::Status StandsStill(absl::Time deadline) = 0;
+
+  // The guest was given up, and whether it runs on the target is not known: it must stand still
+  // here, whatever its manager thinks. Stops it if it runs.
+  virtual absl::Status HoldStill(absl::Time deadline) = 0;
 };
 
 // A guest on the host it runs on. One thread at a time may use it. Every call that blocks takes a
@@ -52,13 +95,25 @@ class SourceGuest {
   virtual absl::Status Quit(absl::Time deadline) = 0;
 
   virtual absl::StatusOr<RunState> State(absl::Time deadline) = 0;
+
+  // Null for a guest that presync itself moves. For one that has a manager the calls above do the
+  // manager's part by waiting for it: BeginSave needs Begun, Resume waits until the manager has
+  // taken its migration back, Quit until it has ended the guest here.
+  virtual ManagedLaunch* managed() { return nullptr; }
 };
+
+// What a guest's process writes against the stream that it loads from. Any thread.
+using ReturnBytes = std::function<void(absl::string_view bytes)>;
 
 // A guest on the host it will run on: a process that waits for device state, its RAM being the
 // memory that is mirrored. Thread and error rules as above.
 class TargetGuest {
  public:
   virtual ~TargetGuest() = default;
+
+  // From BeginLoad on, until the process is discarded or this object destroyed, `on_return` is
+  // given what the process answers. For guests with a manager only: others answer nothing.
+  virtual void OnReturn(ReturnBytes on_return) { (void)on_return; }
 
   // Returns the end to write the device state to; close it after the last byte. Bytes written to it
   // may be loaded at once, and loading reads guest RAM: nothing that the source saved after its

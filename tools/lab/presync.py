@@ -59,10 +59,11 @@ class Refused(Exception):
 class Daemon:
     """One presyncd.  A context manager; it is stopped by its id, the guests it started too."""
 
-    def __init__(self, two, host, folder, guests=None, defaults=None, insecure=False, rules=None, settings=None):
+    def __init__(self, two, host, folder, guests=None, defaults=None, insecure=False, rules=None, settings=None,
+                 tables=None):
         """`guests`: {name: argv or monitor socket of a waiting QEMU}.  With certificates, unless `insecure`.
         `rules`: {peer: {key: value}}, who may push; all hosts of the lab if not given.
-        `settings`: further top-level keys of the configuration."""
+        `settings`: further top-level keys of the configuration; `tables`: {name: {key: value}}, whole tables."""
         self.host = host
         self._two = two
         self.folder = pathlib.Path(folder) / host
@@ -78,6 +79,7 @@ class Daemon:
             certificates = _certificates.of_lab(folder, two)
             self._security = _certificates.settings(certificates, host)
             self._rules = {peer: {} for peer in two.hosts} if rules is None else rules
+        self._tables = tables or {}
         self._write_config(guests or {}, defaults or {}, settings or {})
 
     def _write_config(self, guests, defaults, settings=None):
@@ -87,6 +89,8 @@ class Daemon:
         lines += [f"{key} = {json.dumps(value)}" for key, value in (settings or {}).items()]
         if defaults:
             lines += ["[defaults]", *(f"{key} = {json.dumps(value)}" for key, value in defaults.items())]
+        for table, keys in self._tables.items():
+            lines += [f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in keys.items())]
         for peer, rules in self._rules.items():
             lines += [f'[peer."{peer}"]', *(f"{key} = {json.dumps(value)}" for key, value in rules.items())]
         for name, how in guests.items():

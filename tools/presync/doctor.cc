@@ -29,16 +29,6 @@ using Level = Finding::Level;
 
 constexpr absl::Duration kTimeout = absl::Seconds(10);
 
-Finding Good(std::string what, std::string detail) {
-  return {Level::kGood, std::move(what), std::move(detail), ""};
-}
-Finding Note(std::string what, std::string detail, std::string remedy) {
-  return {Level::kNote, std::move(what), std::move(detail), std::move(remedy)};
-}
-Finding Bad(std::string what, std::string detail, std::string remedy) {
-  return {Level::kProblem, std::move(what), std::move(detail), std::move(remedy)};
-}
-
 Finding ExamineKernel() {
   utsname name = {};
   ::uname(&name);
@@ -144,6 +134,16 @@ const char* LevelName(Level level) {
 
 }  // namespace
 
+Finding Good(std::string what, std::string detail) {
+  return {Level::kGood, std::move(what), std::move(detail), ""};
+}
+Finding Note(std::string what, std::string detail, std::string remedy) {
+  return {Level::kNote, std::move(what), std::move(detail), std::move(remedy)};
+}
+Finding Bad(std::string what, std::string detail, std::string remedy) {
+  return {Level::kProblem, std::move(what), std::move(detail), std::move(remedy)};
+}
+
 std::vector<Finding> ExamineHost(const std::string& socket) {
   std::vector<Finding> findings = {ExamineKernel(), ExamineUserfaultfd(), ExamineMemlock()};
   for (Finding& finding : ExamineRdma()) findings.push_back(std::move(finding));
@@ -196,6 +196,9 @@ int RunDoctor(const DoctorOptions& options) {
       findings.push_back(std::move(finding));
     }
   }
+  for (Finding& finding : ExamineLibvirt(options.socket, options.domain)) {
+    findings.push_back(std::move(finding));
+  }
   nlohmann::json json = nlohmann::json::array();
   int problems = 0;
   for (const Finding& finding : findings) {
@@ -216,6 +219,7 @@ int RunDoctor(const DoctorOptions& options) {
 RunCommand AddDoctor(CLI::App* app, CommandContext* context) {
   auto o = std::make_shared<DoctorOptions>();
   app->add_option("--qmp", o->qmp, "Also look at the QEMU behind this monitor");
+  app->add_option("--domain", o->domain, "Also look at this domain of libvirt's");
   app->add_option("--glue", o->glue, "The plug-in's socket, if it is not found by itself");
   return [o, context] {
     o->json = context->json;

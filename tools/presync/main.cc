@@ -7,6 +7,7 @@
 #include "tools/presync/bench.h"
 #include "tools/presync/command.h"
 #include "tools/presync/doctor.h"
+#include "tools/presync/libvirt_commands.h"
 #include "tools/presync/record.h"
 #include "tools/presync/replay.h"
 #include "tools/presync/report.h"
@@ -32,6 +33,7 @@ constexpr Subcommand kSubcommands[] = {
     {"report", "Make a page of a guest's sync and launches, with plots", AddReport},
     {"record", "Write down which pages a guest writes, for presync replay", AddRecord},
     {"replay", "Play recorded traces through the policies, off line", AddReplay},
+    {"libvirt", "Ready libvirt's domains for presync", AddLibvirt},
     {"doctor", "Look whether this host, and a guest, are ready", AddDoctor},
     {"bench", "Measure presync's own parts; needs no presyncd", AddBench},
 };

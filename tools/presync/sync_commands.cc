@@ -15,7 +15,7 @@ namespace {
 using Json = nlohmann::json;
 
 struct StartOptions {
-  std::string name, qmp, to, max_launch_time, max_bandwidth, transport, glue, dirty_log,
+  std::string name, domain, qmp, to, max_launch_time, max_bandwidth, transport, glue, dirty_log,
       compression, rdma_devices;
   int rdma_queue_pairs = 0;  // 0: the configuration's
   bool wait = false;
@@ -60,8 +60,14 @@ int WaitForSync(const std::string& name, const CommandContext& context) {
 }
 
 int Start(const StartOptions& options, const CommandContext& context) {
+  if (options.domain.empty() == (options.name.empty() || options.qmp.empty())) {
+    return Fail(absl::InvalidArgumentError(
+                    "start takes a NAME with --qmp, or --domain for a guest of libvirt's"),
+                context, kUsage);
+  }
   Json request = {{"command", "start"},
                   {"name", options.name},
+                  {"domain", options.domain},
                   {"qmp", AbsolutePath(options.qmp)},
                   {"to", options.to},
                   {"max_launch_time", options.max_launch_time},
@@ -74,7 +80,7 @@ int Start(const StartOptions& options, const CommandContext& context) {
   if (!options.compression.empty()) request["compression"] = options.compression;
   const Answer answer = Ask(context, request, absl::Seconds(90));
   if (answer.exit_code != kOk || !options.wait) return Print(answer, context, RenderGuest);
-  return WaitForSync(options.name, context);
+  return WaitForSync(TextOr(answer.json, "name", options.name), context);
 }
 
 int Status(const StatusOptions& options, const CommandContext& context) {
@@ -121,10 +127,13 @@ void AddLinkOptions(CLI::App* app, StartOptions* o) {
 
 RunCommand AddStart(CLI::App* app, CommandContext* context) {
   auto o = std::make_shared<StartOptions>();
-  app->add_option("name", o->name, "The guest's name, as the target's configuration has it")
-      ->required();
-  app->add_option("--qmp", o->qmp, "Socket of a QMP monitor that presync has for itself")
-      ->required();
+  CLI::Option* name =
+      app->add_option("name", o->name, "The guest's name, as the target's configuration has it");
+  CLI::Option* qmp =
+      app->add_option("--qmp", o->qmp, "Socket of a QMP monitor that presync has for itself");
+  app->add_option("--domain", o->domain, "A guest that libvirt manages, by its name or UUID")
+      ->excludes(name)
+      ->excludes(qmp);
   app->add_option("--to", o->to, "Target host, HOST or HOST:PORT (port 7350)")->required();
   app->add_option("--max-launch-time", o->max_launch_time,
                   "What a launch may take, from the order to the guest running on the target, e.g. "

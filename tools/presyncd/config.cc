@@ -169,6 +169,19 @@ absl::Status ReadDefaults(const toml::node& node, const std::string& path, Confi
   return OnTable(node, reader);
 }
 
+absl::Status ReadLibvirt(const toml::node& node, const std::string& path, LibvirtConfig* libvirt) {
+  TableReader reader(path);
+  libvirt->enabled = true;
+  reader.Text("uri", &libvirt->uri);
+  reader.Text("memory_backing_dir", &libvirt->memory_backing_dir);
+  reader.Text("socket_folder", &libvirt->socket_folder);
+  reader.Text("peer_uri", &libvirt->peer_uri);
+  reader.Word("migration", &libvirt->migration, {"p2p", "direct"});
+  reader.Flag("unsafe", &libvirt->unsafe);
+  reader.Text("plugin", &libvirt->plugin);
+  return OnTable(node, reader);
+}
+
 // What a peer, or all of them, may take: in [peer.NAME] and at the top.
 void ReadRules(TableReader* reader, PeerRules* rules) {
   reader->Number("max_guests", &rules->max_guests, 100000);
@@ -256,6 +269,8 @@ absl::StatusOr<Config> ParseConfig(absl::string_view text, const std::string& pa
   reader.Flag("rdma", &config.rdma);
   reader.Texts("rdma_addresses", &config.rdma_addresses, kMaxRdmaDevices);
   reader.On("defaults", [&](const toml::node& node) { return ReadDefaults(node, path, &config); });
+  reader.On("libvirt",
+            [&](const toml::node& node) { return ReadLibvirt(node, path, &config.libvirt); });
   reader.On("guest", [&](const toml::node& node) -> absl::Status {
     TableReader guests(path);
     const toml::table* table = node.as_table();

@@ -19,6 +19,18 @@ inline constexpr uint16_t kDefaultMetricsPort = 7352;
 inline constexpr char kDefaultConfigPath[] = "/etc/presync/presyncd.toml";
 inline constexpr char kDefaultSocketPath[] = "/run/presync/presyncd.sock";
 
+// [libvirt]: guests that libvirt manages. docs/libvirt.md.
+struct LibvirtConfig {
+  bool enabled = false;  // the table is there
+  std::string uri = "qemu:///system";
+  std::string memory_backing_dir;  // empty: as in libvirt's qemu.conf
+  std::string socket_folder = "/run/presync/libvirt";
+  std::string peer_uri = "qemu+tls://{host}/system";  // {host}: as in --to
+  std::string migration = "p2p";                      // or "direct"
+  bool unsafe = false;
+  std::string plugin = "/usr/lib/x86_64-linux-gnu/qemu/presync_glue.so";
+};
+
 struct Config {
   std::string listen_host = "127.0.0.1";  // until an operator opens it
   uint16_t listen_port = kDefaultPort;
@@ -58,6 +70,7 @@ struct Config {
   uint64_t audit_rate = 4'000'000;
 
   std::map<std::string, TargetGuestConfig> guests;
+  LibvirtConfig libvirt;
 };
 
 // INVALID_ARGUMENT with file, line and key: bad syntax, an unknown key, a value that makes no

@@ -16,7 +16,9 @@
 #include "qemu-glue/open_guest.h"
 #include "tools/common/local_api.h"
 #include "tools/common/units.h"
+#include "tools/presyncd/libvirt_api.h"
 #include "tools/presyncd/recording_api.h"
+#include "tools/presyncd/session_options.h"
 #include "tools/presyncd/status_json.h"
 #include "transport/tcp/socket.h"
 
@@ -45,69 +47,12 @@ absl::StatusOr<UniqueFd> LockFolder(const std::string& folder) {
                                                "; stop it, or configure another state_folder"));
 }
 
-absl::StatusOr<Compression> ToCompression(const std::string& name) {
-  if (name == "none") return Compression::kNone;
-  if (name == "lz4") return Compression::kLz4;
-  if (name == "zstd") return Compression::kZstd;
-  if (name == "auto") return Compression::kAuto;
-  return absl::InvalidArgumentError(
-      absl::StrCat("'", name, "' is no compression; there are none, lz4, zstd and auto"));
-}
-
-absl::StatusOr<Transport> ToTransport(const std::string& name) {
-  if (name == "auto") return Transport::kAuto;
-  if (name == "rdma") return Transport::kRdma;
-  if (name == "tcp") return Transport::kTcp;
-  return absl::InvalidArgumentError(
-      absl::StrCat("'", name, "' is no transport; there are auto, rdma and tcp"));
-}
-
-absl::Status SetTransport(const Json& request, const Config& config,
-                          SourceSessionOptions* options) {
-  absl::StatusOr<Transport> transport = ToTransport(TextOr(request, "transport", config.transport));
-  if (!transport.ok()) return transport.status();
-  options->transport = *transport;
-  const int64_t queue_pairs = NumberOr(request, "rdma_queue_pairs", config.rdma_queue_pairs);
-  if (queue_pairs < 1 || queue_pairs > kMaxRdmaQueuePairs) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--rdma-queue-pairs takes 1 to ", kMaxRdmaQueuePairs, ", a device"));
-  }
-  options->rdma.queue_pairs = static_cast<uint32_t>(queue_pairs);
-  options->rdma.devices = config.rdma_devices;
-  const std::string devices = TextOr(request, "rdma_devices", "");
-  if (!devices.empty()) options->rdma.devices = absl::StrSplit(devices, ',', absl::SkipEmpty());
-  options->rdma.on_demand_paging = config.rdma_on_demand_paging;
-  if (config.require_encryption) {
-    if (options->transport == Transport::kRdma) {
-      return absl::FailedPreconditionError(
-          "RDMA data is not encrypted, and this host requires encryption (require_encryption): "
-          "use --transport tcp");
-    }
-    options->transport = Transport::kTcp;
-    options->tcp_reason = "TCP, for this host requires encryption";
-  }
-  options->log = LogLine;
-  return absl::OkStatus();
-}
-
 absl::StatusOr<Decision> ParseDecision(const std::string& where) {
   if (where == "here") return Decision::kRunsHere;
   if (where == "there") return Decision::kRunsThere;
   if (where == "forget") return Decision::kForget;
   return absl::InvalidArgumentError(
       absl::StrCat("'", where, "' is none of here, there and forget"));
-}
-
-// The residual that a promise leaves room for must not be below what one page costs.
-absl::Status CheckPromise(absl::Duration promise, absl::Duration fixed_cost,
-                          const std::string& peer) {
-  if (promise > fixed_cost) return absl::OkStatus();
-  const absl::Duration least =
-      absl::Ceil(fixed_cost + absl::Milliseconds(10), absl::Milliseconds(10));
-  return absl::FailedPreconditionError(absl::StrFormat(
-      "--max-launch-time %s can't be kept: a handover to %s takes about %s here before any memory "
-      "moves; %s is the least that can be promised",
-      absl::FormatDuration(promise), peer, FormatMillis(fixed_cost), absl::FormatDuration(least)));
 }
 
 }  // namespace
@@ -149,10 +94,12 @@ absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Create(Config config) {
                               .guests = c.guests,
                               .log = LogLine});
   if (!host.ok()) return host.status();
-  daemon->host_ = *std::move(host);
+  absl::StatusOr<std::unique_ptr<LibvirtTargetHost>> libvirt = MakeLibvirtHost(c);
+  if (!libvirt.ok()) return libvirt.status();
+  daemon->host_ = std::make_unique<GuestHost>(*std::move(host), *std::move(libvirt));
   auto recovery = std::make_unique<RecoveryLoop>(c.state_folder, daemon->host_.get(),
                                                  daemon->security_->peers(), LogLine);
-  daemon->host_->EndWaitingLeftovers();
+  daemon->host_->qemu()->EndWaitingLeftovers();
 
   absl::StatusOr<UniqueFd> listener = Listen(c.listen_host, c.listen_port);
   if (!listener.ok()) return listener.status();
@@ -194,7 +141,7 @@ void Daemon::ReloadCertificates() {
 }
 
 void Daemon::Tick() {
-  host_->RemoveLeftovers();
+  host_->qemu()->RemoveLeftovers();
   for (const SessionStatus& status : Sources()) {
     history_.Sample(status, absl::Now());
     metrics_->NoteLink(status);
@@ -229,8 +176,9 @@ std::string Daemon::Summary() const {
 
 Json Daemon::Handle(const Json& request) {
   const std::string command = TextOr(request, "command", "");
-  static constexpr absl::string_view kCommands[] = {"start",  "launch", "stop",   "record",
-                                                    "settle", "status", "report", "verify"};
+  static constexpr absl::string_view kCommands[] = {"start",   "launch",      "stop",   "record",
+                                                    "settle",  "status",      "report", "verify",
+                                                    "libvirt", "libvirt-hook"};
   const bool known = absl::c_linear_search(kCommands, command);
   absl::StatusOr<Json> answer = absl::InvalidArgumentError(
       absl::StrCat("no such command: ", command, "; presync and presyncd differ in version?"));
@@ -241,6 +189,8 @@ Json Daemon::Handle(const Json& request) {
   if (command == "settle") answer = Settle(request);
   if (command == "verify") answer = Verify(request);
   if (command == "status") answer = Status(request);
+  if (command == "libvirt") answer = DescribeLibvirt(config_.libvirt);
+  if (command == "libvirt-hook") answer = AnswerHook(request, host_->libvirt(), service_.get());
   if (command == "report") answer = history_.Report(TextOr(request, "name", ""));
   if (!answer.ok()) {
     metrics_->NoteError(known ? command : "unknown", answer.status().code());
@@ -286,55 +236,56 @@ void Daemon::Unclaim(const std::string& name) {
   if (it != sources_.end() && it->second == nullptr) sources_.erase(it);
 }
 
-absl::StatusOr<SourceSessionOptions> Daemon::SessionOptions(const Json& request,
-                                                            const std::string& peer) const {
-  SourceSessionOptions options;
-  options.guest = TextOr(request, "name", "");
-  options.guest_address = TextOr(request, "qmp", "");
-  options.record_folder = config_.state_folder;
-  options.tcp_streams = config_.tcp_streams;
-  options.sync.scan_interval = config_.scan_interval;
-  options.sync.policy = config_.policy;
-  options.sync.fixed_cost = fixed_costs_.For(peer, config_.fixed_cost);
-  options.sync.max_launch_time = config_.max_launch_time;
-  options.sync.max_bytes_per_s = config_.max_bandwidth;
-  options.audit_bytes_per_s = config_.audit_rate;
-  if (const std::string text = TextOr(request, "max_launch_time", ""); !text.empty()) {
-    absl::StatusOr<absl::Duration> promise = ParsePositiveDuration(text);
-    if (!promise.ok()) return promise.status();
-    options.sync.max_launch_time = *promise;
-  }
-  if (const std::string text = TextOr(request, "max_bandwidth", ""); !text.empty()) {
-    absl::StatusOr<uint64_t> rate = ParseRate(text);
-    if (!rate.ok()) return rate.status();
-    options.sync.max_bytes_per_s = *rate;
-  }
-  absl::StatusOr<Compression> compression =
-      ToCompression(TextOr(request, "compression", config_.compression));
-  if (!compression.ok()) return compression.status();
-  options.tcp.compression = *compression;
-  if (absl::Status s = SetTransport(request, config_, &options); !s.ok()) return s;
-  absl::Status kept = CheckPromise(options.sync.max_launch_time, options.sync.fixed_cost, peer);
-  if (!kept.ok()) return kept;
+// Whom a request is about: a domain of libvirt's, or whoever answers at a monitor.
+absl::StatusOr<Daemon::Asked> Daemon::WhoIsAsked(const Json& request, const HostAndPort& to) const {
+  Asked asked = {.name = TextOr(request, "name", ""),
+                 .open = {.qmp_path = TextOr(request, "qmp", ""),
+                          .glue_path = TextOr(request, "glue", ""),
+                          .dirty_log = TextOr(request, "dirty_log", config_.dirty_log)}};
+  const std::string name = TextOr(request, "domain", "");
+  if (name.empty()) return asked;
+  absl::StatusOr<Domain> domain = FindDomain(config_.libvirt, name);
+  if (!domain.ok()) return domain.status();
+  asked.name = domain->name;
+  asked.domain = domain->uuid;
+  asked.open.qmp_path = domain->qmp_path;
+  asked.open.glue_path = domain->glue_path;
+  asked.open.make_guest = MakeDomainGuest(config_.libvirt, *domain, to.host);
+  return asked;
+}
+
+absl::StatusOr<SourceSessionOptions> Daemon::OptionsFor(const Json& request, const Asked& asked,
+                                                        const std::string& peer) {
+  const absl::Duration fixed_cost = fixed_costs_.For(peer, config_.fixed_cost);
+  absl::StatusOr<SourceSessionOptions> options =
+      ReadSessionOptions(request, config_, peer, fixed_cost);
+  if (!options.ok()) return options;
+  options->guest = asked.name;
+  options->guest_address = asked.open.qmp_path;
+  options->domain = asked.domain;
+  options->log = LogLine;
+  options->on_managed_launch = [this, name = asked.name](
+                                   absl::Time ordered_at,
+                                   const absl::StatusOr<HandoverReport>& report) {
+    NoteManagedLaunch(name, ordered_at, report);
+  };
   return options;
 }
 
 absl::StatusOr<Json> Daemon::Start(const Json& request) {
-  const std::string name = TextOr(request, "name", "");
   absl::StatusOr<HostAndPort> to = ParseHostPort(TextOr(request, "to", ""), kDefaultPort);
   if (!to.ok()) return to.status();
+  absl::StatusOr<Asked> asked = WhoIsAsked(request, *to);
+  if (!asked.ok()) return asked.status();
+  const std::string name = asked->name;
   auto dialer = std::make_unique<TcpDialer>(to->host, to->port, security_->peers());
-  absl::StatusOr<SourceSessionOptions> options = SessionOptions(request, dialer->peer());
+  absl::StatusOr<SourceSessionOptions> options = OptionsFor(request, *asked, dialer->peer());
   if (!options.ok()) return options.status();
   if (absl::Status s = Claim(name); !s.ok()) return s;
 
   std::function<absl::Status()> stop_tracking;
   const auto start = [&]() -> absl::StatusOr<std::unique_ptr<SourceSession>> {
-    absl::StatusOr<OpenedGuest> opened =
-        OpenGuest({.qmp_path = options->guest_address,
-                   .glue_path = TextOr(request, "glue", ""),
-                   .dirty_log = TextOr(request, "dirty_log", config_.dirty_log)},
-                  absl::Now() + absl::Seconds(20));
+    absl::StatusOr<OpenedGuest> opened = OpenGuest(asked->open, absl::Now() + absl::Seconds(20));
     if (!opened.ok()) return opened.status();
     for (const std::string& note : opened->notes) spdlog::info("{}: {}", name, note);
     options->rdma.memory_may_be_discarded = opened->memory_may_be_discarded;
@@ -357,6 +308,32 @@ absl::StatusOr<Json> Daemon::Start(const Json& request) {
   return answer;
 }
 
+// A launch that nobody ordered here: libvirt was told to move its guest.
+void Daemon::NoteManagedLaunch(const std::string& name, absl::Time ordered_at,
+                               const absl::StatusOr<HandoverReport>& report) {
+  const std::shared_ptr<SourceSession> session = Find(name);
+  if (session == nullptr) return;
+  NoteLaunch(session->status(), ordered_at, report, /*verified=*/false);
+  if (!report.ok()) spdlog::warn("{}: launch: {}", name, std::string(report.status().message()));
+}
+
+void Daemon::NoteLaunch(const SessionStatus& status, absl::Time ordered_at,
+                        const absl::StatusOr<HandoverReport>& report, bool verified) {
+  history_.Sample(status, absl::Now());
+  history_.NoteLaunch(status, ordered_at, report);
+  metrics_->NoteLaunch(report);
+  if (!report.ok()) return;
+  const double link = static_cast<double>(status.progress.link_bytes_per_s);
+  // Not what a verification cost, nor what libvirt does by itself, and not a launch whose end was
+  // only heard of later.
+  if (link > 0 && !verified && !report->managed && report->launch > absl::ZeroDuration()) {
+    const double moved = static_cast<double>(PagesToBytes(report->residual_at_launch));
+    fixed_costs_.Learn(status.peer, report->launch - absl::Seconds(moved / link));
+  }
+  spdlog::info("{}: runs on {} after {} (stopped for {})", status.guest, status.peer,
+               FormatMillis(report->launch), FormatMillis(report->downtime));
+}
+
 absl::StatusOr<Json> Daemon::Launch(const Json& request) {
   const std::string name = TextOr(request, "name", "");
   const std::shared_ptr<SourceSession> session = Find(name);
@@ -373,18 +350,8 @@ absl::StatusOr<Json> Daemon::Launch(const Json& request) {
   history_.Sample(session->status(), ordered_at);
   absl::StatusOr<HandoverReport> report = session->Launch(options, wait);
   const SessionStatus status = session->status();
-  history_.Sample(status, absl::Now());
-  history_.NoteLaunch(status, ordered_at, report);
-  metrics_->NoteLaunch(report);
+  NoteLaunch(status, ordered_at, report, options.verify);
   if (!report.ok()) return report.status();
-  const double link = static_cast<double>(status.progress.link_bytes_per_s);
-  // Not what a verification cost, and not a launch whose end was only heard of later.
-  if (link > 0 && !options.verify && report->launch > absl::ZeroDuration()) {
-    const double moved = static_cast<double>(PagesToBytes(report->residual_at_launch));
-    fixed_costs_.Learn(status.peer, report->launch - absl::Seconds(moved / link));
-  }
-  spdlog::info("{}: runs on {} after {} (stopped for {})", name, status.peer,
-               FormatMillis(report->launch), FormatMillis(report->downtime));
   return LaunchReportToJson(*report, status);
 }
 

@@ -11,7 +11,9 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/statusor.h"
-#include "qemu-glue/qemu_target_host.h"
+#include "qemu-glue/guest_host.h"
+#include "qemu-glue/open_guest.h"
+#include "tools/common/units.h"
 #include "tools/presyncd/config.h"
 #include "tools/presyncd/fixed_costs.h"
 #include "tools/presyncd/history.h"
@@ -46,7 +48,19 @@ class Daemon {
  private:
   explicit Daemon(Config config);
 
+  struct Asked {
+    std::string name;
+    std::string domain;  // libvirt's UUID; empty: not libvirt's
+    OpenGuestOptions open;
+  };
+  absl::StatusOr<Asked> WhoIsAsked(const nlohmann::json& request, const HostAndPort& to) const;
+  absl::StatusOr<SourceSessionOptions> OptionsFor(const nlohmann::json& request, const Asked& asked,
+                                                  const std::string& peer);
   absl::StatusOr<nlohmann::json> Start(const nlohmann::json& request);
+  void NoteManagedLaunch(const std::string& name, absl::Time ordered_at,
+                         const absl::StatusOr<HandoverReport>& report);
+  void NoteLaunch(const SessionStatus& status, absl::Time ordered_at,
+                  const absl::StatusOr<HandoverReport>& report, bool verified);
   absl::StatusOr<nlohmann::json> Launch(const nlohmann::json& request);
   absl::StatusOr<nlohmann::json> Stop(const nlohmann::json& request);
   absl::StatusOr<nlohmann::json> Record(const nlohmann::json& request);
@@ -57,8 +71,6 @@ class Daemon {
   bool InUse(const std::string& guest) const ABSL_LOCKS_EXCLUDED(mutex_);
   std::vector<SessionStatus> Sources() const ABSL_LOCKS_EXCLUDED(mutex_);
   Metrics::View View() const ABSL_LOCKS_EXCLUDED(mutex_);
-  absl::StatusOr<SourceSessionOptions> SessionOptions(const nlohmann::json& request,
-                                                      const std::string& peer) const;
   absl::Status Claim(const std::string& name) ABSL_LOCKS_EXCLUDED(mutex_);
   void Unclaim(const std::string& name) ABSL_LOCKS_EXCLUDED(mutex_);
   std::shared_ptr<SourceSession> Find(const std::string& name) const ABSL_LOCKS_EXCLUDED(mutex_);
@@ -68,7 +80,7 @@ class Daemon {
   UniqueFd lock_;  // on the state folder, while this daemon lives
   FixedCosts fixed_costs_;
   History history_;
-  std::unique_ptr<QemuTargetHost> host_;
+  std::unique_ptr<GuestHost> host_;
   std::unique_ptr<TargetService> service_;
   std::unique_ptr<RecoveryLoop> recovery_;  // after the above: it looks at them
 

@@ -67,7 +67,7 @@ absl::StatusOr<wire::Outcome> QemuRecoveryHost::AskTarget(const HandoverEntry& e
   return AskOutcome(&dialer, entry.session, entry.guest, absl::Now() + kTimeout);
 }
 
-RecoveryLoop::RecoveryLoop(const std::string& folder, QemuTargetHost* host, PeerSecurity security,
+RecoveryLoop::RecoveryLoop(const std::string& folder, GuestHost* host, PeerSecurity security,
                            std::function<void(bool problem, const std::string& line)> log)
     : host_(host, std::move(security)),
       recovery_({.folder = folder, .log = std::move(log)}, &host_) {

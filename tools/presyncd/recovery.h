@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
-#include "qemu-glue/qemu_target_host.h"
+#include "qemu-glue/guest_host.h"
 #include "transport/mutex.h"
 #include "transport/sync/dialer.h"
 #include "transport/sync/recovery.h"
@@ -21,7 +21,7 @@ namespace presync {
 class QemuRecoveryHost final : public RecoveryHost {
  public:
   // `host` must outlive it.
-  QemuRecoveryHost(QemuTargetHost* host, PeerSecurity security)
+  QemuRecoveryHost(GuestHost* host, PeerSecurity security)
       : host_(host), security_(std::move(security)) {}
 
   absl::Status ResumeSource(const HandoverEntry& entry) override;
@@ -31,7 +31,7 @@ class QemuRecoveryHost final : public RecoveryHost {
   absl::Status RunOrphan(const std::string& address) override { return host_->RunOrphan(address); }
 
  private:
-  QemuTargetHost* const host_;
+  GuestHost* const host_;
   const PeerSecurity security_;
 };
 
@@ -41,7 +41,7 @@ class RecoveryLoop {
  public:
   // Goes through the records in `folder` once, which blocks for some seconds at most for each open
   // one; nothing may be listening yet. `host` must outlive it.
-  RecoveryLoop(const std::string& folder, QemuTargetHost* host, PeerSecurity security,
+  RecoveryLoop(const std::string& folder, GuestHost* host, PeerSecurity security,
                std::function<void(bool problem, const std::string& line)> log);
   ~RecoveryLoop();
 

@@ -68,6 +68,9 @@ bool IsAside(const Body& message) {
     case Body::kLinkReady:
     case Body::kLinkRefused:
     case Body::kLinkClosed:
+    case Body::kLaunchComing:
+    case Body::kLaunchExpected:
+    case Body::kLaunchOff:
       return true;
     case Body::kHashReply:  // of a comparison beside everything else, which may be over by now
       return message.hash_reply().id() != 0;

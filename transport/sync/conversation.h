@@ -17,8 +17,8 @@ absl::StatusOr<uint32_t> ExchangeHello(ControlChannel* channel, absl::Time deadl
 // The version that two ranges have in common, 0 if none: the newest.
 uint32_t CommonVersion(uint32_t newest_a, uint32_t oldest_a, uint32_t newest_b, uint32_t oldest_b);
 
-// Whether a message may come between any others: Ping, Pong, what is said about data links, and
-// hashes that were asked for outside a handover.
+// Whether a message may come between any others: Ping, Pong, what is said about data links and
+// about what libvirt is going to do, and hashes that were asked for outside a handover.
 bool IsAside(const wire::ControlMessage& message);
 
 // Waits for the message `wanted`. Asides are passed over; Refused becomes its status; anything else

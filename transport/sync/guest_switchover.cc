@@ -45,7 +45,8 @@ absl::Status GuestSwitchover::Run(absl::Time rounds_deadline) {
   const absl::Time deadline = absl::Now() + timeout_;
   absl::StatusOr<UniqueFd> stream = guest_->BeginSave(deadline);
   if (!stream.ok()) return stream.status();
-  relay_.emplace(*std::move(stream), channel_, deadline);
+  // A manager stops the guest when it likes: what it saves may be of then from the first byte on.
+  relay_.emplace(*std::move(stream), channel_, deadline, guest_->managed() != nullptr);
   const absl::StatusOr<absl::Time> stopped_at = guest_->Stop(deadline);
   if (!stopped_at.ok()) return stopped_at.status();
   relay_->StageFromNowOn();

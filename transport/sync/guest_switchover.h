@@ -21,8 +21,9 @@ namespace presync {
 // guest waits for its reader while it saves.
 class StateRelay {
  public:
-  StateRelay(UniqueFd stream, ControlChannel* channel, absl::Time deadline)
-      : stream_(std::move(stream)), thread_([this, channel, deadline] {
+  // `staged`: from the first byte on, for who knows not when the guest stops.
+  StateRelay(UniqueFd stream, ControlChannel* channel, absl::Time deadline, bool staged)
+      : stream_(std::move(stream)), staged_(staged), thread_([this, channel, deadline] {
           status_ = Relay(channel, deadline);
           stream_.reset();  // a guest that still saves must not wait for a reader that is gone
         }) {}
@@ -45,7 +46,7 @@ class StateRelay {
   absl::Status Relay(ControlChannel* channel, absl::Time deadline);
 
   UniqueFd stream_;
-  std::atomic<bool> staged_ = false;
+  std::atomic<bool> staged_;
   std::atomic<bool> cancelled_ = false;
   absl::Status status_;
   uint64_t bytes_ = 0;

@@ -175,11 +175,17 @@ absl::StatusOr<SourceConnection> ConnectSource(Dialer* dialer, const GuestMemory
       DialControl(dialer, deadline, &connection.version);
   if (!channel.ok()) return channel.status();
   connection.channel = *std::move(channel);
+  if (!request.domain.empty() && connection.version < kDomainVersion) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("the presyncd of ", dialer->peer(),
+                     " is too old for guests that libvirt manages: upgrade it"));
+  }
 
   Body message;
   wire::OpenSession* open = message.mutable_open_session();
   open->set_session_id(IdToBytes(request.session));
   open->set_guest(request.guest);
+  open->set_domain(request.domain);
   open->set_page_bytes(kPageBytes);
   open->set_tcp_streams(request.tcp_streams);
   for (const Region& region : memory->regions()) {

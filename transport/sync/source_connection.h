@@ -33,6 +33,7 @@ using MakeSourceLink = std::function<absl::StatusOr<std::unique_ptr<SourceLink>>
 struct SessionRequest {
   SessionId session = {};
   std::string guest;
+  std::string domain;  // libvirt's UUID of a guest that libvirt manages; else empty
   uint32_t tcp_streams = 4;
   TcpSourceOptions tcp;
   SocketOptions socket;

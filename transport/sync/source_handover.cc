@@ -41,12 +41,14 @@ class Handover {
   absl::Status Rounds(GuestSwitchover* guest);
   absl::Status Drain();
   absl::Status Take(const Body& message);
+  absl::Status TakeReturn(const Body& message);
   absl::Status TakeWhatCame();
   absl::Status TakeUntil(absl::FunctionRef<bool()> done);
   absl::Status LoadAndCompare(bool written_since_stop);
   absl::Status CountDiffering(const std::vector<PageRun>& ranges);
   HandoverEnd AfterGivingUp();
   absl::Status TargetsReason(absl::Status why);
+  void TellAborted(const absl::Status& why);
   HandoverEnd CallOff(absl::Status why);
   HandoverEnd End(HandoverResult result, absl::Status why) {
     return {.result = result, .why = std::move(why), .report = report_};
@@ -75,6 +77,7 @@ class Handover {
 
 HandoverEnd Handover::Run() {
   deadline_ = absl::Now() + options_.rounds_timeout;
+  report_.managed = guest_->managed() != nullptr;
   const uint64_t wire_bytes_before = sync_->progress().wire_bytes;
   if (absl::Status s = BeforeGivingUp(); !s.ok()) return CallOff(std::move(s));
   report_.wire_bytes = sync_->progress().wire_bytes - wire_bytes_before;
@@ -118,7 +121,9 @@ absl::Status Handover::BeforeGivingUp() {
   const bool written = sync_->progress().write_faults != writes_before;
   if (absl::Status s = sync_->Flush(deadline_); !s.ok()) return s;
   Mark("last scan");
-  return LoadAndCompare(written);
+  if (absl::Status s = LoadAndCompare(written); !s.ok()) return s;
+  ManagedLaunch* managed = guest_->managed();
+  return managed == nullptr ? absl::OkStatus() : managed->StandsStill(deadline_);
 }
 
 // Sends what is stale, again and again, while the guest runs. The guest is told to stop when the
@@ -131,6 +136,8 @@ absl::Status Handover::Rounds(GuestSwitchover* guest) {
       static_cast<uint64_t>(static_cast<double>(sync_->link_bytes_per_s()) *
                             absl::ToDoubleSeconds(options_.overlapped_transfer));
   const auto little = [&] { return PagesToBytes(sync_->unsent()) <= free_bytes; };
+  // Its manager has told it to stop already: there is nothing to wait for.
+  const bool managed = guest_->managed() != nullptr;
   PageCount before = UINT32_MAX;
   const auto target_ready = [&] { return ready_ && !(comparison_ && comparison_->awaits_reply()); };
   bool gone = false;
@@ -141,12 +148,12 @@ absl::Status Handover::Rounds(GuestSwitchover* guest) {
     }
     if (absl::Status s = TakeWhatCame(); !s.ok()) return s;
     if (absl::Status s = sync_->PushAll(); !s.ok()) return s;
-    if (little()) {  // what was known is nearly out: look again
+    if (managed || little()) {  // what was known is nearly out: look again
       if (absl::Status s = sync_->Scan(); !s.ok()) return s;
       if (absl::Status s = sync_->PushAll(); !s.ok()) return s;
       ++report_.rounds;
       const PageCount unsent = sync_->unsent();
-      if (target_ready() && (little() || unsent >= before - before / 4)) {
+      if (target_ready() && (managed || little() || unsent >= before - before / 4)) {
         if (!gone) Mark("told to stop");
         gone = true;
         guest->Go();
@@ -182,6 +189,8 @@ absl::Status Handover::Take(const Body& message) {
     case Body::kHashReply:
       if (!comparison_) break;
       return comparison_->OnReply(message.hash_reply());
+    case Body::kStateReturn:
+      return TakeReturn(message);
     case Body::kLoaded:
       loaded_ = true;
       Mark("loaded on target");
@@ -194,6 +203,12 @@ absl::Status Handover::Take(const Body& message) {
   }
   return absl::InvalidArgumentError(
       absl::StrCat(channel_->peer(), " sent message ", message.body_case(), " in a handover"));
+}
+
+absl::Status Handover::TakeReturn(const Body& message) {
+  ManagedLaunch* managed = guest_->managed();
+  if (managed == nullptr) return absl::InvalidArgumentError("this guest takes no answer");
+  return managed->TakeReturn(message.state_return().data());
 }
 
 // Takes note of what has come, without waiting.
@@ -264,7 +279,11 @@ HandoverEnd Handover::AfterGivingUp() {
   absl::Status sent = SendBody(run);
   if (!sent.ok()) return End(HandoverResult::kInDoubt, std::move(sent));
   absl::StatusOr<Body> answer = channel_->Receive(deadline_);
-  while (answer.ok() && IsAside(*answer)) answer = channel_->Receive(deadline_);
+  while (answer.ok() && (IsAside(*answer) || answer->body_case() == Body::kStateReturn)) {
+    // A process here that is gone does not change whose the guest is.
+    if (!IsAside(*answer)) TakeReturn(*answer).IgnoreError();
+    answer = channel_->Receive(deadline_);
+  }
   if (!answer.ok()) return End(HandoverResult::kInDoubt, answer.status());
 
   const bool never_ran = answer->body_case() == Body::kOutcome &&
@@ -295,20 +314,30 @@ absl::Status Handover::TargetsReason(absl::Status why) {
   return refusal_.ok() ? why : refusal_;
 }
 
-// Gives the guest back to its vCPUs first, then tells the target.
+void Handover::TellAborted(const absl::Status& why) {
+  Body abort;
+  abort.mutable_abort_handover()->set_reason(std::string(why.message()));
+  channel_->Send(abort, absl::Now() + absl::Seconds(1)).IgnoreError();
+}
+
+// Gives the guest back to its vCPUs first, then tells the target. But a manager resumes its guest
+// when the process on the target has failed, and not before.
 HandoverEnd Handover::CallOff(absl::Status why) {
+  const bool managed = guest_->managed() != nullptr;
+  if (managed) {
+    why = TargetsReason(std::move(why));
+    TellAborted(why);
+  }
   const absl::Status resumed = guest_->Resume(absl::Now() + absl::Seconds(30));
   Mark("called off");
-  why = TargetsReason(std::move(why));
+  if (!managed) why = TargetsReason(std::move(why));
   if (!resumed.ok()) {
     why = absl::Status(why.code(), absl::StrCat(why.message(),
                                                 "; and then the guest could not be "
                                                 "resumed here: ",
                                                 resumed.message()));
   }
-  Body abort;
-  abort.mutable_abort_handover()->set_reason(std::string(why.message()));
-  channel_->Send(abort, absl::Now() + absl::Seconds(1)).IgnoreError();
+  if (!managed) TellAborted(why);
   return End(resumed.ok() ? HandoverResult::kHere : HandoverResult::kStuck, std::move(why));
 }
 

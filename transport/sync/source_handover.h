@@ -36,6 +36,7 @@ struct HandoverReport {
   PageCount residual_at_launch = 0;
   PageCount residual_at_stop = 0;
   uint32_t rounds = 0;
+  bool managed = false;  // by the guest's manager, whose preparations are part of `launch`
   uint64_t state_bytes = 0;
   uint64_t wire_bytes = 0;  // memory sent after the order, as on the wire
   PageCount pages_compared = 0;

@@ -198,10 +198,17 @@ void SourceSession::Run() {
     if (absl::Now() >= next_publish_) Publish();
 
     const bool busy = connected_ && sync_->busy();
-    const absl::Duration rest = comparisons_.hurried() ? kBusyStep : absl::Milliseconds(5);
-    LaunchOrder* order = WaitForOrder(busy ? absl::ZeroDuration() : rest);
-    if (order != nullptr) Serve(order);
+    LaunchOrder* order = WaitForOrder(busy ? absl::ZeroDuration() : IdleStep());
+    if (guest_->managed() != nullptr) {
+      ServeManaged(order);
+    } else if (order != nullptr) {
+      Serve(order);
+    }
     if (StopRequested()) break;
+  }
+  if (LaunchOrder* late = WaitForOrder(absl::ZeroDuration()); late != nullptr) {
+    Answer(late, absl::FailedPreconditionError(absl::StrCat(
+                     options_.guest, " can't be launched: it is ", StateName(state_))));
   }
   if (!Open() && !Ended()) {
     if (connected_ && ForgetRequested()) {
@@ -224,7 +231,8 @@ void SourceSession::Run() {
 }
 
 absl::Status SourceSession::TickConnected() {
-  sync_->set_urgent(waiting_launches_ > 0);
+  const bool coming = guest_->managed() != nullptr && guest_->managed()->expected();
+  sync_->set_urgent(waiting_launches_ > 0 || coming);
   // Without a link the guest is watched all the same: what was synced stays known.
   if (absl::Status s = sync_->Tick(); !s.ok()) return s;
   if (!connected_) return absl::OkStatus();
@@ -238,13 +246,18 @@ absl::Status SourceSession::TickConnected() {
   }
   if (absl::Status s = PollControl(); !s.ok()) return s;
   if (absl::Status s = Compare(); !s.ok()) return s;
+  if (coming) {
+    if (absl::Status s = TickManaged(); !s.ok()) return s;
+  }
   TryRdmaAgain();
   return absl::OkStatus();
 }
 
 absl::Status SourceSession::PollControl() {
   const absl::Time now = absl::Now();
-  if (now < next_ping_) return comparisons_.awaits_reply() ? TakeMessages() : absl::OkStatus();
+  // What a manager is about to do can't wait for the next ping.
+  const bool in_haste = comparisons_.awaits_reply() || guest_->managed() != nullptr;
+  if (now < next_ping_) return in_haste ? TakeMessages() : absl::OkStatus();
   next_ping_ = now + kPingEvery;
   Body ping;
   ping.mutable_ping()->set_sequence(static_cast<uint64_t>(absl::ToUnixMicros(now)));
@@ -261,6 +274,10 @@ absl::Status SourceSession::TakeMessages() {
     if (message->body_case() == Body::kRefused) {
       return RefusedStatus(message->refused(), dialer_->peer());
     }
+    if (message->body_case() == Body::kLaunchComing) {
+      if (absl::Status s = OnLaunchComing(); !s.ok()) return s;
+    }
+    if (message->body_case() == Body::kLaunchOff) OnLaunchOff(message->launch_off().reason());
     if (return_ != nullptr && LinkOf(*message) == return_->number()) return_->OnMessage(*message);
     if (message->body_case() == Body::kHashReply) {
       if (absl::Status s = comparisons_.OnReply(message->hash_reply()); !s.ok()) return s;
@@ -275,6 +292,7 @@ absl::Status SourceSession::TakeMessages() {
 SessionRequest SourceSession::Request() const {
   return {.session = id_,
           .guest = options_.guest,
+          .domain = options_.domain,
           .tcp_streams = options_.tcp_streams,
           .tcp = options_.tcp,
           .socket = options_.socket,
@@ -315,6 +333,7 @@ absl::Status SourceSession::Connect() {
 
 void SourceSession::LoseLink(const absl::Status& why) {
   problem_ = std::string(why.message());
+  if (guest_->managed() != nullptr) guest_->managed()->Forget();
   if (!connected_) {  // then it was the dirty log, without which there is nothing to go on
     Settle(SessionState::kFailed, why);
     return;
@@ -375,7 +394,14 @@ void SourceSession::Answer(LaunchOrder* order, absl::StatusOr<HandoverReport> re
   MutexLock lock(&mutex_);
   order->result = std::move(result);
   order->done = true;
-  order_ = nullptr;
+  if (order_ == order) order_ = nullptr;  // a manager's own launch is nobody's order
+}
+
+// How long an idle session sleeps: a manager stops its guest some milliseconds after it has begun.
+absl::Duration SourceSession::IdleStep() const {
+  ManagedLaunch* managed = guest_->managed();
+  const bool coming = managed != nullptr && (managed->expected() || manager_told_);
+  return coming || comparisons_.hurried() ? kBusyStep : absl::Milliseconds(5);
 }
 
 }  // namespace presync

@@ -33,6 +33,7 @@ namespace presync {
 struct SourceSessionOptions {
   std::string guest;
   std::string guest_address;  // how this host reaches the guest's QEMU: for the handover record
+  std::string domain;         // libvirt's UUID of a guest with a manager; else empty
   std::string record_folder;
   SourceSyncOptions sync;
   uint32_t tcp_streams = 4;
@@ -49,6 +50,9 @@ struct SourceSessionOptions {
   absl::Duration rdma_retry_longest = absl::Minutes(8);
   // Memory that the background audit compares a second; 0: no audit.
   uint64_t audit_bytes_per_s = 0;
+  // Called when a launch has ended that the guest's manager began by itself. The session's thread.
+  std::function<void(absl::Time ordered_at, const absl::StatusOr<HandoverReport>& report)>
+      on_managed_launch = [](absl::Time, const absl::StatusOr<HandoverReport>&) {};
   // Called with one line whenever an operator would want to know. The session's thread.
   std::function<void(bool problem, const std::string& line)> log = [](bool, const std::string&) {};
 };
@@ -150,6 +154,17 @@ class SourceSession {
   absl::Status ReserveRecord();
   void RemoveRecord();
   void Serve(LaunchOrder* order);
+  absl::Status CheckLaunchable() const;
+  absl::Status CheckRuns();
+  void HandOver(LaunchOrder* order);
+  void ServeManaged(LaunchOrder* order);
+  void BeginManaged(LaunchOrder* order);
+  void TakeUpManaged(LaunchOrder* order);
+  absl::Status TickManaged();
+  absl::Duration IdleStep() const;
+  void WaitABit();
+  absl::Status OnLaunchComing();
+  void OnLaunchOff(const std::string& reason);
   absl::Status TickConnected();
   absl::Status PollControl();
   absl::Status TakeMessages();
@@ -202,6 +217,10 @@ class SourceSession {
   absl::Time next_ping_ = absl::InfinitePast();
   absl::Time next_publish_ = absl::InfinitePast();
   std::unique_ptr<HandoverRecord> record_;  // from the end of the first pass on
+  // With a guest that has a manager.
+  bool manager_told_ = false;  // of the launch that is ordered
+  absl::Time coming_since_ = absl::InfinitePast();
+  absl::Time next_round_ = absl::InfinitePast();
   // The way back to RDMA, while TCP carries the sync.
   std::unique_ptr<LinkReturn> return_;
   absl::Time next_rdma_ = absl::InfinitePast();

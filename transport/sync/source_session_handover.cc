@@ -29,21 +29,30 @@ void SourceSession::RemoveRecord() {
   record_.reset();
 }
 
-void SourceSession::Serve(LaunchOrder* order) {
+absl::Status SourceSession::CheckLaunchable() const {
   if (!connected_ || state_ != SessionState::kSyncing) {
-    Answer(order, absl::FailedPreconditionError(
-                      absl::StrCat("the link to ", dialer_->peer(), " is down: ", problem_)));
-    return;
+    return absl::FailedPreconditionError(
+        absl::StrCat("the link to ", dialer_->peer(), " is down: ", problem_));
   }
+  return absl::OkStatus();
+}
+
+absl::Status SourceSession::CheckRuns() {
   const absl::StatusOr<RunState> run_state = guest_->State(absl::Now() + absl::Seconds(10));
-  if (!run_state.ok() || *run_state != RunState::kRunning) {
-    Answer(order, run_state.ok()
-                      ? absl::FailedPreconditionError(
-                            "the guest is paused here; a launch would run it on the target: "
-                            "resume it first")
-                      : run_state.status());
-    return;
-  }
+  if (!run_state.ok()) return run_state.status();
+  if (*run_state == RunState::kRunning) return absl::OkStatus();
+  return absl::FailedPreconditionError(
+      "the guest is paused here; a launch would run it on the target: resume it first");
+}
+
+void SourceSession::Serve(LaunchOrder* order) {
+  absl::Status fit = CheckLaunchable();
+  if (fit.ok()) fit = CheckRuns();
+  if (!fit.ok()) return Answer(order, fit);
+  HandOver(order);
+}
+
+void SourceSession::HandOver(LaunchOrder* order) {
   comparisons_.Drop(absl::AbortedError("a launch ended it"));
   recording_.End("a launch ended it");
   log_->StopRecording();
@@ -54,6 +63,7 @@ void SourceSession::Serve(LaunchOrder* order) {
   if (recorded.ok()) recorded = record_->Append(HandoverPhase::kPreparing);
   if (!recorded.ok()) {
     state_ = SessionState::kSyncing;
+    if (guest_->managed() != nullptr) guest_->Resume(absl::Now() + absl::Seconds(30)).IgnoreError();
     Answer(order, recorded);
     return;
   }
@@ -89,6 +99,11 @@ void SourceSession::Serve(LaunchOrder* order) {
 // Given up, and no answer: ask until there is one. Neither yes nor silence lets the guest run here;
 // only the target's positive word that it never ran it.
 void SourceSession::ResolveDoubt() {
+  if (ManagedLaunch* managed = guest_->managed(); managed != nullptr) {
+    if (absl::Status s = managed->HoldStill(absl::Now() + absl::Seconds(5)); !s.ok()) {
+      options_.log(true, absl::StrCat(options_.guest, ": ", s.message()));
+    }
+  }
   if (const std::optional<bool> runs_here = TakeDecision()) {
     options_.log(true, absl::StrCat(options_.guest, ": settled by hand: it runs ",
                                     *runs_here ? "here" : "there"));

@@ -9,6 +9,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
 #include "absl/time/time.h"
 #include "transport/guest.h"
 #include "transport/memory.h"
@@ -95,6 +96,19 @@ class TargetHost {
   // configured.
   virtual absl::StatusOr<std::unique_ptr<TargetPlace>> MakePlace(
       const std::string& guest, const std::vector<RegionRequest>& regions) = 0;
+
+  // The same for a guest that libvirt manages, by its domain's UUID: libvirt starts the process
+  // that waits, when it comes to a launch. FAILED_PRECONDITION: this host has nothing to do with
+  // libvirt.
+  virtual absl::StatusOr<std::unique_ptr<TargetPlace>> MakeDomainPlace(
+      const std::string& guest, const std::string& domain,
+      const std::vector<RegionRequest>& regions) {
+    (void)domain, (void)regions;
+    return absl::FailedPreconditionError(
+        absl::StrCat("guest ", guest,
+                     " is managed by libvirt, and this host's presyncd takes no such guests: add "
+                     "[libvirt] to its presyncd.toml and restart it"));
+  }
 
   // Makes sure that a guest which was waiting for `session` under this address, before presyncd was
   // restarted, never runs. Ok: it is certain.

@@ -7,6 +7,7 @@
 #include <list>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -73,6 +74,7 @@ struct TargetSlot {
   uint64_t memory_bytes = 0;
   std::string state = "mirroring";
   std::unique_ptr<TargetPlace> place;
+  std::string domain;  // libvirt's UUID of whose place it is; empty: not libvirt's
   std::atomic<bool> content_kept = false;  // the memory holds what a session confirmed ...
   std::atomic<bool> noted = false;         // ... and a later presyncd can find it
   std::atomic<bool> older_copy = false;  // ... but another one than this, or before this began anew
@@ -80,6 +82,7 @@ struct TargetSlot {
   ControlChannel* channel = nullptr;  // of the conversation that serves it; null when lost
   bool busy = false;                  // a conversation is using `place`
   bool closing = false;               // ... and ends it: the guest's name will be free
+  std::optional<absl::Status> launch_expected;  // the source's answer to the newest LaunchComing
 };
 
 // Where data connections wait until their session takes them.
@@ -105,6 +108,15 @@ class TargetService {
   void Adopt(UniqueFd socket, std::string peer);
 
   std::vector<TargetStatus> status() const ABSL_LOCKS_EXCLUDED(mutex_);
+
+  // For guests that libvirt manages ("target_launch.cc"): libvirt here is about to start the
+  // process that waits for `guest`. Returns when its source is ready for that. FAILED_PRECONDITION:
+  // the sync is not ready for a launch, with what it is; UNAVAILABLE, DEADLINE_EXCEEDED: no source
+  // answers.
+  absl::Status AnnounceLaunch(const std::string& guest, absl::Time deadline)
+      ABSL_LOCKS_EXCLUDED(mutex_);
+  // That process has ended. Ok if nothing was announced.
+  void RetractLaunch(const std::string& guest, const std::string& why) ABSL_LOCKS_EXCLUDED(mutex_);
 
   // Ends all conversations; their sessions are kept for their sources to come back. For tests.
   void CloseConnections() ABSL_LOCKS_EXCLUDED(mutex_);
@@ -138,6 +150,10 @@ class TargetService {
   // Gives it back. `forget`: with all that it holds.
   void ReleaseSlot(TargetSlot* slot, bool forget) ABSL_LOCKS_EXCLUDED(mutex_);
   void SetSlotState(TargetSlot* slot, const std::string& state) ABSL_LOCKS_EXCLUDED(mutex_);
+
+  // The source's answer to AnnounceLaunch.
+  void NoteLaunchExpected(TargetSlot* slot, const wire::LaunchExpected& answer)
+      ABSL_LOCKS_EXCLUDED(mutex_);
 
   // Data connections: a token is good from ExpectStreams until TakeStreams returns, for the peer of
   // `channel` only.
@@ -173,6 +189,7 @@ class TargetService {
                         const std::string& peer_name) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   bool IsOthers(const SessionId& session, const std::string& peer_name) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  TargetSlot* FindServed(const std::string& guest) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Ends the place of a busy slot, then the slot.
   void EndSlot(TargetSlot* slot) ABSL_LOCKS_EXCLUDED(mutex_);
   void Sweep() ABSL_LOCKS_EXCLUDED(mutex_);

@@ -32,10 +32,24 @@ bool IsPlainName(const std::string& name) {
          });
 }
 
+// As libvirt writes them: it becomes part of file names.
+bool IsUuid(const std::string& text) {
+  if (text.size() != 36) return false;
+  for (size_t i = 0; i < text.size(); ++i) {
+    const bool dash = i == 8 || i == 13 || i == 18 || i == 23;
+    const auto c = static_cast<unsigned char>(text[i]);
+    if (dash ? c != '-' : std::isxdigit(c) == 0 || std::isupper(c) != 0) return false;
+  }
+  return true;
+}
+
 absl::Status CheckRequest(const wire::OpenSession& open) {
   if (!IsPlainName(open.guest())) {
     return absl::InvalidArgumentError(
         "a guest's name has letters, digits, '-', '_' and '.', at most 128 of them");
+  }
+  if (!open.domain().empty() && !IsUuid(open.domain())) {
+    return absl::InvalidArgumentError("a domain is named by its UUID");
   }
   if (open.page_bytes() != kPageBytes) {
     return absl::InvalidArgumentError(
@@ -168,6 +182,9 @@ absl::StatusOr<wire::SessionOpened::Content> TargetConversation::PreparePlace(
   for (const wire::RegionSpec& spec : open.regions()) {
     regions.push_back({spec.name(), spec.size_bytes()});
   }
+  // A place is one domain's, or none's: another guest of the same name does not get it.
+  if (slot_->domain != open.domain()) slot_->content_kept = false;
+  slot_->domain = open.domain();
   wire::SessionOpened::Content content = wire::SessionOpened::KEPT;
   if (slot_->older_copy) {
     content = wire::SessionOpened::COPY;
@@ -180,7 +197,9 @@ absl::StatusOr<wire::SessionOpened::Content> TargetConversation::PreparePlace(
     slot_->place.reset();
     slot_->older_copy = slot_->noted = false;
     absl::StatusOr<std::unique_ptr<TargetPlace>> place =
-        service_->host()->MakePlace(open.guest(), regions);
+        open.domain().empty()
+            ? service_->host()->MakePlace(open.guest(), regions)
+            : service_->host()->MakeDomainPlace(open.guest(), open.domain(), regions);
     if (!place.ok()) return place.status();
     slot_->place = *std::move(place);
     content =
@@ -260,6 +279,9 @@ absl::Status TargetConversation::Handle(const Body& message) {
       service_->Log(true, absl::StrCat(slot_->guest, ": the source called the handover off: ",
                                        PrintableText(message.abort_handover().reason())));
       AbortHandover();
+      return absl::OkStatus();
+    case Body::kLaunchExpected:
+      service_->NoteLaunchExpected(slot_, message.launch_expected());
       return absl::OkStatus();
     case Body::kCloseSession:
       service_->Log(false, absl::StrCat(slot_->guest, ": the source ended the sync"));

@@ -53,6 +53,11 @@ absl::Status TargetConversation::BeginHandover() {
   if (!guest.ok()) return guest.status();
   if (absl::Status s = record_->Append(HandoverPhase::kWaiting); !s.ok()) return s;
   guest_ = *guest;
+  guest_->OnReturn([this](absl::string_view bytes) {
+    Body back;
+    back.mutable_state_return()->set_data(bytes.data(), bytes.size());
+    Send(back).IgnoreError();  // a source that is gone is noticed by whoever waits for it
+  });
   absl::StatusOr<UniqueFd> stream = (*guest)->BeginLoad(absl::Now() + kGuestTimeout);
   if (!stream.ok()) return stream.status();
   state_stream_ = *std::move(stream);

@@ -1,0 +1,95 @@
+#include "qemu-glue/libvirt/unix_socket.h"
+
+#include <errno.h>
+#include <linux/sockios.h>
+#include <poll.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <cstring>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+
+namespace presync {
+namespace {
+
+absl::StatusOr<sockaddr_un> Address(const std::string& path) {
+  sockaddr_un address = {};
+  address.sun_family = AF_UNIX;
+  if (path.size() >= sizeof(address.sun_path)) {
+    return absl::InvalidArgumentError(absl::StrCat(path, " is too long for a socket"));
+  }
+  std::memcpy(address.sun_path, path.data(), path.size());
+  return address;
+}
+
+absl::Status Failed(absl::string_view what, const std::string& path) {
+  return absl::UnavailableError(absl::StrCat(what, " ", path, ": ", std::strerror(errno)));
+}
+
+}  // namespace
+
+absl::StatusOr<UniqueFd> ListenUnix(const std::string& path) {
+  absl::StatusOr<sockaddr_un> address = Address(path);
+  if (!address.ok()) return address.status();
+  UniqueFd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  ::unlink(path.c_str());
+  if (::bind(fd.get(), reinterpret_cast<const sockaddr*>(&*address), sizeof(*address)) != 0 ||
+      ::chmod(path.c_str(), 0666) != 0 || ::listen(fd.get(), 4) != 0) {
+    return Failed("listen at", path);
+  }
+  return fd;
+}
+
+absl::StatusOr<UniqueFd> ConnectUnix(const std::string& path, absl::Time deadline) {
+  absl::StatusOr<sockaddr_un> address = Address(path);
+  if (!address.ok()) return address.status();
+  while (true) {
+    UniqueFd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    if (::connect(fd.get(), reinterpret_cast<const sockaddr*>(&*address), sizeof(*address)) == 0) {
+      return fd;
+    }
+    if (errno != ENOENT && errno != ECONNREFUSED && errno != EAGAIN) {
+      return Failed("connect to", path);
+    }
+    if (absl::Now() >= deadline) {
+      return absl::DeadlineExceededError(absl::StrCat("nobody listens at ", path));
+    }
+    absl::SleepFor(absl::Milliseconds(2));
+  }
+}
+
+bool IsFromQemu(int fd, pid_t pid) {
+  ucred peer = {};
+  socklen_t size = sizeof(peer);
+  if (::getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) != 0) return false;
+  return peer.pid == pid || peer.uid == 0;
+}
+
+bool WriteToSocket(int fd, std::string_view bytes) {
+  while (!bytes.empty()) {
+    const ssize_t n = ::send(fd, bytes.data(), bytes.size(), MSG_NOSIGNAL);
+    if (n < 0 && errno == EAGAIN) {
+      pollfd p = {.fd = fd, .events = POLLOUT, .revents = 0};
+      ::poll(&p, 1, -1);
+      continue;
+    }
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0) return false;
+    bytes.remove_prefix(static_cast<size_t>(n));
+  }
+  return true;
+}
+
+bool HasReadAll(int fd, bool* gone) {
+  pollfd p = {.fd = fd, .events = POLLRDHUP, .revents = 0};
+  *gone = ::poll(&p, 1, 0) > 0 && (p.revents & (POLLHUP | POLLERR | POLLRDHUP)) != 0;
+  int unread = 1;
+  return !*gone && ::ioctl(fd, SIOCOUTQ, &unread) == 0 && unread == 0;
+}
+
+}  // namespace presync

@@ -1,0 +1,391 @@
+#!/usr/bin/python3
+"""presync with guests that libvirt manages: two libvirtds, two presyncds, a real guest between them.
+
+    tests/libvirt.py [TestCase.test ...] [-v]     needs root; PRESYNC_BUILD names the build folder
+
+Every guest writes to memory and to its disk the whole time, and checks both. PRESYNC_LIBVIRT_MOVES sets how many moves in a row
+are made (20). The two hosts are network and mount namespaces with a libvirtd each (tools/lab/libvirt.py); QEMU is unprivileged
+and sandboxed.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import statistics
+import sys
+import threading
+import time
+import unittest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+from lab import guest, libvirt, presync  # noqa: E402  (after the path is set)
+
+MOVES = int(os.environ.get("PRESYNC_LIBVIRT_MOVES", "20"))
+HAMMER = "presync.area_mb=24 presync.pages_s=4000"
+NAME = libvirt.NAME
+OTHER = {"source": "target", "target": "source"}
+SLOW_MBIT = 1  # what is left when the guest has stopped takes seconds at this rate
+
+
+class Lab:
+    """Two hosts and a guest. `here`: the host where it runs."""
+
+    def __init__(self, stack, presync_xml=True, hook=True, settings=None):
+        self.folder = stack.enter_context(presync.run_folder())
+        self.two = stack.enter_context(libvirt.LibvirtHosts(self.folder, hook=hook))
+        self.daemons = {host: stack.enter_context(libvirt.daemon(self.two, host, **(settings or {})))
+                        for host in self.two.hosts}
+        image = guest.image_for("hammer")
+        disk = guest.copy_data_disk(image, self.folder)
+        os.chown(disk, libvirt.QEMU_USER, libvirt.QEMU_USER)
+        self.spec = guest.GuestSpec(image=image, data_disk=disk, workload="hammer", kernel_args=HAMMER)
+        self.here = "source"
+        self.two.define(self.here, libvirt.domain_xml(self.spec, self.two, presync=presync_xml))
+        self.two.virsh(self.here, "start", NAME)
+        self.reader = stack.enter_context(guest.BeatReader(source=self.two.agent("source")))
+        self.reader.wait_beat("source", 240)
+
+    @property
+    def there(self):
+        return OTHER[self.here]
+
+    @property
+    def daemon(self):
+        return self.daemons[self.here]
+
+    def start(self, *arguments):
+        return self.daemon.ask("start", "--domain", NAME, "--to", f"{self.two.address[self.there]}:{presync.PORT}", *arguments)
+
+    def status(self):
+        return next((g for g in self.daemon.ask("status")["guests"] if g["name"] == NAME), None)
+
+    def wait_state(self, *states, seconds=120):
+        deadline = time.monotonic() + seconds
+        while True:
+            status = self.status()
+            if status and status["state"] in states:
+                return status
+            if time.monotonic() > deadline:
+                raise AssertionError(f"not {states}, but: {status}\n{self.words()}")
+            time.sleep(0.05)
+
+    def words(self):
+        return "\n".join(f"=== {host}\n{self.daemons[host].words(25)}\n{self.two.words(host)}" for host in self.two.hosts)
+
+    def virsh_arguments(self, *more, uri=None):
+        """Of a `virsh migrate` that an operator types."""
+        stream = f"unix:///run/presync/libvirt/{libvirt.UUID}.stream" if uri is None else uri
+        return ["migrate", "--live", "--p2p", "--unsafe", "--persistent", "--undefinesource", NAME,
+                self.two.peer_uri(self.there), "--migrateuri", stream, *more]
+
+    def mark(self):
+        """What comes now is about one launch: no beat on the other host is to be missed, where QEMU is yet to be started."""
+        self.reader.mark()
+        there = self.there
+        self._attaching = threading.Thread(target=self._attach, args=(there,), daemon=True)
+        self._attaching.start()
+
+    def _attach(self, there):
+        with contextlib.suppress(guest.AgentError):
+            self.reader.attach(there, self.two.agent(there), 120)
+
+    def attached(self):
+        self._attaching.join(30)
+
+    def turn(self):
+        """The guest has moved."""
+        self.here = self.there
+
+
+class LibvirtTest(unittest.TestCase):
+    """What the tests have in common."""
+
+    @classmethod
+    def setUpClass(cls):
+        if why := libvirt.available():
+            raise unittest.SkipTest(why)
+        cls.stack = contextlib.ExitStack()
+        cls.addClassCleanup(cls.stack.close)
+
+    def check_guest(self, lab):
+        answer = lab.reader.command("check", 120)
+        bad = {k: v for k, v in answer.items() if k.endswith(("_bad", "_errors", "_dropped")) and v}
+        self.assertEqual(bad, {}, answer)
+        return answer
+
+    def expect_moved(self, lab, before):
+        """The guest runs there, whole, and only there; libvirt knows it. Turns the lab around."""
+        lab.attached()
+        lab.reader.wait_beat(lab.there, 60)
+        after = self.check_guest(lab)
+        beats = lab.reader.result()
+        self.assertTrue(beats.clean(), beats)
+        self.assertGreater(after["counter"], before["counter"])
+        self.assertGreater(after["file_records"], before["file_records"])
+        self.assertEqual(lab.two.state(lab.there), "running")
+        self.assertIn(lab.two.state(lab.here), ("", "shut off"))
+        self.assertEqual(lab.two.qemu_pids(lab.here), [])
+        self.assertEqual(lab.two.left_over(lab.here), [])
+        lab.turn()
+        return beats
+
+    def launch(self, lab, *arguments):
+        before = self.check_guest(lab)
+        lab.mark()
+        report = lab.daemon.ask("launch", NAME, "--wait", *arguments)
+        return report, self.expect_moved(lab, before)
+
+
+class MoveTest(LibvirtTest):
+    """To and fro, again and again, by presync launch and by virsh migrate in turns."""
+
+    def test_to_and_fro(self):
+        lab = Lab(self.stack)
+        launches, stops, gaps = [], [], []
+        for number in range(MOVES):
+            lab.start()
+            lab.wait_state("syncing")
+            if number % 4 == 3:  # an operator's own way
+                before = self.check_guest(lab)
+                lab.mark()
+                lab.two.virsh(lab.here, *lab.virsh_arguments())
+                beats = self.expect_moved(lab, before)
+                report = lab.daemons[lab.there].ask("report", NAME)["launches"][-1]
+                self.assertNotIn("error", report)
+            else:
+                report, beats = self.launch(lab, *(["--verify"] if number % 2 == 0 else []))
+                if number % 2 == 0:
+                    self.assertEqual(report["pages_differing"], 0)
+                    self.assertGreater(report["pages_compared"], 0)
+                else:
+                    stops.append(report["downtime_ms"])
+            launches.append(report["launch_ms"])
+            gaps.append(beats.switch_ms)
+        plain = self.plain(lab)
+        print(f"{MOVES} moves: launch median {statistics.median(launches):.0f} ms, worst {max(launches):.0f}; stopped (not verified)"
+              f" median {statistics.median(stops):.0f} ms, worst {max(stops):.0f}; between two beats median"
+              f" {statistics.median(gaps):.0f} ms, worst {max(gaps):.0f}. Plain virsh migrate: stopped {plain} ms")
+
+    def plain(self, lab):
+        """What a plain virsh migrate of the same guest over the same link stops it for, by libvirt's own account."""
+        lab.two.virsh(lab.here, *lab.virsh_arguments(uri=f"tcp:{lab.two.address[lab.there]}"))
+        lab.turn()
+        for line in lab.two.virsh(lab.here, "domjobinfo", NAME, "--completed").splitlines():
+            if line.startswith("Total downtime:"):
+                return int(line.split()[2])
+        return None
+
+
+class FailureTest(LibvirtTest):
+    """Whatever fails: one guest that runs, libvirt of the same mind, nothing left there, and the next launch works."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.lab = Lab(cls.stack)
+
+    def setUp(self):
+        self.lab.two.set_rate(1000)
+        if not (status := self.lab.status()) or status["state"] in ("moved", "failed", "stopped"):
+            self.lab.start()
+        self.lab.wait_state("syncing")
+
+    def expect_here(self, seconds=60):
+        """The guest goes on here as if nothing had happened, and nothing of it is there but its mirror."""
+        lab = self.lab
+        deadline = time.monotonic() + seconds
+        while (lab.two.state(lab.here) != "running" or lab.two.state(lab.there) not in ("", "shut off")
+               or lab.two.qemu_pids(lab.there)):
+            self.assertLess(time.monotonic(), deadline, (lab.two.state(lab.here), lab.two.state(lab.there), lab.words()))
+            time.sleep(0.2)
+        lab.reader.wait_beat(lab.here, 30)
+        self.check_guest(lab)
+        self.assertEqual(len(lab.two.qemu_pids(lab.here)), 1)
+        capabilities = json.loads(lab.two.virsh(lab.here, "qemu-monitor-command", NAME,
+                                                '{"execute": "query-migrate-capabilities"}'))["return"]
+        deadline = time.monotonic() + 10
+        while {"capability": "x-ignore-shared", "state": True} in capabilities:
+            self.assertLess(time.monotonic(), deadline, "RAM would be missing in a virsh save")
+            time.sleep(0.2)
+            capabilities = json.loads(lab.two.virsh(lab.here, "qemu-monitor-command", NAME,
+                                                    '{"execute": "query-migrate-capabilities"}'))["return"]
+
+    def expect_retry_works(self):
+        self.lab.two.set_rate(1000)
+        self.lab.wait_state("syncing")
+        self.launch(self.lab, "--verify")
+
+    def fails(self, *arguments):
+        """A launch that has to fail; its words."""
+        with self.assertRaises(presync.Refused) as caught:
+            self.lab.daemon.ask("launch", NAME, *arguments)
+        return str(caught.exception)
+
+    def migrate_slowly(self, *more):
+        """virsh migrate, up to where the guest stands still and presync has its device state."""
+        lab = self.lab
+        lab.two.set_rate(SLOW_MBIT)
+        virsh = lab.two.start_virsh(lab.here, *lab.virsh_arguments(*more))
+        deadline = time.monotonic() + 60
+        while lab.status()["state"] != "launching" or lab.two.state(lab.here) != "paused":
+            self.assertLess(time.monotonic(), deadline, lab.words())
+            self.assertIsNone(virsh.poll(), virsh.stderr.read() if virsh.poll() is not None else "")
+            time.sleep(0.02)
+        return virsh
+
+    def expect_failed(self, virsh, seconds=90):
+        _, errors = virsh.communicate(timeout=seconds)
+        self.assertNotEqual(virsh.returncode, 0, "the migration had to fail")
+        return errors
+
+    def moved_or_here(self, virsh, before):
+        lab = self.lab
+        virsh.communicate(timeout=90)
+        if virsh.returncode == 0:
+            self.expect_moved(lab, before)
+            lab.two.set_rate(1000)
+            lab.start()
+            return
+        if lab.two.state(lab.here) == "paused":  # by virsh, as asked
+            lab.two.virsh(lab.here, "resume", NAME)
+        self.expect_here()
+
+    def test_hook_missing(self):
+        lab = self.lab
+        lab.two.remove_hook(lab.there)
+        self.addCleanup(lab.two.install_hook, lab.there)
+        self.fails()
+        self.expect_here()
+        lab.two.install_hook(lab.there)
+        self.expect_retry_works()
+
+    def test_target_libvirtd_gone(self):
+        lab = self.lab
+        lab.two.kill_libvirtd(lab.there)
+        self.assertIn("libvirt", self.fails())
+        lab.two.start_libvirtd(lab.there)
+        self.expect_here()
+        self.expect_retry_works()
+
+    def test_target_libvirtd_gone_while_the_guest_stands_still(self):
+        lab = self.lab
+        virsh = self.migrate_slowly()
+        lab.two.kill_libvirtd(lab.there)
+        self.expect_failed(virsh)
+        lab.two.start_libvirtd(lab.there)
+        self.expect_here()
+        self.expect_retry_works()
+
+    def test_capability_on_one_side_only(self):
+        """A migration past presync's gate: RAM is left out on the source, and QEMU on the target knows nothing of it."""
+        lab = self.lab
+        done = lab.two.try_virsh(lab.here, *lab.virsh_arguments(uri=f"tcp:{lab.two.address[lab.there]}"))
+        self.assertNotEqual(done.returncode, 0, "half a guest was let through")
+        self.expect_here()
+        self.expect_retry_works()
+
+    def test_disk_not_shared(self):
+        lab = self.lab
+        lab.two.run(lab.there, ["mount", "--bind", "/dev/null", lab.spec.data_disk])
+        try:
+            self.fails()
+        finally:
+            lab.two.run(lab.there, ["umount", lab.spec.data_disk])
+        self.expect_here()
+        self.expect_retry_works()
+
+    def test_link_lost_after_the_guest_stopped(self):
+        lab = self.lab
+        virsh = self.migrate_slowly()
+        lab.two.link_down()
+        try:
+            self.expect_failed(virsh)
+            self.assertEqual(lab.two.state(lab.here), "running", "the guest had to go on without the link")
+        finally:
+            lab.two.link_up()
+        self.expect_here()
+        self.expect_retry_works()
+
+    def test_virsh_timeout(self):
+        """Time is up while the guest stands still: one way or the other, it runs once."""
+        lab = self.lab
+        before = self.check_guest(lab)
+        lab.mark()
+        virsh = self.migrate_slowly("--timeout", "1")
+        self.moved_or_here(virsh, before)
+        self.expect_retry_works()
+
+    def test_domjobabort_before_the_guest_stops(self):
+        lab = self.lab
+        marker = lab.two.run_presync(lab.there) / "libvirt" / f"{libvirt.UUID}.qmp"
+        virsh = lab.two.start_virsh(lab.here, *lab.virsh_arguments())
+        deadline = time.monotonic() + 60
+        while not marker.exists():  # QEMU is started on the target
+            self.assertLess(time.monotonic(), deadline, lab.words())
+            time.sleep(0.002)
+        lab.two.virsh(lab.here, "domjobabort", NAME)
+        self.expect_failed(virsh)
+        self.expect_here()
+        self.expect_retry_works()
+
+    def test_domjobabort_while_the_guest_stands_still(self):
+        """QEMU has saved all: libvirt may call it off, or too late. Either way the guest runs once."""
+        lab = self.lab
+        before = self.check_guest(lab)
+        lab.mark()
+        virsh = self.migrate_slowly()
+        lab.two.try_virsh(lab.here, "domjobabort", NAME)
+        self.moved_or_here(virsh, before)
+        self.expect_retry_works()
+
+    def test_target_presyncd_gone(self):
+        lab = self.lab
+        virsh = self.migrate_slowly()
+        lab.daemons[lab.there].kill()
+        self.expect_failed(virsh)
+        self.expect_here()
+        lab.daemons[lab.there].start()
+        self.expect_retry_works()
+
+    def test_sync_not_ready(self):
+        lab = self.lab
+        lab.daemon.ask("stop", NAME)
+        lab.two.set_rate(20)
+        lab.start()
+        done = lab.two.try_virsh(lab.here, *lab.virsh_arguments())
+        self.assertNotEqual(done.returncode, 0)
+        self.assertIn("presync", done.stderr)
+        self.expect_here()
+        self.expect_retry_works()
+
+
+class UnknownGuestTest(LibvirtTest):
+    """A guest that presync does not manage starts and migrates as without presync, with the hook installed."""
+
+    def move_plainly(self, lab):
+        before = self.check_guest(lab)
+        lab.mark()
+        lab.two.virsh(lab.here, *lab.virsh_arguments(uri=f"tcp:{lab.two.address[lab.there]}"))
+        lab.attached()
+        lab.reader.wait_beat(lab.there, 60)
+        after = lab.reader.command("check", 120)
+        self.assertGreater(after["counter"], before["counter"])
+        self.assertEqual(lab.two.state(lab.there), "running")
+        self.assertEqual(lab.two.state(lab.here), "")
+        lab.turn()
+
+    def test_moves_and_starts(self):
+        lab = Lab(self.stack, presync_xml=False)
+        self.move_plainly(lab)
+        for daemon in lab.daemons.values():
+            daemon.stop()
+        self.move_plainly(lab)
+        lab.two.virsh(lab.here, "destroy", NAME)
+        lab.two.virsh(lab.here, "start", NAME)
+        self.assertEqual(lab.two.state(lab.here), "running")
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,25 @@
+// A `start` request of the local socket, over what the configuration says, as a session's options.
+#pragma once
+
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "tools/presyncd/config.h"
+#include "transport/sync/source_session.h"
+
+namespace presync {
+
+// INVALID_ARGUMENT: "none", "lz4", "zstd" and "auto" are all there are.
+absl::StatusOr<Compression> ToCompression(const std::string& name);
+
+// But for the guest: who calls knows it. `fixed_cost`: of launches to `peer`, as known so far.
+// INVALID_ARGUMENT: a value that makes no sense. FAILED_PRECONDITION: what is asked for can't be
+// had, with what can.
+absl::StatusOr<SourceSessionOptions> ReadSessionOptions(const nlohmann::json& request,
+                                                        const Config& config,
+                                                        const std::string& peer,
+                                                        absl::Duration fixed_cost);
+
+}  // namespace presync
