@@ -126,7 +126,8 @@ absl::StatusOr<DomainState> LibvirtClient::State(const std::string& uuid) const 
   if (absl::IsNotFound(domain.status())) return DomainState::kGone;
   if (!domain.ok()) return domain.status();
   int state = 0;
-  if (virDomainGetState(domain->get(), &state, nullptr, 0) != 0) {
+  int reason = 0;
+  if (virDomainGetState(domain->get(), &state, &reason, 0) != 0) {
     const absl::Status error = LastError(absl::StrCat("ask the state of the domain ", uuid));
     if (absl::IsNotFound(error)) return DomainState::kGone;
     return error;
@@ -136,7 +137,9 @@ absl::StatusOr<DomainState> LibvirtClient::State(const std::string& uuid) const 
     case VIR_DOMAIN_BLOCKED:
       return DomainState::kRunning;
     case VIR_DOMAIN_PAUSED:
-      return DomainState::kPaused;
+      return reason == VIR_DOMAIN_PAUSED_MIGRATION || reason == VIR_DOMAIN_PAUSED_STARTING_UP
+                 ? DomainState::kArriving
+                 : DomainState::kPaused;
     case VIR_DOMAIN_SHUTOFF:
       return DomainState::kGone;
     default:

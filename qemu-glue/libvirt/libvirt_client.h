@@ -20,10 +20,11 @@ struct DomainInfo {
 };
 
 enum class DomainState {
-  kGone,     // not active on this host, or not known to it
-  kRunning,  // blocked and idle ones too
-  kPaused,
-  kOther,  // shutting down, crashed, suspended by its own power management
+  kGone,      // not active on this host, or not known to it
+  kRunning,   // blocked and idle ones too
+  kArriving,  // paused by libvirt because it waits for, or receives, a migration
+  kPaused,    // for any other reason
+  kOther,     // shutting down, crashed, suspended by its own power management
 };
 
 // How libvirt is to move a domain.

@@ -355,11 +355,13 @@ absl::Status LibvirtTargetHost::EndOrphan(const std::string& address) {
   const absl::StatusOr<DomainState> state = libvirt_.State(uuid);
   if (!state.ok()) return state.status();
   if (*state == DomainState::kGone) return absl::OkStatus();
-  if (*state == DomainState::kRunning) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("the domain ", uuid, " runs here, though nobody told it to"));
-  }
-  return libvirt_.Destroy(uuid);
+  if (*state == DomainState::kArriving) return libvirt_.Destroy(uuid);
+  // Running, or once run and paused by somebody: it may be the only one there is.
+  return absl::FailedPreconditionError(
+      absl::StrCat("the domain ", uuid,
+                   " is active here, though presync did not let it run: look at it by virsh "
+                   "domstate --reason ",
+                   uuid, ", and if it is not the guest that counts: virsh destroy ", uuid));
 }
 
 // libvirt runs it by itself when it has all of its state, or else has ended it.
