@@ -196,8 +196,21 @@ def main():
         page.write_text(experiment_page.render(result))
         draw(options, result)
         print_table(result["summary"])
+        say("\n" + markdown(result["summary"]))
         return 0
     return run(options)
+
+
+def markdown(summary):
+    """The main table: medians and worst, a line for each workload and method."""
+    lines = ["| guest | method | from the order to done, ms | stood still, ms | longest gap, ms | MB before / after the order |",
+             "|---|---|---|---|---|---|"]
+    for line in (s for s in summary if s["launches"]):
+        lines.append(f"| {line['workload']} | {line['method']} | {line['done_ms_median']:.0f} (worst {line['done_ms_worst']:.0f})"
+                     f" | {line['downtime_ms_median']:.0f} ({line['downtime_ms_worst']:.0f})"
+                     f" | {line['gap_ms_median']:.0f} ({line['gap_ms_worst']:.0f})"
+                     f" | {line['bytes_before_median'] / 1e6:.0f} / {line['bytes_after_median'] / 1e6:.0f} |")
+    return "\n".join(lines)
 
 
 def draw(options, result):
