@@ -20,6 +20,7 @@
 #include "qemu-glue/qemu_guest.h"
 #include "qemu-glue/qemu_target_place.h"
 #include "qemu-glue/qmp/qmp_client.h"
+#include "qemu-glue/target_files.h"
 
 namespace presync {
 namespace {
@@ -107,13 +108,7 @@ absl::StatusOr<std::unique_ptr<TargetPlace>> QemuTargetHost::MakePlace(
         absl::StrCat("guest ", guest, " is not configured here; add [guest.", guest,
                      "] with its QEMU command to this host's presyncd.toml and restart presyncd"));
   }
-  uint64_t bytes = 0;
-  for (const RegionRequest& region : regions) bytes += region.size_bytes;
-  if (options_.max_guest_bytes != 0 && bytes > options_.max_guest_bytes) {
-    return absl::ResourceExhaustedError(
-        absl::StrCat("guest ", guest, " has ", bytes >> 20, " MiB; this host accepts at most ",
-                     options_.max_guest_bytes >> 20, " MiB a guest (max_guest_memory)"));
-  }
+  if (absl::Status s = CheckGuestSize(guest, regions, options_.max_guest_bytes); !s.ok()) return s;
   if (!it->second.attach_qmp.empty()) return MakeAttachedPlace(it->second.attach_qmp, regions);
 
   RemoveLeftovers();

@@ -1,11 +1,8 @@
 #include "qemu-glue/qemu_target_place.h"
 
-#include <errno.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <cstring>
 #include <optional>
 #include <utility>
 
@@ -20,6 +17,7 @@
 #include "qemu-glue/qemu_process.h"
 #include "qemu-glue/qemu_target_host.h"
 #include "qemu-glue/qmp/qmp_client.h"
+#include "qemu-glue/target_files.h"
 #include "transport/mutex.h"
 
 namespace presync {
@@ -221,16 +219,11 @@ class StartedPlace final : public TargetPlace {
     WriteGuestNote(note);
   }
 
-  // The QEMU must have mapped the very files that are mirrored into: not just the same path, for a
-  // file that is missing there QEMU makes anew.
+  // The QEMU must have mapped the very files that are mirrored into.
   absl::Status CheckFiles(const GuestInfo& info) const {
     for (const Region& region : memory_.regions()) {
-      const auto it = std::find_if(info.backends.begin(), info.backends.end(),
-                                   [&](const RamBackend& b) { return b.id == region.name(); });
-      struct stat ours = {}, theirs = {};
-      if (it == info.backends.end() || ::fstat(region.fd(), &ours) != 0 ||
-          ::stat(it->path.c_str(), &theirs) != 0 || ours.st_dev != theirs.st_dev ||
-          ours.st_ino != theirs.st_ino) {
+      struct stat ours = {};
+      if (::fstat(region.fd(), &ours) != 0 || !IsBackedBy(info, region.name(), ours)) {
         return absl::FailedPreconditionError(
             absl::StrCat("its memory backend ", region.name(),
                          " is not the file that is mirrored into; it must "
@@ -269,11 +262,6 @@ GuestPaths MakePaths(const std::string& run_folder, const std::string& ram_folde
     paths.ram.push_back(absl::StrCat(ram_folder, "/", guest, ".", region.name, ".ram"));
   }
   return paths;
-}
-
-absl::Status RemoveFile(const std::string& path) {
-  if (::unlink(path.c_str()) == 0 || errno == ENOENT) return absl::OkStatus();
-  return absl::UnavailableError(absl::StrCat("remove ", path, ": ", std::strerror(errno)));
 }
 
 absl::StatusOr<GuestMemory> CreateMemory(const std::vector<RegionRequest>& regions,

@@ -26,9 +26,6 @@ struct GuestPaths {
 GuestPaths MakePaths(const std::string& run_folder, const std::string& ram_folder,
                      const std::string& guest, const std::vector<RegionRequest>& regions);
 
-// Ok too if it is not there. UNAVAILABLE: it can't.
-absl::Status RemoveFile(const std::string& path);
-
 // Makes the memory files, zeroed; a failure leaves none. Errors as Region::Create.
 absl::StatusOr<GuestMemory> CreateMemory(const std::vector<RegionRequest>& regions,
                                          const GuestPaths& paths);

@@ -22,6 +22,7 @@
 #include "qemu-glue/libvirt/domain_xml.h"
 #include "qemu-glue/libvirt/libvirt_target_guest.h"
 #include "qemu-glue/qmp/qmp_client.h"
+#include "qemu-glue/target_files.h"
 
 namespace presync {
 
@@ -41,11 +42,6 @@ namespace {
 
 constexpr absl::Duration kQmpTimeout = absl::Seconds(10);
 constexpr absl::string_view kScheme = "libvirt:";
-
-absl::Status RemoveFile(const std::string& path) {
-  if (::unlink(path.c_str()) == 0 || errno == ENOENT) return absl::OkStatus();
-  return absl::UnavailableError(absl::StrCat("remove ", path, ": ", std::strerror(errno)));
-}
 
 std::string MarkerOf(const LibvirtHostOptions& options, const std::string& uuid) {
   return absl::StrCat(options.socket_folder, "/", uuid, ".mirrored");
@@ -144,16 +140,11 @@ class LibvirtPlace final : public TargetPlace {
   bool kept_ = false;
 };
 
-// QEMU must have mapped the very files that are mirrored into: where a file is missing it makes one
-// anew.
+// QEMU must have mapped the very files that are mirrored into.
 absl::Status CheckFiles(const GuestInfo& info, const std::vector<MirroredFile>& files) {
   for (const MirroredFile& file : files) {
-    const auto it = std::find_if(info.backends.begin(), info.backends.end(),
-                                 [&](const RamBackend& b) { return b.id == file.region; });
-    struct stat ours = {}, theirs = {};
-    if (it == info.backends.end() || ::stat(file.path.c_str(), &ours) != 0 ||
-        ::stat(it->path.c_str(), &theirs) != 0 || ours.st_dev != theirs.st_dev ||
-        ours.st_ino != theirs.st_ino) {
+    struct stat ours = {};
+    if (::stat(file.path.c_str(), &ours) != 0 || !IsBackedBy(info, file.region, ours)) {
       return absl::FailedPreconditionError(absl::StrCat(
           "its memory ", file.region,
           " is not the file that is mirrored into: is memory_backing_dir in presyncd.toml that of "
@@ -248,13 +239,7 @@ absl::StatusOr<std::unique_ptr<LibvirtTargetHost>> LibvirtTargetHost::Create(
 
 absl::Status LibvirtTargetHost::CheckRoom(const std::string& guest, const std::string& uuid,
                                           const std::vector<RegionRequest>& regions) const {
-  uint64_t bytes = 0;
-  for (const RegionRequest& region : regions) bytes += region.size_bytes;
-  if (options_.max_guest_bytes != 0 && bytes > options_.max_guest_bytes) {
-    return absl::ResourceExhaustedError(
-        absl::StrCat("guest ", guest, " has ", bytes >> 20, " MiB; this host accepts at most ",
-                     options_.max_guest_bytes >> 20, " MiB a guest (max_guest_memory)"));
-  }
+  if (absl::Status s = CheckGuestSize(guest, regions, options_.max_guest_bytes); !s.ok()) return s;
   const absl::StatusOr<DomainState> state = libvirt_.State(uuid);
   if (!state.ok()) return state.status();
   if (*state != DomainState::kGone) {

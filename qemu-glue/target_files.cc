@@ -1,0 +1,36 @@
+#include "qemu-glue/target_files.h"
+
+#include <errno.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "absl/strings/str_cat.h"
+
+namespace presync {
+
+absl::Status CheckGuestSize(const std::string& guest, const std::vector<RegionRequest>& regions,
+                            uint64_t max_guest_bytes) {
+  uint64_t bytes = 0;
+  for (const RegionRequest& region : regions) bytes += region.size_bytes;
+  if (max_guest_bytes == 0 || bytes <= max_guest_bytes) return absl::OkStatus();
+  return absl::ResourceExhaustedError(
+      absl::StrCat("guest ", guest, " has ", bytes >> 20, " MiB; this host accepts at most ",
+                   max_guest_bytes >> 20, " MiB a guest (max_guest_memory)"));
+}
+
+bool IsBackedBy(const GuestInfo& info, const std::string& region, const struct stat& ours) {
+  const auto it = std::find_if(info.backends.begin(), info.backends.end(),
+                               [&](const RamBackend& backend) { return backend.id == region; });
+  struct stat theirs = {};
+  return it != info.backends.end() && ::stat(it->path.c_str(), &theirs) == 0 &&
+         ours.st_dev == theirs.st_dev && ours.st_ino == theirs.st_ino;
+}
+
+absl::Status RemoveFile(const std::string& path) {
+  if (::unlink(path.c_str()) == 0 || errno == ENOENT) return absl::OkStatus();
+  return absl::UnavailableError(absl::StrCat("remove ", path, ": ", std::strerror(errno)));
+}
+
+}  // namespace presync

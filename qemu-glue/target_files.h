@@ -1,0 +1,28 @@
+// What the places of QEMUs that are started here and of libvirt's domains have in common: how much
+// memory a guest may have, and the files that hold it.
+#pragma once
+
+#include <sys/stat.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "qemu-glue/discovery.h"
+#include "transport/sync/target_host.h"
+
+namespace presync {
+
+// RESOURCE_EXHAUSTED if `guest` has more memory than `max_guest_bytes`; 0 = no limit.
+absl::Status CheckGuestSize(const std::string& guest, const std::vector<RegionRequest>& regions,
+                            uint64_t max_guest_bytes);
+
+// Whether the memory backend `region` of `info` is the very file `ours`: not just one of the same
+// path, for a file that is missing there QEMU makes anew.
+bool IsBackedBy(const GuestInfo& info, const std::string& region, const struct stat& ours);
+
+// Ok too if it is not there. UNAVAILABLE: it can't.
+absl::Status RemoveFile(const std::string& path);
+
+}  // namespace presync
