@@ -155,10 +155,10 @@ uint32_t LearnedModel::Score(const Cells& cells) const {
   std::array<int16_t, 8> index;
   const Lanes scaled = (log_odds - lowest) >> 4;
   std::memcpy(index.data(), &scaled, sizeof(scaled));
-  const auto odds = [&](size_t h) {
-    return kWeight[h] * kSigmoid[static_cast<uint16_t>(index[h])];
-  };
-  const int sum = odds(0) + odds(1) + odds(2) + odds(3) + odds(4) + odds(5) + odds(6);
+  int sum = 0;
+  for (size_t h = 0; h < kHorizons; ++h) {
+    sum += kWeight[h] * kSigmoid[static_cast<uint16_t>(index[h])];
+  }
   // By the logarithm: cold pages differ by little, and they are the ones that are sent.
   return kMostSure - (Log2Sixteenths(static_cast<uint32_t>(sum) + 64) - Log2Sixteenths(64));
 }

@@ -56,6 +56,14 @@ absl::StatusOr<std::unique_ptr<QemuTargetGuest>> AttachTo(std::unique_ptr<QmpCli
   return QemuTargetGuest::Create(std::move(qmp), deadline);
 }
 
+// Whether `guest`, if there is one, still waits; UNAVAILABLE with `otherwise` if not.
+absl::Status CheckWaits(QemuTargetGuest* guest, absl::string_view otherwise) {
+  if (guest == nullptr) return absl::OkStatus();
+  const absl::StatusOr<RunState> state = guest->State(absl::Now() + kQmpTimeout);
+  if (state.ok() && *state == RunState::kIncoming) return absl::OkStatus();
+  return absl::UnavailableError(otherwise);
+}
+
 // A place whose QEMU somebody else started: its memory files are QEMU's own.
 class AttachedPlace final : public TargetPlace {
  public:
@@ -80,11 +88,8 @@ class AttachedPlace final : public TargetPlace {
   }
 
   absl::Status Check() override {
-    if (guest_ == nullptr) return absl::OkStatus();
-    const absl::StatusOr<RunState> state = guest_->State(absl::Now() + kQmpTimeout);
-    if (state.ok() && *state == RunState::kIncoming) return absl::OkStatus();
-    return absl::UnavailableError(
-        absl::StrCat("the waiting QEMU at ", qmp_path_, " has ended or was used otherwise"));
+    return CheckWaits(guest_.get(), absl::StrCat("the waiting QEMU at ", qmp_path_,
+                                                 " has ended or was used otherwise"));
   }
 
   absl::Status EndWaiting() override {
@@ -160,11 +165,8 @@ class StartedPlace final : public TargetPlace {
   }
 
   absl::Status Check() override {
-    if (guest_ == nullptr) return absl::OkStatus();
-    const absl::StatusOr<RunState> state = guest_->State(absl::Now() + kQmpTimeout);
-    if (state.ok() && *state == RunState::kIncoming) return absl::OkStatus();
-    return absl::UnavailableError(
-        absl::StrCat("the QEMU waiting for ", guest_name_, " has ended; see ", paths_.log));
+    return CheckWaits(guest_.get(), absl::StrCat("the QEMU waiting for ", guest_name_,
+                                                 " has ended; see ", paths_.log));
   }
 
   absl::Status EndWaiting() override {

@@ -1,4 +1,5 @@
 // When a source's session compares while the guest runs.
+#include <string>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -7,23 +8,28 @@
 #include "transport/wire/version.h"
 
 namespace presync {
+namespace {
+
+absl::Status CannotBeCompared(const std::string& guest, SessionState state,
+                              const std::string& problem) {
+  return absl::FailedPreconditionError(absl::StrCat(
+      guest, " can't be compared: it is ", StateName(state), problem.empty() ? "" : ": ", problem));
+}
+
+}  // namespace
 
 absl::StatusOr<ComparisonReport> SourceSession::Verify() {
   {
     MutexLock lock(&mutex_);
     if (published_.state != SessionState::kSyncing) {
-      return absl::FailedPreconditionError(
-          absl::StrCat(options_.guest, " can't be compared: it is ", StateName(published_.state),
-                       published_.problem.empty() ? "" : ": ", published_.problem));
+      return CannotBeCompared(options_.guest, published_.state, published_.problem);
     }
   }
   return comparisons_.Verify();
 }
 
 absl::Status SourceSession::NoComparison() const {
-  return absl::FailedPreconditionError(absl::StrCat(options_.guest, " can't be compared: it is ",
-                                                    StateName(state_), problem_.empty() ? "" : ": ",
-                                                    problem_));
+  return CannotBeCompared(options_.guest, state_, problem_);
 }
 
 // An order that nothing can come of is answered at once.
