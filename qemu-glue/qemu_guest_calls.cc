@@ -25,6 +25,10 @@ bool IsOneOf(std::string_view status, std::initializer_list<std::string_view> li
 
 }  // namespace
 
+bool IsMigrationOver(std::string_view status) {
+  return IsOneOf(status, {"none", "completed", "failed", "cancelled"});
+}
+
 absl::StatusOr<MigrationState> QueryMigration(QmpClient& qmp, absl::Time deadline) {
   absl::StatusOr<Json> answer = qmp.Execute("query-migrate", nullptr, deadline);
   if (!answer.ok()) return answer.status();

@@ -21,6 +21,9 @@ struct MigrationState {
   std::string error;   // why it failed, where it did
 };
 
+// A migration in this state is over, or never was.
+bool IsMigrationOver(std::string_view status);
+
 absl::StatusOr<MigrationState> QueryMigration(QmpClient& qmp, absl::Time deadline);
 
 // query-status: "running", "paused", "inmigrate", ...

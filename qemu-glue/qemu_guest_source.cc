@@ -27,11 +27,6 @@ const Json& SaveParameters() {
   return *parameters;
 }
 
-// A migration in one of these states is over, or never was.
-bool IsOver(std::string_view status) {
-  return status == "none" || status == "completed" || status == "failed" || status == "cancelled";
-}
-
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<QemuSourceGuest>> QemuSourceGuest::Create(
@@ -83,7 +78,7 @@ absl::StatusOr<std::string> QemuSourceGuest::CheckIdle(absl::Time deadline) {
   if (!migration.ok()) return migration.status();
   absl::StatusOr<std::string> run_state = QueryRunState(*qmp_, deadline);
   if (!run_state.ok()) return run_state;
-  if (settings_.has_value() || !IsOver(migration->status) || *run_state == "inmigrate" ||
+  if (settings_.has_value() || !IsMigrationOver(migration->status) || *run_state == "inmigrate" ||
       *run_state == "finish-migrate") {
     return absl::FailedPreconditionError(
         absl::StrCat("begin to save the guest: a save or another migration is under way (QEMU is '",
@@ -192,7 +187,7 @@ absl::Status QemuSourceGuest::RestoreSettings(absl::Time deadline) {
 absl::Status QemuSourceGuest::EndMigration(absl::Time deadline) {
   absl::StatusOr<MigrationState> state = QueryMigration(*qmp_, deadline);
   if (!state.ok()) return state.status();
-  if (IsOver(state->status)) return absl::OkStatus();
+  if (IsMigrationOver(state->status)) return absl::OkStatus();
   absl::StatusOr<Json> cancelled = qmp_->Execute("migrate_cancel", nullptr, deadline);
   if (!cancelled.ok()) return cancelled.status();
   return AwaitMigration(*qmp_, "cancel the save", {"none", "completed", "failed", "cancelled"},

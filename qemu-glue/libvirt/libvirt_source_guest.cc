@@ -31,10 +31,6 @@ constexpr absl::Duration kQuiet = absl::Seconds(2);
 // it.
 constexpr absl::Duration kLibvirtsTurn = absl::Seconds(5);
 
-bool IsOver(std::string_view status) {
-  return status == "none" || status == "completed" || status == "failed" || status == "cancelled";
-}
-
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<LibvirtSourceGuest>> LibvirtSourceGuest::Create(
@@ -81,7 +77,7 @@ absl::Status LibvirtSourceGuest::Expect(absl::Time deadline) {
   if (absl::Status s = ReviveMonitor(&qmp_, process_, deadline); !s.ok()) return s;
   absl::StatusOr<MigrationState> migration = QueryMigration(*qmp_, deadline);
   if (!migration.ok()) return migration.status();
-  if (!IsOver(migration->status)) {
+  if (!IsMigrationOver(migration->status)) {
     return absl::FailedPreconditionError(
         absl::StrCat("a migration of it is under way already (", migration->status, ")"));
   }
@@ -227,7 +223,7 @@ absl::StatusOr<bool> LibvirtSourceGuest::IsBack(absl::Time deadline) {
   absl::StatusOr<std::string> run_state = QueryRunState(*qmp_, deadline);
   if (!run_state.ok()) return run_state.status();
   // Paused: by a person, while libvirt was at it.
-  return IsOver(migration->status) && (*run_state == "running" || *run_state == "paused");
+  return IsMigrationOver(migration->status) && (*run_state == "running" || *run_state == "paused");
 }
 
 absl::Status LibvirtSourceGuest::Resume(absl::Time deadline) {
