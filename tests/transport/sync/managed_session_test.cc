@@ -96,8 +96,8 @@ class ManagedSession : public SessionTest {
             &manager_, std::make_unique<ModelSourceGuest>(&world_, &source_, fails, -1)));
     ASSERT_TRUE(session.ok()) << session.status();
     session_ = *std::move(session);
-    StartWriting();
     ASSERT_TRUE(AwaitState(SessionState::kSyncing));
+    StartWriting();
   }
 
   absl::Status Announce() {

@@ -70,7 +70,7 @@ TEST_F(SessionResumeTest, AGuestThatWritesAllTheTimeSurvivesManyRestartsOfItsSou
   StartWriting();
   for (int life = 0; life < 6; ++life) {
     ASSERT_TRUE(StartSession().ok());
-    ASSERT_TRUE(AwaitState(SessionState::kSyncing));
+    ASSERT_TRUE(AwaitSyncingAtRest());
     if (life > 0) {
       EXPECT_EQ(Resumption().from, ResumedFrom::kCopy);
     }
@@ -101,7 +101,7 @@ TEST_F(SessionResumeTest, ALinkThatIsLostWhileACopyIsProvenLosesNothing) {
       service_->CloseConnections();
     }
     ASSERT_TRUE(AwaitReconnect());
-    ASSERT_TRUE(AwaitState(SessionState::kSyncing));
+    ASSERT_TRUE(AwaitSyncingAtRest());
   }
   EXPECT_EQ(host_.places_made(), 1);
   const absl::StatusOr<HandoverReport> report = Launch();
@@ -227,7 +227,7 @@ TEST_F(TargetRestartTest, AWritingGuestSurvivesRestartsOfBothSides) {
       SyncAllOrWriting();
     }
   }
-  ASSERT_TRUE(AwaitState(SessionState::kSyncing));
+  ASSERT_TRUE(AwaitSyncingAtRest());
   EXPECT_EQ(host_.places_made(), 1);
   const absl::StatusOr<HandoverReport> report = Launch();
   ASSERT_TRUE(report.ok()) << report.status();
