@@ -103,7 +103,7 @@ def run_stock(options, spec, folder):
         for _ in range(50):
             reader.wait_beat("target")
         beats = reader.result()
-        return {"launch_ms": stock.wall_ms, "downtime_ms": float(stock.downtime_ms),
+        return {"launch_ms": stock.wall_ms, "downtime_ms": stock.stopped_ms,
                 "bytes_before_launch": 0, "bytes_after_launch": wire,
                 "heartbeats_lost": beats.lost, "longest_gap_ms": beats.gap_ms}
 

@@ -193,7 +193,7 @@ def by_stock(plan, folder, mode):
         with source.qmp() as one, target.qmp() as other:
             stock = _qmp.stock_migrate(one, other, f"tcp:{two.address['target']}:4444", capabilities, parameters)
         row = {"bytes_before": 0, "launch_ms": stock.wall_ms, "done_ms": max(stock.wall_ms, stock.total_ms),
-               "downtime_ms": stock.downtime_ms, "rounds": stock.rounds}
+               "downtime_ms": stock.stopped_ms, "qemus_downtime_ms": stock.downtime_ms, "rounds": stock.rounds}
         after_move(reader, row, loop)
         row["bytes_after"] = two.bytes_sent("source") - sent
         return row

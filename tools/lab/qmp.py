@@ -21,6 +21,7 @@ class Qmp:
         self.path = path
         self._buffer = b""
         self._events = []
+        self._last_times = {}
         deadline = time.monotonic() + seconds
         while True:
             self._socket = socket.socket(socket.AF_UNIX)
@@ -61,7 +62,7 @@ class Qmp:
         while True:
             message = self._receive(deadline, command)
             if "event" in message:
-                self._events.append(message)
+                self._keep(message)
             elif "error" in message:
                 raise QmpError(f"{command} on {self.path}: {message['error']['desc']}")
             elif "return" in message:
@@ -78,7 +79,17 @@ class Qmp:
                     return event
             message = self._receive(deadline, f"event {' or '.join(names)}")
             if "event" in message:
-                self._events.append(message)
+                self._keep(message)
+
+    def last_time_of(self, name):
+        """When QEMU last emitted this event, seconds of the host's clock; of the events that have been read by now,
+        taken or not.  KeyError if it never did."""
+        return self._last_times[name]
+
+    def _keep(self, event):
+        self._events.append(event)
+        at = event["timestamp"]
+        self._last_times[event["event"]] = at["seconds"] + at["microseconds"] / 1e6
 
     def _receive(self, deadline, what="greeting"):
         while b"\n" not in self._buffer:
@@ -105,7 +116,8 @@ class StockResult:
 
     wall_ms: float  # the command `migrate` to the target running, by the host's clock
     total_ms: int  # QEMU's own account of the same, which starts and ends a little differently
-    downtime_ms: int  # QEMU's own; what the guest saw is agent.Move.gap_ms
+    stopped_ms: float  # the source's event STOP to the target's RESUME, both stamped by QEMU
+    downtime_ms: int  # QEMU's own: ends when the source has written its state, before the target has loaded it
     ram_bytes: int  # RAM that QEMU sent
     pages_a_second: int  # dirtied, by QEMU's last estimate
     rounds: int
@@ -155,7 +167,8 @@ def stock_migrate(source, target, uri, capabilities=None, parameters=None, secon
     except QmpError as error:
         _explain(source, error, time.monotonic() - begin)
     info = source.execute("query-migrate")
-    return StockResult(wall_ms=wall_ms, total_ms=info["total-time"], downtime_ms=info["downtime"],
+    stopped_ms = (target.last_time_of("RESUME") - source.last_time_of("STOP")) * 1000
+    return StockResult(wall_ms=wall_ms, total_ms=info["total-time"], stopped_ms=stopped_ms, downtime_ms=info["downtime"],
                        ram_bytes=info["ram"]["transferred"],
                        pages_a_second=info["ram"]["dirty-pages-rate"],
                        rounds=info["ram"]["dirty-sync-count"])

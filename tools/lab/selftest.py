@@ -157,9 +157,9 @@ class MoveTest(unittest.TestCase):
         reader.wait_beat("target")
         move = reader.result()
         wire = two.bytes_sent("source") - sent
-        print(f"stock pre-copy: {stock.wall_ms:.0f} ms (QEMU says {stock.total_ms}), downtime "
-              f"{stock.downtime_ms} ms by QEMU, {move.switch_ms:.0f} ms by the beats (longest gap "
-              f"{move.gap_ms:.0f} ms, {move.gap_from} to {move.gap_to}), "
+        print(f"stock pre-copy: {stock.wall_ms:.0f} ms (QEMU says {stock.total_ms}), stopped "
+              f"{stock.stopped_ms:.0f} ms (QEMU says {stock.downtime_ms}), {move.switch_ms:.0f} ms by the beats "
+              f"(longest gap {move.gap_ms:.0f} ms, {move.gap_from} to {move.gap_to}), "
               f"{stock.ram_bytes / 1e6:.0f} MB of RAM in {stock.rounds} rounds, "
               f"{wire / 1e6:.0f} MB on the wire")
         self.assertTrue(move.clean(), move)
