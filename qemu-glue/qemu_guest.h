@@ -72,9 +72,9 @@ class QemuSourceGuest final : public SourceGuest {
       : qmp_(std::move(qmp)), process_(std::move(process)) {}
   absl::Status EnsureMonitor(absl::Time deadline);
   absl::Status TryResume(absl::Time deadline);
-  absl::StatusOr<std::string> CheckIdle(absl::Time deadline);
+  absl::Status CheckIdle(std::string_view run_state) const;
+  absl::Status ExplainRefusal(absl::Status refusal, absl::Time deadline);
   std::optional<absl::Time> TakeStopTime();
-  absl::StatusOr<UniqueFd> StartMigration(absl::Time deadline);
   absl::Status EndMigration(absl::Time deadline);
   absl::Status RunAgain(absl::Time deadline);
   absl::Status RestoreSettings(absl::Time deadline);
@@ -83,7 +83,7 @@ class QemuSourceGuest final : public SourceGuest {
   PeerProcess process_;
   bool was_running_ = true;
   std::optional<MigrationSettings> settings_;  // set from PrepareSave until Resume
-  bool prepared_ = false;                      // and BeginSave did not follow yet
+  UniqueFd stream_;                            // set from PrepareSave until BeginSave
   std::vector<GuestStep> steps_;
 };
 

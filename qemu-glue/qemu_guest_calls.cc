@@ -23,6 +23,28 @@ bool IsOneOf(std::string_view status, std::initializer_list<std::string_view> li
   return std::find(list.begin(), list.end(), status) != list.end();
 }
 
+// The migration's state; an error if it is over and not as `wanted`.
+absl::StatusOr<MigrationState> AskMigration(QmpClient& qmp, std::string_view step,
+                                            std::initializer_list<std::string_view> wanted,
+                                            absl::Time deadline) {
+  absl::StatusOr<MigrationState> state = QueryMigration(qmp, deadline);
+  if (!state.ok() || IsOneOf(state->status, wanted) || !IsMigrationOver(state->status)) {
+    return state;
+  }
+  return absl::FailedPreconditionError(
+      absl::StrCat(std::string(step), ": QEMU's migration has ended as '", state->status, "'",
+                   state->error.empty() ? "; someone else may have ended it" : ": ", state->error));
+}
+
+// Ok if waiting for an event was only given up to look again.
+absl::Status StillWaiting(const absl::Status& waited, std::string_view step,
+                          const MigrationState& state, absl::Time deadline) {
+  if (!absl::IsDeadlineExceeded(waited)) return waited;
+  if (absl::Now() < deadline) return absl::OkStatus();
+  return absl::DeadlineExceededError(
+      absl::StrCat(std::string(step), ": QEMU's migration is still '", state.status, "'"));
+}
+
 }  // namespace
 
 bool IsMigrationOver(std::string_view status) {
@@ -96,24 +118,33 @@ RunState ToRunState(std::string_view run_state) {
 absl::StatusOr<MigrationState> AwaitMigration(QmpClient& qmp, std::string_view step,
                                               std::initializer_list<std::string_view> wanted,
                                               absl::Time deadline) {
-  const std::string name(step);
   while (true) {
-    absl::StatusOr<MigrationState> state = QueryMigration(qmp, deadline);
-    if (!state.ok()) return state.status();
-    if (IsOneOf(state->status, wanted)) return state;
-    if (IsOneOf(state->status, {"failed", "cancelled", "completed", "none"})) {
-      return absl::FailedPreconditionError(absl::StrCat(
-          name, ": QEMU's migration has ended as '", state->status, "'",
-          state->error.empty() ? "; someone else may have ended it" : ": ", state->error));
-    }
+    absl::StatusOr<MigrationState> state = AskMigration(qmp, step, wanted, deadline);
+    if (!state.ok() || IsOneOf(state->status, wanted)) return state;
+    // An event only says "look again": it may be an old one, of an earlier migration.
     absl::StatusOr<QmpEvent> event =
         qmp.WaitEvent("MIGRATION", std::min(deadline, absl::Now() + kAskAgain));
-    // An event only says "look again": it may be an old one, of an earlier migration.
-    if (!event.ok() && !absl::IsDeadlineExceeded(event.status())) return event.status();
-    if (!event.ok() && absl::Now() >= deadline) {
-      return absl::DeadlineExceededError(
-          absl::StrCat(name, ": QEMU's migration is still '", state->status, "'"));
+    if (event.ok()) continue;
+    if (absl::Status s = StillWaiting(event.status(), step, *state, deadline); !s.ok()) return s;
+  }
+}
+
+absl::StatusOr<MigrationState> FollowMigration(QmpClient& qmp, std::string_view step,
+                                               std::initializer_list<std::string_view> wanted,
+                                               absl::Time deadline) {
+  while (true) {
+    absl::StatusOr<QmpEvent> event =
+        qmp.WaitEvent("MIGRATION", std::min(deadline, absl::Now() + kAskAgain));
+    if (event.ok()) {
+      MigrationState told{StringAt(event->data, "status"), ""};
+      if (IsOneOf(told.status, wanted)) return told;
+      if (!IsMigrationOver(told.status)) continue;
     }
+    // It ended otherwise, and QEMU knows why; or nothing was heard for a while.
+    absl::StatusOr<MigrationState> state = AskMigration(qmp, step, wanted, deadline);
+    if (!state.ok() || IsOneOf(state->status, wanted)) return state;
+    if (event.ok()) continue;
+    if (absl::Status s = StillWaiting(event.status(), step, *state, deadline); !s.ok()) return s;
   }
 }
 

@@ -49,6 +49,13 @@ absl::StatusOr<MigrationState> AwaitMigration(QmpClient& qmp, std::string_view s
                                               std::initializer_list<std::string_view> wanted,
                                               absl::Time deadline);
 
+// The same for a migration that the caller began, on a connection with the capability `events`,
+// after DropEvents("MIGRATION"): QEMU's events are taken at their word, so that it is not kept busy
+// with questions meanwhile (its monitor reads a command byte by byte, 1 to 2 ms each under TCG).
+absl::StatusOr<MigrationState> FollowMigration(QmpClient& qmp, std::string_view step,
+                                               std::initializer_list<std::string_view> wanted,
+                                               absl::Time deadline);
+
 // Makes a socket pair, gives QEMU one end under `name` (for "fd:NAME") and returns the other.
 absl::StatusOr<UniqueFd> PassStream(QmpClient& qmp, const std::string& name, absl::Time deadline);
 

@@ -50,32 +50,34 @@ absl::StatusOr<MigrationSettings> MigrationSettings::Apply(QmpClient& qmp,
                                                            const std::vector<std::string>& on,
                                                            const Json& parameters,
                                                            absl::Time deadline) {
-  absl::StatusOr<Json> capabilities = qmp.Execute("query-migrate-capabilities", nullptr, deadline);
-  if (!capabilities.ok()) return capabilities.status();
-  absl::StatusOr<CapabilityChange> change = PlanCapabilities(*capabilities, on);
+  absl::StatusOr<std::vector<Json>> now = qmp.ExecuteAll(
+      {{"query-migrate-capabilities", nullptr}, {"query-migrate-parameters", nullptr}}, deadline);
+  if (!now.ok()) return now.status();
+  const Json& current = (*now)[1];
+  absl::StatusOr<CapabilityChange> change = PlanCapabilities((*now)[0], on);
   if (!change.ok()) return change.status();
-  absl::StatusOr<Json> current = qmp.Execute("query-migrate-parameters", nullptr, deadline);
-  if (!current.ok()) return current.status();
 
   MigrationSettings settings;
   settings.old_capabilities_ = {{"capabilities", std::move(change->old)}};
   Json wanted = Json::object();
   settings.old_parameters_ = Json::object();
   for (const auto& [name, value] : parameters.items()) {
-    const Json* old = FindMember(*current, name.c_str());
+    const Json* old = FindMember(current, name.c_str());
     if (old == nullptr || *old == value) continue;
     wanted[name] = value;
     settings.old_parameters_[name] = *old;
   }
-  if (const std::string tls = StringAt(*current, "tls-creds"); !tls.empty()) {
+  if (const std::string tls = StringAt(current, "tls-creds"); !tls.empty()) {
     wanted["tls-creds"] = "";
     settings.old_parameters_["tls-creds"] = tls;
   }
-  absl::StatusOr<Json> done = qmp.Execute("migrate-set-parameters", wanted, deadline);
+  // The capabilities first: while a migration runs QEMU refuses these, but takes parameters.
+  absl::StatusOr<Json> done =
+      qmp.Execute("migrate-set-capabilities", {{"capabilities", change->wanted}}, deadline);
   if (!done.ok()) return done.status();
-  done = qmp.Execute("migrate-set-capabilities", {{"capabilities", change->wanted}}, deadline);
+  done = qmp.Execute("migrate-set-parameters", wanted, deadline);
   if (!done.ok()) {
-    (void)qmp.Execute("migrate-set-parameters", settings.old_parameters_, deadline);
+    (void)qmp.Execute("migrate-set-capabilities", settings.old_capabilities_, deadline);
     return done.status();
   }
   return settings;

@@ -27,6 +27,12 @@ const Json& SaveParameters() {
   return *parameters;
 }
 
+absl::Status UnderWay(std::string_view state) {
+  return absl::FailedPreconditionError(
+      absl::StrCat("begin to save the guest: a save or another migration is under way (QEMU says '",
+                   std::string(state), "'); resume the guest first, or let the other one end"));
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<QemuSourceGuest>> QemuSourceGuest::Create(
@@ -43,79 +49,70 @@ absl::Status QemuSourceGuest::EnsureMonitor(absl::Time deadline) {
 absl::Status QemuSourceGuest::PrepareSave(absl::Time deadline) {
   const absl::Time start = absl::Now();
   if (absl::Status status = EnsureMonitor(deadline); !status.ok()) return status;
-  absl::StatusOr<std::string> run_state = CheckIdle(deadline);
+  absl::StatusOr<std::string> run_state = QueryRunState(*qmp_, deadline);
   if (!run_state.ok()) return run_state.status();
+  if (absl::Status s = CheckIdle(*run_state); !s.ok()) return s;
   was_running_ = *run_state == "running";
   absl::StatusOr<MigrationSettings> settings = MigrationSettings::Apply(
       *qmp_, {"x-ignore-shared", "pause-before-switchover", "events"}, SaveParameters(), deadline);
-  if (!settings.ok()) return settings.status();
+  if (!settings.ok()) return ExplainRefusal(settings.status(), deadline);
   settings_ = *std::move(settings);
-  prepared_ = true;
+  absl::StatusOr<UniqueFd> stream = PassStream(*qmp_, kStreamName, deadline);
+  if (!stream.ok()) return stream.status();
+  stream_ = *std::move(stream);
   steps_.push_back({"prepare-save", absl::Now() - start});
   return absl::OkStatus();
 }
 
 absl::StatusOr<UniqueFd> QemuSourceGuest::BeginSave(absl::Time deadline) {
-  if (!prepared_) {
+  if (!stream_.valid()) {
     if (absl::Status status = PrepareSave(deadline); !status.ok()) return status;
   }
   const absl::Time start = absl::Now();
-  prepared_ = false;
-  absl::StatusOr<UniqueFd> stream = StartMigration(deadline);
-  if (stream.ok()) {
+  UniqueFd stream = std::move(stream_);
+  for (const char* event : {"MIGRATION", "STOP"}) qmp_->DropEvents(event);
+  const absl::StatusOr<Json> started =
+      qmp_->Execute("migrate", {{"uri", absl::StrCat("fd:", kStreamName)}}, deadline);
+  if (started.ok()) {
     steps_.push_back({"begin-save", absl::Now() - start});
-  } else if (absl::IsFailedPrecondition(stream.status())) {
+    return stream;
+  }
+  if (absl::IsFailedPrecondition(started.status())) {
     // QEMU refused, so nothing began. After any other error only Resume can tell what did.
     (void)settings_->Restore(*qmp_, deadline);
     settings_.reset();
   }
-  return stream;
+  return started.status();
 }
 
-// The run state, if a migration can begin now.
-absl::StatusOr<std::string> QemuSourceGuest::CheckIdle(absl::Time deadline) {
-  absl::StatusOr<MigrationState> migration = QueryMigration(*qmp_, deadline);
-  if (!migration.ok()) return migration.status();
-  absl::StatusOr<std::string> run_state = QueryRunState(*qmp_, deadline);
-  if (!run_state.ok()) return run_state;
-  if (settings_.has_value() || !IsMigrationOver(migration->status) || *run_state == "inmigrate" ||
-      *run_state == "finish-migrate") {
-    return absl::FailedPreconditionError(
-        absl::StrCat("begin to save the guest: a save or another migration is under way (QEMU is '",
-                     *run_state, "', its migration '", migration->status,
-                     "'); resume the guest first, or let the other one end"));
+// Whether a save can begin, as far as the run state tells: QEMU itself refuses to change
+// capabilities while a migration is under way.
+absl::Status QemuSourceGuest::CheckIdle(std::string_view run_state) const {
+  if (settings_.has_value() || run_state == "inmigrate" || run_state == "finish-migrate") {
+    return UnderWay(run_state);
   }
-  if (*run_state == "postmigrate") {
+  if (run_state == "postmigrate") {
     return absl::FailedPreconditionError(
         "begin to save the guest: QEMU stands where an earlier migration stopped it and starts no "
-        "other "
-        "from there; run the guest first (`cont`)");
+        "other from there; run the guest first (`cont`)");
   }
-  return run_state;
+  return absl::OkStatus();
 }
 
-absl::StatusOr<UniqueFd> QemuSourceGuest::StartMigration(absl::Time deadline) {
-  absl::StatusOr<UniqueFd> stream = PassStream(*qmp_, kStreamName, deadline);
-  if (!stream.ok()) return stream;
-  (void)TakeStopTime();  // of an earlier stop
-  absl::StatusOr<Json> started =
-      qmp_->Execute("migrate", {{"uri", absl::StrCat("fd:", kStreamName)}}, deadline);
-  if (!started.ok()) return started.status();
-  return stream;
+// Why QEMU refused the settings.
+absl::Status QemuSourceGuest::ExplainRefusal(absl::Status refusal, absl::Time deadline) {
+  if (!absl::IsFailedPrecondition(refusal)) return refusal;
+  const absl::StatusOr<MigrationState> migration = QueryMigration(*qmp_, deadline);
+  if (!migration.ok() || IsMigrationOver(migration->status)) return refusal;
+  return UnderWay(migration->status);
 }
 
+// From here to the migration's end nobody can run the guest: QEMU refuses `cont`.
 absl::StatusOr<absl::Time> QemuSourceGuest::Stop(absl::Time deadline) {
   const absl::Time start = absl::Now();
   absl::StatusOr<MigrationState> state =
-      AwaitMigration(*qmp_, "stop the guest", {"pre-switchover"}, deadline);
+      FollowMigration(*qmp_, "stop the guest", {"pre-switchover"}, deadline);
   if (!state.ok()) return state.status();
-  absl::StatusOr<std::string> run_state = QueryRunState(*qmp_, deadline);
-  if (!run_state.ok()) return run_state.status();
-  if (*run_state == "running") {
-    return absl::InternalError(
-        "stop the guest: QEMU says that it runs although its migration waits for the "
-        "switchover: someone resumed it");
-  }
   steps_.push_back({"stop", absl::Now() - start});
   return std::min(TakeStopTime().value_or(absl::Now()), absl::Now());
 }
@@ -137,7 +134,7 @@ absl::Status QemuSourceGuest::FinishSave(absl::Time deadline) {
       qmp_->Execute("migrate-continue", {{"state", "pre-switchover"}}, deadline);
   if (!go.ok()) return go.status();
   absl::StatusOr<MigrationState> state =
-      AwaitMigration(*qmp_, "save the device state", {"completed"}, deadline);
+      FollowMigration(*qmp_, "save the device state", {"completed"}, deadline);
   if (!state.ok()) return state.status();
   steps_.push_back({"finish-save", absl::Now() - start});
   return absl::OkStatus();
@@ -177,7 +174,7 @@ absl::Status QemuSourceGuest::RestoreSettings(absl::Time deadline) {
     if (!abandoned.ok()) return abandoned.status();
     return abandoned->has_value() ? (*abandoned)->Restore(*qmp_, deadline) : absl::OkStatus();
   }
-  prepared_ = false;
+  stream_.reset();
   absl::Status restored = settings_->Restore(*qmp_, deadline);
   if (restored.ok()) settings_.reset();
   return restored;

@@ -64,6 +64,7 @@ absl::Status QemuTargetGuest::PrepareLoad(absl::Time deadline) {
   settings_ = *std::move(settings);
   absl::StatusOr<UniqueFd> stream = PassStream(*qmp_, kStreamName, deadline);
   if (!stream.ok()) return stream.status();
+  qmp_->DropEvents("MIGRATION");
   done = qmp_->Execute("migrate-incoming", {{"uri", absl::StrCat("fd:", kStreamName)}}, deadline);
   if (!done.ok()) return done.status();
   stream_ = *std::move(stream);
@@ -81,7 +82,7 @@ absl::StatusOr<UniqueFd> QemuTargetGuest::BeginLoad(absl::Time deadline) {
 absl::Status QemuTargetGuest::AwaitLoaded(absl::Time deadline) {
   const absl::Time start = absl::Now();
   absl::StatusOr<MigrationState> state =
-      AwaitMigration(*qmp_, "load the device state", {"completed"}, deadline);
+      FollowMigration(*qmp_, "load the device state", {"completed"}, deadline);
   if (absl::IsUnavailable(state.status())) {
     return absl::UnavailableError(absl::StrCat(
         "load the device state: QEMU ended; its log says why (", state.status().message(), ")"));

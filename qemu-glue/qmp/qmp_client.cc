@@ -107,6 +107,12 @@ absl::Time EventTime(const Json& message) {
          absl::Microseconds(UintAt(*time, "microseconds").value_or(0));
 }
 
+// What QEMU sends to a client that has been greeted.
+bool IsForAnother(const Json& message) {
+  return message.is_object() &&
+         (FindMember(message, "event") != nullptr || FindMember(message, "id") != nullptr);
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<QmpClient>> QmpClient::Connect(const std::string& path,
@@ -125,21 +131,26 @@ absl::Status QmpClient::Negotiate(absl::Time deadline) {
 }
 
 absl::Status QmpClient::ReadGreeting(absl::Time deadline) {
-  absl::StatusOr<std::string> line = ReadLine(deadline);
-  if (absl::IsDeadlineExceeded(line.status()) && received_.empty()) {
-    return absl::DeadlineExceededError(absl::StrCat(
-        "QMP: ", path_,
-        " took the connection but sent no greeting: another client is using this monitor (QEMU "
-        "serves one at a time; give presync a monitor of its own), QEMU is stopped, or this does "
-        "not "
-        "speak QMP"));
-  }
-  if (absl::IsDeadlineExceeded(line.status())) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("QMP: ", path_, " does not speak QMP: it sent ", Excerpt(received_)));
-  }
-  if (!line.ok()) return line.status();
-  const Json greeting = ParseJson(*line);
+  absl::StatusOr<std::string> line;
+  Json greeting;
+  // QEMU may still send events, or answers, that were for the monitor's last client: it notices
+  // that there is a new one a moment after that is connected.
+  do {
+    line = ReadLine(deadline);
+    if (absl::IsDeadlineExceeded(line.status()) && received_.empty()) {
+      return absl::DeadlineExceededError(absl::StrCat(
+          "QMP: ", path_,
+          " took the connection but sent no greeting: another client is using this monitor (QEMU "
+          "serves one at a time; give presync a monitor of its own), QEMU is stopped, or this does "
+          "not speak QMP"));
+    }
+    if (absl::IsDeadlineExceeded(line.status())) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("QMP: ", path_, " does not speak QMP: it sent ", Excerpt(received_)));
+    }
+    if (!line.ok()) return line.status();
+    greeting = ParseJson(*line);
+  } while (IsForAnother(greeting));
   const Json* qmp = FindMember(greeting, "QMP");
   const Json* version = qmp == nullptr ? nullptr : FindMember(*qmp, "version");
   const Json* qemu = version == nullptr ? nullptr : FindMember(*version, "qemu");
@@ -164,12 +175,30 @@ absl::StatusOr<Json> QmpClient::Execute(const std::string& command, const Json& 
 
 absl::StatusOr<bool> QmpClient::ExecuteUntil(const std::string& command, const Json& arguments,
                                              std::string_view event, absl::Time deadline) {
-  std::erase_if(events_, [event](const QmpEvent& old) { return old.name == event; });
+  DropEvents(event);
   absl::StatusOr<uint64_t> id = SendCommand(command, arguments, deadline, -1);
   if (!id.ok()) return id.status();
   absl::StatusOr<std::optional<Json>> result = AwaitReply(*id, command, event, deadline);
   if (!result.ok()) return result.status();
   return !result->has_value();
+}
+
+absl::StatusOr<std::vector<Json>> QmpClient::ExecuteAll(absl::Span<const QmpCommand> commands,
+                                                        absl::Time deadline) {
+  std::vector<uint64_t> ids;
+  for (const QmpCommand& command : commands) {
+    absl::StatusOr<uint64_t> id = SendCommand(command.name, command.arguments, deadline, -1);
+    if (!id.ok()) return id.status();
+    ids.push_back(*id);
+  }
+  std::vector<Json> results;
+  for (size_t i = 0; i < ids.size(); ++i) {
+    absl::StatusOr<std::optional<Json>> result =
+        AwaitReply(ids[i], commands[i].name, /*or_event=*/"", deadline);
+    if (!result.ok()) return result.status();
+    results.push_back(**std::move(result));
+  }
+  return results;
 }
 
 // The result of command `id`; nothing if `or_event` came first.
@@ -227,6 +256,10 @@ absl::StatusOr<QmpEvent> QmpClient::WaitEvent(absl::FunctionRef<bool(const QmpEv
 
 absl::StatusOr<QmpEvent> QmpClient::WaitEvent(const std::string& name, absl::Time deadline) {
   return WaitEvent([&name](const QmpEvent& event) { return event.name == name; }, deadline);
+}
+
+void QmpClient::DropEvents(std::string_view name) {
+  std::erase_if(events_, [name](const QmpEvent& event) { return event.name == name; });
 }
 
 absl::StatusOr<uint64_t> QmpClient::SendCommand(const std::string& command, const Json& arguments,

@@ -13,11 +13,13 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "absl/types/span.h"
 #include "qemu-glue/qmp/json_read.h"
 #include "transport/unique_fd.h"
 
@@ -27,6 +29,11 @@ struct QmpVersion {
   uint64_t major = 0;
   uint64_t minor = 0;
   uint64_t micro = 0;
+};
+
+struct QmpCommand {
+  std::string name;
+  Json arguments;  // an object or null
 };
 
 struct QmpEvent {
@@ -69,6 +76,11 @@ class QmpClient {
   absl::StatusOr<bool> ExecuteUntil(const std::string& command, const Json& arguments,
                                     std::string_view event, absl::Time deadline);
 
+  // Runs several commands, without waiting for the one's answer before the next is sent; their
+  // results in the same order. The first error ends it; later commands may have run all the same.
+  absl::StatusOr<std::vector<Json>> ExecuteAll(absl::Span<const QmpCommand> commands,
+                                               absl::Time deadline);
+
   // Sends a command whose result nobody waits for; its reply is dropped when it comes.
   absl::Status Post(const std::string& command, const Json& arguments, absl::Time deadline);
 
@@ -76,6 +88,9 @@ class QmpClient {
   absl::StatusOr<QmpEvent> WaitEvent(absl::FunctionRef<bool(const QmpEvent&)> matches,
                                      absl::Time deadline);
   absl::StatusOr<QmpEvent> WaitEvent(const std::string& name, absl::Time deadline);
+
+  // Forgets the events of this name that came so far: all that QEMU sent before its last reply.
+  void DropEvents(std::string_view name);
 
   // Ok while the connection can be used; else the error that every call returns.
   const absl::Status& health() const { return broken_; }

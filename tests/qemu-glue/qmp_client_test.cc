@@ -38,6 +38,19 @@ TEST(QmpConnect, ReadsTheGreetingAndThePeer) {
   EXPECT_EQ(client->peer_pid(), ::getpid());
 }
 
+TEST(QmpConnect, PassesOverWhatWasForTheLastClient) {
+  FakeQmpServer server([](FakeQmpConnection& qemu) {
+    qemu.Send("{\"event\": \"STOP\", \"timestamp\": {\"seconds\": 1, \"microseconds\": 0}}\n");
+    qemu.Send("{\"return\": {}, \"id\": 1}\n");
+    qemu.Greet();
+  });
+  std::unique_ptr<QmpClient> client = ConnectTo(server);
+  ASSERT_NE(client, nullptr);
+  EXPECT_EQ(client->version().major, 9u);
+  EXPECT_TRUE(absl::IsDeadlineExceeded(client->WaitEvent("STOP", AtOnce()).status()) ||
+              absl::IsUnavailable(client->WaitEvent("STOP", AtOnce()).status()));
+}
+
 TEST(QmpConnect, SaysThatThereIsNoSocket) {
   absl::Status status = QmpClient::Connect("/tmp/presync-no-such-socket", Soon()).status();
   EXPECT_TRUE(absl::IsNotFound(status)) << status;
@@ -146,6 +159,47 @@ TEST(QmpExecute, PicksItsReplyOutOfEventsAndStrangers) {
   absl::StatusOr<QmpEvent> event = client->WaitEvent("STOP", AtOnce());
   ASSERT_TRUE(event.ok()) << event.status();
   EXPECT_TRUE(event->data.is_null());
+}
+
+TEST(QmpExecuteAll, SendsAllBeforeTheFirstAnswerAndKeepsTheOrder) {
+  FakeQmpServer server([](FakeQmpConnection& qemu) {
+    qemu.Greet();
+    const Json first = qemu.ReadCommand();
+    const Json second = qemu.ReadCommand();
+    qemu.Reply(first, 1);
+    qemu.Send("{\"event\": \"STOP\", \"timestamp\": {\"seconds\": 1, \"microseconds\": 0}}\n");
+    qemu.Reply(second, 2);
+    qemu.Reply(qemu.ReadCommand(), 3);
+    qemu.Refuse(qemu.ReadCommand(), "no");
+    qemu.Reply(qemu.ReadCommand(), 5);
+    qemu.Reply(qemu.ReadCommand(), 6);
+    qemu.AwaitHangUp();
+  });
+  std::unique_ptr<QmpClient> client = ConnectTo(server);
+  ASSERT_NE(client, nullptr);
+  absl::StatusOr<std::vector<Json>> results =
+      client->ExecuteAll({{"a", nullptr}, {"b", {{"x", 1}}}}, Soon());
+  ASSERT_TRUE(results.ok()) << results.status();
+  EXPECT_THAT(*results, ::testing::ElementsAre(1, 2));
+  results = client->ExecuteAll({{"c", nullptr}, {"d", nullptr}, {"e", nullptr}}, Soon());
+  EXPECT_TRUE(absl::IsFailedPrecondition(results.status())) << results.status();
+  EXPECT_EQ(client->Execute("f", nullptr, Soon()).value_or(0), 6);  // not the answer to "e"
+}
+
+TEST(QmpDropEvents, ForgetsWhatCameOfOneNameOnly) {
+  FakeQmpServer server([](FakeQmpConnection& qemu) {
+    qemu.Greet();
+    qemu.Send("{\"event\": \"STOP\", \"timestamp\": {\"seconds\": 1, \"microseconds\": 0}}\n");
+    qemu.Send("{\"event\": \"RESUME\", \"timestamp\": {\"seconds\": 2, \"microseconds\": 0}}\n");
+    qemu.Reply(qemu.ReadCommand(), 1);
+    qemu.AwaitHangUp();
+  });
+  std::unique_ptr<QmpClient> client = ConnectTo(server);
+  ASSERT_NE(client, nullptr);
+  ASSERT_TRUE(client->Execute("x", nullptr, Soon()).ok());
+  client->DropEvents("STOP");
+  EXPECT_TRUE(absl::IsDeadlineExceeded(client->WaitEvent("STOP", AtOnce()).status()));
+  EXPECT_TRUE(client->WaitEvent("RESUME", AtOnce()).ok());
 }
 
 TEST(QmpExecuteUntil, TakesTheEventForTheReply) {

@@ -185,7 +185,7 @@ absl::Status TargetLinks::Close(uint32_t number) {
 absl::Status TargetLinks::CloseAll() {
   absl::Status first;
   for (Entry& entry : entries_) first.Update(End(&entry));
-  entries_.clear();
+  closed_.splice(closed_.end(), entries_);
   return first;
 }
 

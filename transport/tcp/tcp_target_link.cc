@@ -126,8 +126,9 @@ TcpTargetLink::~TcpTargetLink() { Close(); }
 void TcpTargetLink::Start() {
   MutexLock lock(&close_mu_);
   for (size_t i = 0; i < streams_.size(); ++i) {
-    threads_.emplace_back([this, i] {
-      const absl::Status status = Receiver(this, i).Run();
+    receivers_.push_back(std::make_unique<Receiver>(this, i));
+    threads_.emplace_back([this, i, receiver = receivers_.back().get()] {
+      const absl::Status status = receiver->Run();
       Fail(absl::Status(status.code(),
                         absl::StrCat("tcp link, stream ", i, ": ", status.message())));
     });

@@ -44,6 +44,8 @@ class TcpTargetLink final : public TargetLink {
 
   const GuestMemory* const memory_;
   const std::vector<std::unique_ptr<ByteStream>> streams_;
+  // Kept until the link goes: freeing their buffers would hold up Close, and with it a launch.
+  std::vector<std::unique_ptr<Receiver>> receivers_;
   std::atomic<bool> over_ = false;  // nothing more is received
   mutable Mutex mu_;
   absl::Status status_ ABSL_GUARDED_BY(mu_);
