@@ -10,7 +10,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "qemu-glue/qemu_process.h"
+#include "qemu-glue/process_identity.h"
 #include "qemu-glue/qmp/json_read.h"
 
 namespace presync {

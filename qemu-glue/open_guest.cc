@@ -34,8 +34,7 @@ std::string ReadEnvironment(pid_t pid) {
   return std::string((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
 }
 
-absl::StatusOr<std::string> GlueSocketOf(QmpClient& qmp, absl::Time deadline) {
-  absl::StatusOr<PeerProcess> process = PeerProcess::Identify(qmp, deadline);
+absl::StatusOr<std::string> GlueSocketOf(const absl::StatusOr<PeerProcess>& process) {
   if (!process.ok()) return process.status();
   absl::StatusOr<std::vector<std::string>> arguments = process->CommandLine();
   if (!arguments.ok()) return arguments.status();
@@ -47,6 +46,13 @@ absl::StatusOr<std::string> GlueSocketOf(QmpClient& qmp, absl::Time deadline) {
         "LD_PRELOAD=presync_glue.so PRESYNC_GLUE_SOCKET=PATH");
   }
   return path;
+}
+
+// The process is held by its descriptor: what has its number while it lives is this one.
+ProcessIdentity IdentityOf(const absl::StatusOr<PeerProcess>& process) {
+  if (!process.ok()) return {};
+  const ProcessIdentity identity = IdentifyProcess(process->pid());
+  return process->HasEnded() ? ProcessIdentity() : identity;
 }
 
 absl::StatusOr<GuestMemory> OpenMemory(const GuestInfo& info) {
@@ -89,13 +95,16 @@ absl::StatusOr<OpenedGuest> OpenGuest(const OpenGuestOptions& options, absl::Tim
   if (!qmp.ok()) return qmp.status();
   absl::StatusOr<GuestInfo> info = DescribeGuest(**qmp, deadline);
   if (!info.ok()) return info.status();
+  const absl::StatusOr<PeerProcess> process = PeerProcess::Identify(**qmp, deadline);
+  const ProcessIdentity identity = IdentityOf(process);
+  if (absl::Status s = options.check(*info, identity); !s.ok()) return s;
   absl::StatusOr<Findings> findings = CheckTrackable(**qmp, *info, deadline);
   if (!findings.ok()) return findings.status();
   if (absl::Status s = ToStatus(findings->problems); !s.ok()) return s;
 
   std::string glue_path = options.glue_path;
   if (glue_path.empty()) {
-    absl::StatusOr<std::string> found = GlueSocketOf(**qmp, deadline);
+    absl::StatusOr<std::string> found = GlueSocketOf(process);
     if (!found.ok()) return found.status();
     glue_path = *std::move(found);
   }
@@ -114,6 +123,7 @@ absl::StatusOr<OpenedGuest> OpenGuest(const OpenGuestOptions& options, absl::Tim
       MakeGuest(options, *std::move(qmp), deadline);
   if (!guest.ok()) return guest.status();
   return OpenedGuest{.info = *std::move(info),
+                     .process = identity,
                      .memory = *std::move(memory),
                      .log = std::move(probed->log),
                      .guest = *std::move(guest),

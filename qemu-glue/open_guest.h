@@ -9,6 +9,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "qemu-glue/discovery.h"
+#include "qemu-glue/process_identity.h"
 #include "transport/dirty_log.h"
 #include "transport/guest.h"
 #include "transport/memory.h"
@@ -25,10 +26,15 @@ struct OpenGuestOptions {
       glue_path;  // the plug-in's socket; empty: found in QEMU's command line or environment
   std::string dirty_log = "auto";        // or "uffd-async", "uffd-handler"
   MakeSourceGuest make_guest = nullptr;  // null: a QEMU that presync itself moves
+  // Looks at what answers at the monitor before anything is done with it: its error is OpenGuest's.
+  // The process is not known() where presync can't tell which one it is.
+  std::function<absl::Status(const GuestInfo& info, const ProcessIdentity& process)> check =
+      [](const GuestInfo&, const ProcessIdentity&) { return absl::OkStatus(); };
 };
 
 struct OpenedGuest {
   GuestInfo info;
+  ProcessIdentity process;  // not known(): presync can't tell which process the QEMU is
   GuestMemory memory;
   std::unique_ptr<DirtyLog> log;
   std::unique_ptr<SourceGuest> guest;

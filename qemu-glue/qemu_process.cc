@@ -15,10 +15,10 @@
 #include <utility>
 
 #include "absl/status/status.h"
-#include "absl/strings/numbers.h"
+#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_split.h"
 #include "absl/time/clock.h"
+#include "qemu-glue/process_identity.h"
 #include "qemu-glue/qmp/wait.h"
 
 namespace presync {
@@ -90,19 +90,6 @@ absl::StatusOr<pid_t> Spawn(const QemuProcess::Options& options) {
 
 // Field 22 of /proc/PID/stat (proc(5)). The second field is a name in parentheses with anything in
 // it.
-uint64_t StartTicks(pid_t pid) {
-  std::ifstream file(absl::StrCat("/proc/", pid, "/stat"));
-  const std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-  const size_t name_end = text.rfind(')');
-  if (name_end == std::string::npos) return 0;
-  const std::vector<std::string> fields =
-      absl::StrSplit(text.substr(name_end + 1), ' ', absl::SkipEmpty());
-  uint64_t ticks = 0;
-  constexpr size_t kStartField = 22 - 3;  // the first field after the name is the third
-  if (fields.size() > kStartField) (void)absl::SimpleAtoi(fields[kStartField], &ticks);
-  return ticks;
-}
-
 QemuProcess::QemuProcess(pid_t pid, UniqueFd pidfd, std::string log_path)
     : pid_(pid), pidfd_(std::move(pidfd)), log_path_(std::move(log_path)) {
   start_ticks_ = StartTicks(pid_);

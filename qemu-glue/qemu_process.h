@@ -63,7 +63,4 @@ class QemuProcess {
   bool reaped_ = false;
 };
 
-// When a process started, in clock ticks since boot; 0: there is none with this number.
-uint64_t StartTicks(pid_t pid);
-
 }  // namespace presync

@@ -1,0 +1,29 @@
+// Which process a process is, so that a later presyncd tells it from any other that has its number
+// by then.
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstdint>
+#include <string>
+
+namespace presync {
+
+// When a process started, in clock ticks since boot; 0: there is none with this number.
+uint64_t StartTicks(pid_t pid);
+
+struct ProcessIdentity {
+  pid_t pid = 0;
+  uint64_t start_ticks = 0;
+  std::string boot;  // the kernel's id of the boot: ticks begin anew with each
+
+  bool known() const { return pid > 0 && start_ticks > 0 && !boot.empty(); }
+};
+
+// Of a process that lives; not known() if there is none with this number.
+ProcessIdentity IdentifyProcess(pid_t pid);
+
+// Whether that very process lives; a zombie does not.
+bool Lives(const ProcessIdentity& process);
+
+}  // namespace presync
