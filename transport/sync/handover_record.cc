@@ -16,6 +16,7 @@
 #include <utility>
 
 #include "absl/strings/escaping.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 
@@ -102,13 +103,17 @@ absl::StatusOr<std::string> ReadFile(const std::string& path) {
 }
 
 // A guest's name may hold anything; the file's name must not.
-std::string FileName(const HandoverEntry& entry) {
+std::string FileNameOf(const std::string& guest) {
   std::string safe;
-  for (const char c : entry.guest) {
+  for (const char c : guest) {
     const bool plain = absl::ascii_isalnum(static_cast<unsigned char>(c)) || c == '-' || c == '_';
     safe += plain ? c : '_';
   }
-  return absl::StrCat(safe.substr(0, 64), ".", IdToHex(entry.session),
+  return safe.substr(0, 64);
+}
+
+std::string FileName(const HandoverEntry& entry) {
+  return absl::StrCat(FileNameOf(entry.guest), ".", IdToHex(entry.session),
                       entry.role == HandoverRole::kSource ? ".source" : ".target");
 }
 
@@ -135,6 +140,10 @@ absl::string_view PhaseName(HandoverPhase phase) {
     if (value == phase) return name;
   }
   return "unknown";
+}
+
+bool IsSettled(HandoverPhase phase) {
+  return phase == HandoverPhase::kRunning || phase == HandoverPhase::kNeverRan;
 }
 
 absl::StatusOr<HandoverRecord> HandoverRecord::Open(const std::string& folder,
@@ -221,6 +230,11 @@ std::vector<HandoverEntry> HandoverRecord::ReadAll(const std::string& folder,
 
 std::string HandoverRecord::Path(const std::string& folder, const HandoverEntry& entry) {
   return absl::StrCat(folder, "/", FileName(entry));
+}
+
+bool HandoverRecord::MayBeOf(const std::string& path, const std::string& guest) {
+  return absl::StartsWith(std::filesystem::path(path).filename().string(),
+                          absl::StrCat(FileNameOf(guest), "."));
 }
 
 absl::Status HandoverRecord::Forget(const std::string& folder, const HandoverEntry& entry) {

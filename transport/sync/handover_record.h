@@ -35,6 +35,9 @@ enum class HandoverPhase {
 
 absl::string_view PhaseName(HandoverPhase phase);
 
+// Whether nothing is open any more about a handover that got so far.
+bool IsSettled(HandoverPhase phase);
+
 struct HandoverEntry {
   HandoverRole role = HandoverRole::kSource;
   HandoverPhase phase = HandoverPhase::kPreparing;
@@ -72,6 +75,9 @@ class HandoverRecord {
 
   // Where the record of such an entry lies.
   static std::string Path(const std::string& folder, const HandoverEntry& entry);
+
+  // Whether a record at this path may be of the guest: what its name alone tells.
+  static bool MayBeOf(const std::string& path, const std::string& guest);
 
   // Removes the record of such an entry: nothing about it is open any more. Ok if there is none.
   static absl::Status Forget(const std::string& folder, const HandoverEntry& entry);

@@ -13,10 +13,6 @@
 namespace presync {
 namespace {
 
-bool IsSettled(const HandoverEntry& entry) {
-  return entry.phase == HandoverPhase::kRunning || entry.phase == HandoverPhase::kNeverRan;
-}
-
 std::string Command(const std::string& guest, absl::string_view how) {
   return absl::StrCat("presync settle ", guest, " ", how);
 }
@@ -182,7 +178,7 @@ void Recovery::Pass(const InUse& in_use) {
   for (const HandoverEntry& entry : entries) {
     if (in_use(entry.guest)) continue;
     const std::string path = HandoverRecord::Path(options_.folder, entry);
-    if (IsSettled(entry)) {
+    if (IsSettled(entry.phase)) {
       RemoveOld(path);
       continue;
     }

@@ -57,7 +57,9 @@ absl::StatusOr<std::unique_ptr<SourceSession>> SourceSession::Start(
       SourceSync::Create(&session->memory_, session->log_.get(), session->options_.sync);
   if (!sync.ok()) return sync.status();
   session->sync_ = *std::move(sync);
-  if (absl::Status s = session->Connect(); !s.ok()) return s;
+  if (!session->options_.connect_later) {
+    if (absl::Status s = session->Connect(); !s.ok()) return s;
+  }
   session->Publish();
   session->thread_ = std::thread([raw = session.get()] { raw->Run(); });
   return session;
@@ -106,6 +108,14 @@ bool SourceSession::ForgetRequested() const {
 SessionStatus SourceSession::status() const {
   MutexLock lock(&mutex_);
   return published_;
+}
+
+bool SourceSession::AwaitConnected(absl::Duration longest) {
+  MutexLock lock(&mutex_);
+  const auto connected = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    return published_.state != SessionState::kConnecting;
+  };
+  return mutex_.AwaitWithTimeout(connected, longest);
 }
 
 absl::StatusOr<HandoverReport> SourceSession::Launch(const HandoverOptions& options,

@@ -45,6 +45,8 @@ struct SourceSessionOptions {
   MakeSourceLink make_link = nullptr;  // see SessionRequest
   absl::Duration connect_timeout = absl::Seconds(20);
   absl::Duration reconnect_every = absl::Seconds(1);
+  // Start() does not wait for the target: it is tried until it is there, as one that was lost.
+  bool connect_later = false;
   // How soon RDMA is tried again while TCP carries the sync; doubles with each failure.
   absl::Duration rdma_retry = absl::Seconds(30);
   absl::Duration rdma_retry_longest = absl::Minutes(8);
@@ -98,8 +100,9 @@ struct SessionStatus {
 // alone touches guest, log and link.
 class SourceSession {
  public:
-  // Connects once, so that what is wrong is said at once, then goes on in its own thread. Takes all
-  // of its parts; the guest is not touched before a launch. Errors as ConnectSource and SourceSync.
+  // Connects once (but with `connect_later`), so that what is wrong is said at once, then goes on
+  // in its own thread. Takes all of its parts; the guest is not touched before a launch. Errors as
+  // ConnectSource and SourceSync.
   static absl::StatusOr<std::unique_ptr<SourceSession>> Start(SourceSessionOptions options,
                                                               std::unique_ptr<Dialer> dialer,
                                                               GuestMemory memory,
@@ -110,6 +113,9 @@ class SourceSession {
   ~SourceSession();
 
   SessionStatus status() const ABSL_LOCKS_EXCLUDED(mutex_);
+
+  // Waits until it is not connecting any more: false if that has not come to be.
+  bool AwaitConnected(absl::Duration longest) ABSL_LOCKS_EXCLUDED(mutex_);
 
   // Hands the guest over. Blocks until it runs on the target or the launch has failed. With
   // `wait_for_first_pass` it waits for the first full sync. FAILED_PRECONDITION: the first pass is

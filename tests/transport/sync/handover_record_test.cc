@@ -100,6 +100,16 @@ TEST_F(HandoverRecordTest, GarbageIsNamedAndNotBelieved) {
   EXPECT_EQ(unreadable_.size(), 1u);
 }
 
+TEST_F(HandoverRecordTest, ANameTellsWhoseOneThatCantBeReadMayBe) {
+  HandoverEntry entry = Entry();
+  entry.guest = "web.1";
+  const std::string path = HandoverRecord::Path(folder_, entry);
+  EXPECT_TRUE(HandoverRecord::MayBeOf(path, "web.1"));
+  EXPECT_TRUE(HandoverRecord::MayBeOf(path, "web_1")) << "nobody can tell";
+  EXPECT_FALSE(HandoverRecord::MayBeOf(path, "web"));
+  EXPECT_FALSE(HandoverRecord::MayBeOf(path, "web.10"));
+}
+
 TEST_F(HandoverRecordTest, ARemovedRecordIsGone) {
   absl::StatusOr<HandoverRecord> record = HandoverRecord::Open(folder_, Entry());
   ASSERT_TRUE(record->Remove().ok());

@@ -109,6 +109,36 @@ TEST_F(SessionResumeTest, ALinkThatIsLostWhileACopyIsProvenLosesNothing) {
   EXPECT_THAT(Differences(), IsEmpty());
 }
 
+TEST_F(SessionResumeTest, OneThatConnectsLaterGoesOnWithTheCopyOnceTheTargetIsThere) {
+  SyncAll();
+  LoseSource();
+  source_.Write(100, 7100);
+  *up_ = false;
+  source_options_.connect_later = true;
+  ASSERT_TRUE(StartSession().ok());
+  ASSERT_TRUE(Await([&] { return !session_->status().problem.empty(); }));
+  EXPECT_EQ(session_->status().state, SessionState::kConnecting);
+  EXPECT_FALSE(session_->AwaitConnected(absl::Milliseconds(1)));
+  EXPECT_TRUE(absl::IsFailedPrecondition(session_->Launch({}, absl::ZeroDuration()).status()));
+  source_.Write(102, 7102);  // the guest is watched, and nothing is synced yet
+  *up_ = true;
+  ASSERT_TRUE(session_->AwaitConnected(absl::Seconds(20)));
+  ASSERT_TRUE(Synced());
+  EXPECT_EQ(session_->status().progress.pages_sent, 2u);
+  EXPECT_EQ(Resumption().from, ResumedFrom::kCopy);
+  EXPECT_EQ(Resumption().count, 1u);
+  EXPECT_THAT(Differences(), IsEmpty());
+  ASSERT_TRUE(Launch().ok());
+}
+
+TEST_F(SessionResumeTest, OneThatNeverConnectedCanBeStopped) {
+  *up_ = false;
+  source_options_.connect_later = true;
+  ASSERT_TRUE(StartSession().ok());
+  EXPECT_TRUE(session_->Stop().ok());
+  EXPECT_EQ(session_->status().state, SessionState::kStopped);
+}
+
 TEST_F(SessionResumeTest, ALostLinkCostsNothingThatWasConfirmed) {
   SyncAll();
   const uint64_t sent = session_->status().progress.pages_sent;
