@@ -328,6 +328,14 @@ void RecordSeeds() {
                  R"( [{"region": "ram0", "size_bytes": 4096, "path": "/r", "device": 1,)"
                  R"( "inode": 2}]})")
             .text());
+  Write(
+      "state_files", "sync",
+      FuzzOutput()
+          .Byte(5)
+          .Raw(R"({"version": 1, "guest": "g", "qemu_pid": 4, "qemu_start_ticks": 9, "boot": "b",)"
+               R"( "order": {"name": "g", "qmp": "/q", "to": "a:1", "max_launch_time": "1s",)"
+               R"( "rdma_queue_pairs": 2}})")
+          .text());
   Write("state_files", "costs", FuzzOutput().Byte(2).Raw(R"({"peer": [41000, 52000, -1]})").text());
 }
 

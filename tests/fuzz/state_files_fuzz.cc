@@ -1,6 +1,6 @@
 // What presyncd finds in its folders when it starts: handover records, measured costs, and notes of
-// copies. The first byte says which, and for records whether checksums are made right, so that what
-// lies behind them is reached.
+// copies and of syncs. The first byte says which, and for those with checksums whether these are
+// made right, so that what lies behind them is reached.
 #include <xxhash.h>
 
 #include <cstdio>
@@ -10,6 +10,7 @@
 #include "qemu-glue/copy_note.h"
 #include "tests/fuzz/fuzz_input.h"
 #include "tools/presyncd/fixed_costs.h"
+#include "tools/presyncd/sync_note.h"
 #include "transport/sync/handover_record.h"
 
 namespace presync {
@@ -88,12 +89,40 @@ void TryCopyNote(std::string_view bytes) {
   ::remove(path.c_str());
 }
 
+// What is taken for a note says all that a later presyncd needs, and is the same when it is written
+// again.
+void TrySyncNote(const std::string& bytes) {
+  const absl::StatusOr<SyncNote> note = ParseSyncNote(bytes);
+  SyncNotes notes(fuzz::ScratchFolder());
+  const std::string path = notes.PathOf(note.ok() ? note->guest : "g");
+  WriteFile(path, bytes);
+  std::vector<std::string> unreadable;
+  const std::vector<SyncNote> all = notes.ReadAll(&unreadable);
+  FUZZ_REQUIRE(all.size() + unreadable.size() <= 1 && (note.ok() || all.empty()));
+  if (!all.empty()) {
+    FUZZ_REQUIRE(all[0].qemu.known() && all[0].order.contains("to"));
+    FUZZ_REQUIRE(SyncOrder(all[0].order) == all[0].order);
+    if (notes.Write(all[0]).ok()) {
+      const std::vector<SyncNote> again = notes.ReadAll(&unreadable);
+      FUZZ_REQUIRE(again.size() == 1 && again[0].guest == all[0].guest);
+      FUZZ_REQUIRE(again[0].order == all[0].order && again[0].qemu.pid == all[0].qemu.pid);
+    }
+    FUZZ_REQUIRE(notes.Remove(all[0].guest).ok());
+  }
+  ::remove(path.c_str());
+}
+
+std::string WithChecksum(std::string_view text) {
+  const std::string line = absl::StrCat(text.substr(0, text.find('\n')), "\n");
+  return absl::StrFormat("%s%016x\n", line, XXH3_64bits(line.data(), line.size()));
+}
+
 }  // namespace
 }  // namespace presync
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   presync::fuzz::FuzzInput input(data, size);
-  switch (input.Byte() % 4) {
+  switch (input.Byte() % 6) {
     case 0:
       presync::TryRecord(std::string(input.rest()));
       break;
@@ -103,8 +132,14 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     case 2:
       presync::TryCosts(input.rest());
       break;
-    default:
+    case 3:
       presync::TryCopyNote(input.rest());
+      break;
+    case 4:
+      presync::TrySyncNote(std::string(input.rest()));
+      break;
+    default:
+      presync::TrySyncNote(presync::WithChecksum(input.rest()));
   }
   return 0;
 }

@@ -6,14 +6,11 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <set>
 #include <utility>
 
 #include "absl/algorithm/container.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
-#include "absl/strings/str_join.h"
-#include "absl/strings/str_split.h"
-#include "qemu-glue/open_guest.h"
 #include "tools/common/local_api.h"
 #include "tools/common/units.h"
 #include "tools/presyncd/libvirt_api.h"
@@ -26,10 +23,6 @@ namespace presync {
 namespace {
 
 using Json = nlohmann::json;
-
-void LogLine(bool problem, const std::string& line) {
-  spdlog::log(problem ? spdlog::level::warn : spdlog::level::info, "{}", line);
-}
 
 absl::Status MakeFolder(const std::string& path) {
   std::error_code error;
@@ -57,15 +50,23 @@ absl::StatusOr<Decision> ParseDecision(const std::string& where) {
 
 }  // namespace
 
+void LogLine(bool problem, const std::string& line) {
+  spdlog::log(problem ? spdlog::level::warn : spdlog::level::info, "{}", line);
+}
+
 Daemon::Daemon(Config config)
     : config_(std::move(config)),
       fixed_costs_(config_.state_folder + "/fixed-costs.json"),
+      notes_(config_.state_folder),
+      going_on_({.start = [this](const SyncNote& note) { return GoOn(note); }, .log = LogLine}),
       metrics_(std::make_shared<Metrics>([this] { return View(); })) {}
 
 Daemon::~Daemon() {
   metrics_server_.reset();
+  going_on_.End();
+  ForgetEnded();
   recovery_.reset();
-  std::map<std::string, std::shared_ptr<SourceSession>> sources;
+  std::map<std::string, Sync> sources;
   {
     MutexLock lock(&mutex_);
     sources.swap(sources_);
@@ -121,6 +122,7 @@ absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Create(Config config) {
   daemon->recovery_ = std::move(recovery);
   daemon->recovery_->Start(
       [raw = daemon.get()](const std::string& guest) { return raw->InUse(guest); });
+  daemon->GoOnWithNotes();
   spdlog::info("listening at {}:{}, {} guests configured to come here", c.listen_host,
                c.listen_port, c.guests.size());
   if (!c.metrics_listen.empty()) {
@@ -142,6 +144,7 @@ void Daemon::ReloadCertificates() {
 
 void Daemon::Tick() {
   host_->qemu()->RemoveLeftovers();
+  ForgetEnded();
   for (const SessionStatus& status : Sources()) {
     history_.Sample(status, absl::Now());
     metrics_->NoteLink(status);
@@ -152,8 +155,8 @@ std::vector<SessionStatus> Daemon::Sources() const {
   std::vector<std::shared_ptr<SourceSession>> sessions;
   {
     MutexLock lock(&mutex_);
-    for (const auto& [name, session] : sources_) {
-      if (session != nullptr) sessions.push_back(session);
+    for (const auto& [name, sync] : sources_) {
+      if (sync.session != nullptr) sessions.push_back(sync.session);
     }
   }
   std::vector<SessionStatus> statuses;
@@ -161,8 +164,21 @@ std::vector<SessionStatus> Daemon::Sources() const {
   return statuses;
 }
 
+// The waiting ones are looked at first: one that goes on meanwhile is seen twice, never not at all.
+std::vector<SessionStatus> Daemon::SourcesAndWaiting() const {
+  std::vector<SessionStatus> waiting = going_on_.status();
+  std::vector<SessionStatus> all = Sources();
+  std::set<std::string> names;
+  for (const SessionStatus& status : all) names.insert(status.guest);
+  for (SessionStatus& status : waiting) {
+    if (!names.contains(status.guest)) all.push_back(std::move(status));
+  }
+  absl::c_sort(all, [](const auto& a, const auto& b) { return a.guest < b.guest; });
+  return all;
+}
+
 Metrics::View Daemon::View() const {
-  Metrics::View view = {.sources = Sources(), .incoming = service_->status().size()};
+  Metrics::View view = {.sources = SourcesAndWaiting(), .incoming = service_->status().size()};
   MutexLock lock(&mutex_);
   view.open_matters = recovery_ == nullptr ? 0 : recovery_->open().size();
   return view;
@@ -205,107 +221,19 @@ Json Daemon::Handle(const Json& request) {
 std::shared_ptr<SourceSession> Daemon::Find(const std::string& name) const {
   MutexLock lock(&mutex_);
   const auto it = sources_.find(name);
-  return it == sources_.end() ? nullptr : it->second;
+  return it == sources_.end() ? nullptr : it->second.session;
 }
 
-// A null session holds the name while its start is under way. An ended session makes room for a new
-// one.
-absl::Status Daemon::Claim(const std::string& name) {
-  std::shared_ptr<SourceSession> ended;
-  MutexLock lock(&mutex_);
-  const auto it = sources_.find(name);
-  if (it != sources_.end()) {
-    if (it->second == nullptr) {
-      return absl::AlreadyExistsError(absl::StrCat("a start of ", name, " is already under way"));
-    }
-    const SessionState state = it->second->status().state;
-    if (!IsOver(state)) {
-      return absl::AlreadyExistsError(
-          absl::StrCat(name, " is already kept in sync with ", it->second->status().peer, " (",
-                       StateName(state), "); presync stop ", name, " ends that"));
-    }
-    ended = std::move(it->second);
+absl::StatusOr<std::shared_ptr<SourceSession>> Daemon::SessionOf(const std::string& name) const {
+  const std::vector<SessionStatus> waiting = going_on_.status();
+  if (std::shared_ptr<SourceSession> session = Find(name); session != nullptr) return session;
+  for (const SessionStatus& status : waiting) {
+    if (status.guest != name) continue;
+    return absl::FailedPreconditionError(
+        absl::StrCat(name, " is not kept in sync from here yet again: ", status.problem));
   }
-  sources_[name] = nullptr;
-  return absl::OkStatus();
-}
-
-void Daemon::Unclaim(const std::string& name) {
-  MutexLock lock(&mutex_);
-  const auto it = sources_.find(name);
-  if (it != sources_.end() && it->second == nullptr) sources_.erase(it);
-}
-
-// Whom a request is about: a domain of libvirt's, or whoever answers at a monitor.
-absl::StatusOr<Daemon::Asked> Daemon::WhoIsAsked(const Json& request, const HostAndPort& to) const {
-  Asked asked = {.name = TextOr(request, "name", ""),
-                 .open = {.qmp_path = TextOr(request, "qmp", ""),
-                          .glue_path = TextOr(request, "glue", ""),
-                          .dirty_log = TextOr(request, "dirty_log", config_.dirty_log)}};
-  const std::string name = TextOr(request, "domain", "");
-  if (name.empty()) return asked;
-  absl::StatusOr<Domain> domain = FindDomain(config_.libvirt, name);
-  if (!domain.ok()) return domain.status();
-  asked.name = domain->name;
-  asked.domain = domain->uuid;
-  asked.open.qmp_path = domain->qmp_path;
-  asked.open.glue_path = domain->glue_path;
-  asked.open.make_guest = MakeDomainGuest(config_.libvirt, *domain, to.host);
-  return asked;
-}
-
-absl::StatusOr<SourceSessionOptions> Daemon::OptionsFor(const Json& request, const Asked& asked,
-                                                        const std::string& peer) {
-  const absl::Duration fixed_cost = fixed_costs_.For(peer, config_.fixed_cost);
-  absl::StatusOr<SourceSessionOptions> options =
-      ReadSessionOptions(request, config_, peer, fixed_cost);
-  if (!options.ok()) return options;
-  options->guest = asked.name;
-  options->guest_address = asked.open.qmp_path;
-  options->domain = asked.domain;
-  options->log = LogLine;
-  options->on_managed_launch = [this, name = asked.name](
-                                   absl::Time ordered_at,
-                                   const absl::StatusOr<HandoverReport>& report) {
-    NoteManagedLaunch(name, ordered_at, report);
-  };
-  return options;
-}
-
-absl::StatusOr<Json> Daemon::Start(const Json& request) {
-  absl::StatusOr<HostAndPort> to = ParseHostPort(TextOr(request, "to", ""), kDefaultPort);
-  if (!to.ok()) return to.status();
-  absl::StatusOr<Asked> asked = WhoIsAsked(request, *to);
-  if (!asked.ok()) return asked.status();
-  const std::string name = asked->name;
-  auto dialer = std::make_unique<TcpDialer>(to->host, to->port, security_->peers());
-  absl::StatusOr<SourceSessionOptions> options = OptionsFor(request, *asked, dialer->peer());
-  if (!options.ok()) return options.status();
-  if (absl::Status s = Claim(name); !s.ok()) return s;
-
-  std::function<absl::Status()> stop_tracking;
-  const auto start = [&]() -> absl::StatusOr<std::unique_ptr<SourceSession>> {
-    absl::StatusOr<OpenedGuest> opened = OpenGuest(asked->open, absl::Now() + absl::Seconds(20));
-    if (!opened.ok()) return opened.status();
-    for (const std::string& note : opened->notes) spdlog::info("{}: {}", name, note);
-    options->rdma.memory_may_be_discarded = opened->memory_may_be_discarded;
-    stop_tracking = std::move(opened->stop_tracking);
-    return SourceSession::Start(*options, std::move(dialer), std::move(opened->memory),
-                                std::move(opened->log), std::move(opened->guest));
-  };
-  absl::StatusOr<std::unique_ptr<SourceSession>> session = start();
-  if (!session.ok()) {
-    Unclaim(name);
-    return session.status();
-  }
-  Json answer = SourceStatusToJson((*session)->status());
-  spdlog::info("{}: in sync with {} from now on ({} MiB, dirty log {})", name,
-               (*session)->status().peer, (*session)->status().progress.pages >> 8,
-               (*session)->status().dirty_log);
-  MutexLock lock(&mutex_);
-  sources_[name] = *std::move(session);
-  stop_tracking_[name] = std::move(stop_tracking);
-  return answer;
+  return absl::NotFoundError(
+      absl::StrCat(name, " is not kept in sync from this host; presync start ", name, " first"));
 }
 
 // A launch that nobody ordered here: libvirt was told to move its guest.
@@ -336,48 +264,23 @@ void Daemon::NoteLaunch(const SessionStatus& status, absl::Time ordered_at,
 
 absl::StatusOr<Json> Daemon::Launch(const Json& request) {
   const std::string name = TextOr(request, "name", "");
-  const std::shared_ptr<SourceSession> session = Find(name);
-  if (session == nullptr) {
-    return absl::NotFoundError(
-        absl::StrCat(name, " is not kept in sync from this host; presync start ", name, " first"));
-  }
-  HandoverOptions options;
-  options.verify = FlagOr(request, "verify", false);
   const absl::Duration wait =
       absl::Milliseconds(std::max<int64_t>(0, NumberOr(request, "wait_ms", 0)));
+  AwaitGoingOn(name, wait);
+  const absl::StatusOr<std::shared_ptr<SourceSession>> found = SessionOf(name);
+  if (!found.ok()) return found.status();
+  SourceSession* const session = found->get();
+  HandoverOptions options;
+  options.verify = FlagOr(request, "verify", false);
   spdlog::info("{}: launch to {}", name, session->status().peer);
   const absl::Time ordered_at = absl::Now();
   history_.Sample(session->status(), ordered_at);
   absl::StatusOr<HandoverReport> report = session->Launch(options, wait);
   const SessionStatus status = session->status();
   NoteLaunch(status, ordered_at, report, options.verify);
+  ForgetEnded();
   if (!report.ok()) return report.status();
   return LaunchReportToJson(*report, status);
-}
-
-absl::StatusOr<Json> Daemon::Stop(const Json& request) {
-  const std::string name = TextOr(request, "name", "");
-  std::shared_ptr<SourceSession> session = Find(name);
-  if (session == nullptr) {
-    return absl::NotFoundError(absl::StrCat(name, " is not kept in sync from this host"));
-  }
-  if (absl::Status s = session->Stop(); !s.ok()) return s;
-  spdlog::info("{}: sync stopped", name);
-  std::function<absl::Status()> stop_tracking;
-  {
-    MutexLock lock(&mutex_);
-    sources_.erase(name);
-    stop_tracking = std::move(stop_tracking_[name]);
-    stop_tracking_.erase(name);
-  }
-  session.reset();  // and with it the dirty log, unless a status request still looks at it
-  if (stop_tracking != nullptr) {
-    if (absl::Status s = stop_tracking(); !s.ok()) {
-      spdlog::info("{}: its QEMU keeps the userfaultfd on its memory: {}", name,
-                   std::string(s.message()));
-    }
-  }
-  return Json::object();
 }
 
 absl::StatusOr<Json> Daemon::Record(const Json& request) {
@@ -398,7 +301,8 @@ bool Daemon::InUse(const std::string& guest) const {
   }
   MutexLock lock(&mutex_);
   const auto it = sources_.find(guest);
-  return it != sources_.end() && (it->second == nullptr || !IsOver(it->second->status().state));
+  if (it == sources_.end()) return false;
+  return it->second.session == nullptr || !IsOver(it->second.session->status().state);
 }
 
 // What only a person can know: where the guest of an open handover runs.
@@ -428,20 +332,14 @@ Json Daemon::Status(const Json& request) const {
                  {"open", Json::array()},
                  {"open_matters", Json::array()}};
   answer["security"] = security_->ToJson();
-  std::vector<std::shared_ptr<SourceSession>> sessions;
-  {
-    MutexLock lock(&mutex_);
-    for (const auto& [key, session] : sources_) {
-      if (session != nullptr && (name.empty() || key == name)) sessions.push_back(session);
-    }
-  }
   for (const OpenMatter& matter : recovery_->open()) {
     if (!name.empty() && matter.entry.guest != name) continue;
     answer["open"].push_back(MatterText(matter));
     answer["open_matters"].push_back(MatterToJson(matter));
   }
-  for (const auto& session : sessions) {
-    answer["guests"].push_back(SourceStatusToJson(session->status()));
+  for (const SessionStatus& status : SourcesAndWaiting()) {
+    if (name.empty() || status.guest == name)
+      answer["guests"].push_back(SourceStatusToJson(status));
   }
   for (const TargetStatus& target : service_->status()) {
     if (name.empty() || target.guest == name)

@@ -1,9 +1,9 @@
 // The command "verify".
 #include <spdlog/spdlog.h>
 
+#include <memory>
 #include <string>
 
-#include "absl/strings/str_cat.h"
 #include "tools/common/local_api.h"
 #include "tools/presyncd/daemon.h"
 #include "tools/presyncd/status_json.h"
@@ -12,11 +12,9 @@ namespace presync {
 
 absl::StatusOr<nlohmann::json> Daemon::Verify(const nlohmann::json& request) {
   const std::string name = TextOr(request, "name", "");
-  const std::shared_ptr<SourceSession> session = Find(name);
-  if (session == nullptr) {
-    return absl::NotFoundError(
-        absl::StrCat(name, " is not kept in sync from this host; presync start ", name, " first"));
-  }
+  const absl::StatusOr<std::shared_ptr<SourceSession>> found = SessionOf(name);
+  if (!found.ok()) return found.status();
+  SourceSession* const session = found->get();
   const absl::StatusOr<ComparisonReport> report = session->Verify();
   if (!report.ok()) return report.status();
   spdlog::info("{}: compared with {}: {} pages, {} differ; {} were being written or sent", name,

@@ -46,18 +46,6 @@ absl::Status SetTransport(const Json& request, const Config& config,
   return absl::OkStatus();
 }
 
-// The residual that a promise leaves room for must not be below what one page costs.
-absl::Status CheckPromise(absl::Duration promise, absl::Duration fixed_cost,
-                          const std::string& peer) {
-  if (promise > fixed_cost) return absl::OkStatus();
-  const absl::Duration least =
-      absl::Ceil(fixed_cost + absl::Milliseconds(10), absl::Milliseconds(10));
-  return absl::FailedPreconditionError(absl::StrFormat(
-      "--max-launch-time %s can't be kept: a handover to %s takes about %s here before any memory "
-      "moves; %s is the least that can be promised",
-      absl::FormatDuration(promise), peer, FormatMillis(fixed_cost), absl::FormatDuration(least)));
-}
-
 }  // namespace
 
 absl::StatusOr<Compression> ToCompression(const std::string& name) {
@@ -69,8 +57,19 @@ absl::StatusOr<Compression> ToCompression(const std::string& name) {
       absl::StrCat("'", name, "' is no compression; there are none, lz4, zstd and auto"));
 }
 
+// The residual that a promise leaves room for must not be below what one page costs.
+absl::Status CheckPromise(const SourceSyncOptions& options, const std::string& peer) {
+  if (options.max_launch_time > options.fixed_cost) return absl::OkStatus();
+  const absl::Duration least =
+      absl::Ceil(options.fixed_cost + absl::Milliseconds(10), absl::Milliseconds(10));
+  return absl::FailedPreconditionError(absl::StrFormat(
+      "--max-launch-time %s can't be kept: a handover to %s takes about %s here before any memory "
+      "moves; %s is the least that can be promised",
+      absl::FormatDuration(options.max_launch_time), peer, FormatMillis(options.fixed_cost),
+      absl::FormatDuration(least)));
+}
+
 absl::StatusOr<SourceSessionOptions> ReadSessionOptions(const Json& request, const Config& config,
-                                                        const std::string& peer,
                                                         absl::Duration fixed_cost) {
   SourceSessionOptions options;
   options.record_folder = config.state_folder;
@@ -96,8 +95,6 @@ absl::StatusOr<SourceSessionOptions> ReadSessionOptions(const Json& request, con
   if (!compression.ok()) return compression.status();
   options.tcp.compression = *compression;
   if (absl::Status s = SetTransport(request, config, &options); !s.ok()) return s;
-  absl::Status kept = CheckPromise(options.sync.max_launch_time, options.sync.fixed_cost, peer);
-  if (!kept.ok()) return kept;
   return options;
 }
 
