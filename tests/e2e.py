@@ -330,8 +330,10 @@ class BadInputTest(EndToEnd):
         self.refused(source, "launch", presync.NAME, words=["presync start"])
         self.refused(source, "stop", presync.NAME)
         self.refused(source, "status", "nobody")
-        move.start()
-        start(presync.NAME, "--qmp", monitor, "--to", move.to, words=["already"])
+        session = move.start()["session"]
+        again = source.ask("start", presync.NAME, "--qmp", monitor, "--to", move.to)
+        self.assertEqual(again["session"], session, "what is asked for is there already")
+        start(presync.NAME, "--qmp", monitor, "--to", move.to, "--transport", "tcp", words=["already", "other options"])
         self.launch(move)
 
     def test_a_file_in_the_way(self):

@@ -4,7 +4,7 @@ two network namespaces.
 
     tests/e2e_resume.py [TestCase.test ...] [-v]     needs root; PRESYNC_BUILD names the build folder
 
-Each time the guest, which rewrites checksummed memory all the while, is moved in the end, compared byte for byte, and
+Nobody types `presync start` after a restart, but where a test says so. Each time the guest, which rewrites checksummed memory all the while, is moved in the end, compared byte for byte, and
 checks itself; and what had to be sent again is printed.
 """
 
@@ -42,9 +42,22 @@ class Resuming(e2e.EndToEnd):
     def waiting_pid(move):
         return move.target_daemon.guest_pids().get(presync.NAME)
 
-    def start_again(self, move):
+    @staticmethod
+    def start_by_hand(move, *arguments):
         """`presync start`; the reader goes on with the waiting QEMU that it has, if that is still the one."""
-        move.source_daemon.ask("start", presync.NAME, "--qmp", move.source.sockets.qmp[0], "--to", move.to)
+        return move.source_daemon.ask("start", presync.NAME, "--qmp", move.source.sockets.qmp[0], "--to", move.to, *arguments)
+
+    @staticmethod
+    def notes(move):
+        """What the source's presyncd would start again."""
+        return sorted(path.name for path in (move.source_daemon.folder / "state").glob("*.sync*"))
+
+    def wait_status(self, move, wanted, seconds=30):
+        deadline = time.monotonic() + seconds
+        while not wanted(status := move.status()):
+            self.assertLess(time.monotonic(), deadline, f"{status}\n{move.source_daemon.words()}")
+            time.sleep(0.05)
+        return status
 
     def wait_resumed(self, move, origin, count=1, seconds=60):
         """The sync goes on, from `origin`, and has caught up: what that took."""
@@ -85,18 +98,83 @@ class ResumeTest(Resuming):
         move.source_daemon.kill()
         self.expect_unharmed(move)
         move.source_daemon.start()
-        self.start_again(move)
         self.wait_resumed(move, "copy")
         self.move_on(move)
 
     def test_source_presyncd_upgraded(self):
         move = self.synced()
+        self.assertEqual(self.notes(move), [f"{presync.NAME}.sync"])
         move.source_daemon.stop()
+        self.assertEqual(self.notes(move), [f"{presync.NAME}.sync"])
         self.expect_unharmed(move)
         move.source_daemon.start()
-        self.start_again(move)
         self.wait_resumed(move, "copy")
         self.move_on(move)
+        self.assertEqual(self.notes(move), [], "it has moved")
+
+    def test_started_by_hand_nevertheless(self):
+        """Right after the restart, and again: it is the same sync. With other options it is not, and said so."""
+        move = self.synced()
+        move.source_daemon.kill()
+        move.source_daemon.start()
+        sessions = {self.start_by_hand(move)["session"] for _ in range(3)}
+        self.assertEqual(len(sessions), 1)
+        self.wait_resumed(move, "copy")
+        self.assertEqual(move.status()["session"], sessions.pop())
+        self.refused(move.source_daemon, "start", presync.NAME, "--qmp", move.source.sockets.qmp[0], "--to", move.to,
+                     "--max-launch-time", "3s", words=["already", "other options", "presync stop"])
+        self.move_on(move)
+
+    def test_its_options_go_on_too(self):
+        move = self.move(self.spec(kernel_args=HAMMER))
+        move.start("--max-launch-time", "1700ms", "--transport", "tcp", "--compression", "none", "--dirty-log", "uffd-handler")
+        move.wait_synced()
+        move.source_daemon.kill()
+        move.source_daemon.start()
+        status = self.wait_status(move, lambda status: status["state"] == "syncing", 60)
+        self.assertEqual((status["max_launch_ms"], status["dirty_log"], status["link"]), (1700, "uffd-handler", "tcp"))
+        self.launch(move)
+
+    def test_killed_again_and_again(self):
+        """Also while it is about to go on."""
+        move = self.synced()
+        for seconds in (0, 0.05, 0.3, 1):
+            move.source_daemon.kill()
+            move.source_daemon.start()
+            time.sleep(seconds)
+        self.wait_resumed(move, "copy")
+        self.move_on(move)
+
+    def test_source_qemu_ended_meanwhile(self):
+        """There is nothing to go on with: it is said, and not tried again."""
+        move = self.synced()
+        move.source_daemon.kill()
+        move.source.process.kill()
+        move.source.process.wait()
+        move.source_daemon.start()
+        status = self.wait_status(move, lambda status: status["state"] == "failed")
+        self.assertIn("has ended", status["problem"])
+        self.assertEqual(self.notes(move), [])
+        move.source_daemon.stop()
+        move.source_daemon.start()
+        self.assertIsNone(move.status())
+
+    def test_killed_after_the_move(self):
+        move = self.synced()
+        self.launch(move)
+        move.source_daemon.kill()
+        self.assertEqual(self.notes(move), [])
+        move.source_daemon.start()
+        self.assertIsNone(move.status())
+        self.check_guest(move.reader)
+
+    def test_killed_after_stop(self):
+        move = self.synced()
+        move.source_daemon.ask("stop", presync.NAME)
+        move.source_daemon.kill()
+        move.source_daemon.start()
+        self.assertIsNone(move.status())
+        self.expect_unharmed(move)
 
     def test_target_presyncd_killed(self):
         move = self.synced()
@@ -122,9 +200,10 @@ class ResumeTest(Resuming):
         move.source_daemon.kill()
         move.target_daemon.kill()
         self.expect_unharmed(move)
-        move.target_daemon.start()
+        # The source's comes first, and has nobody to talk to: as a running sync would.
         move.source_daemon.start()
-        self.start_again(move)
+        self.wait_status(move, lambda status: status["state"] == "connecting" and "refused" in status["problem"])
+        move.target_daemon.start()
         self.wait_resumed(move, "copy")
         self.move_on(move)
 
@@ -157,7 +236,7 @@ class ResumeTest(Resuming):
         while self.memory_files(move):
             self.assertLess(time.monotonic(), deadline, "the target's memory is free")
             time.sleep(0.1)
-        self.start_again(move)
+        self.start_by_hand(move)
         self.assertEqual(move.wait_synced()["resumption"]["count"], 0)
         self.move_on(move)
 

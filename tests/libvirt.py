@@ -349,6 +349,32 @@ class FailureTest(LibvirtTest):
         lab.daemons[lab.there].start()
         self.expect_retry_works()
 
+    def test_source_presyncd_gone(self):
+        """Its sync goes on by itself."""
+        lab = self.lab
+        lab.daemon.kill()
+        self.expect_here()
+        lab.daemon.start()
+        status = lab.wait_state("syncing")
+        self.assertEqual(status["resumption"]["from"], "copy", status)
+        self.assertEqual(lab.start()["session"], lab.status()["session"], "typed nevertheless: it is the same")
+        self.expect_retry_works()
+
+    def test_libvirtd_not_up_yet(self):
+        lab = self.lab
+        lab.daemon.kill()
+        lab.two.kill_libvirtd(lab.here)
+        lab.daemon.start()
+        deadline = time.monotonic() + 30
+        while "libvirt" not in (status := lab.status())["problem"]:
+            self.assertLess(time.monotonic(), deadline, status)
+            time.sleep(0.05)
+        self.assertEqual(status["state"], "connecting")
+        lab.two.start_libvirtd(lab.here)
+        lab.wait_state("syncing")
+        self.expect_here()
+        self.expect_retry_works()
+
     def test_sync_not_ready(self):
         lab = self.lab
         lab.daemon.ask("stop", NAME)
