@@ -113,8 +113,9 @@ void TrySyncNote(const std::string& bytes) {
 }
 
 std::string WithChecksum(std::string_view text) {
-  const std::string line = absl::StrCat(text.substr(0, text.find('\n')), "\n");
-  return absl::StrFormat("%s%016x\n", line, XXH3_64bits(line.data(), line.size()));
+  std::string line(text.substr(0, text.find('\n')));
+  line += "\n";
+  return line + absl::StrFormat("%016x\n", XXH3_64bits(line.data(), line.size()));
 }
 
 }  // namespace
