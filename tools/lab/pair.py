@@ -25,6 +25,7 @@ from .qmp import Qmp, QmpError
 TOOLS = pathlib.Path(__file__).resolve().parent
 NAME = _presync.NAME
 LabError = _hosts.LabError
+PATIENCE_S = 12  # what presync settles by itself it has settled by then
 
 
 class Violation(Exception):
@@ -97,13 +98,16 @@ class Pair:
 
     RAM_FOLDER_FACTOR = 2.5  # how much of a guest's memory fits into a host's tmpfs
 
-    def __init__(self, folder, spec, defaults=None):
+    def __init__(self, folder, spec, defaults=None, insecure=False):
+        """`insecure`: without TLS, so that the proxies see which control message passes; else no fault at a step strikes."""
+        self.insecure = insecure
         self.folder = pathlib.Path(folder)
         self.spec = spec
         self.defaults = defaults
         self.here, self.there = _hosts.TwoHosts.hosts
         self.boots = 0
         self._stack = contextlib.ExitStack()
+        self.decided_by_hand = False  # in the last run
         self.monitor = ""  # the guest's, where presyncd is told to find it
         self._boot = contextlib.ExitStack()
         self.reader = None
@@ -135,7 +139,7 @@ class Pair:
         spec = dataclasses.replace(self.spec, plugin=f"{_presync.plugin_path()},socket={{glue}}")
         command = [str(TOOLS / "fronted"), f"{self.folder}/fronts", "{qmp}.front",
                    *_guest.qemu_argv(spec, "target", sockets)]
-        daemon = _presync.Daemon(self.two, side, self.folder, {NAME: command}, self.defaults)
+        daemon = _presync.Daemon(self.two, side, self.folder, {NAME: command}, self.defaults, self.insecure)
         # Of its own, so that it can be full.
         daemon.ram.mkdir(mode=0o700)
         size = int(self.spec.memory_mb * self.RAM_FOLDER_FACTOR)
@@ -252,12 +256,12 @@ class Pair:
 
     def session(self):
         """The guest's status where it is, or None."""
-        guests = self.ask(self.here, "status")["guests"]
+        guests = self.daemons[self.here].ask_status()["guests"]
         return next((g for g in guests if g["name"] == NAME), None)
 
     def open_matters(self):
-        """{side: what recovery could not settle}, of both daemons."""
-        return {side: self.ask(side, "status")["open"] for side in self.two.hosts}
+        """{side: what recovery could not settle}, of both daemons, in parts."""
+        return {side: self.daemons[side].ask_status()["open_matters"] for side in self.two.hosts}
 
     def await_state(self, wanted, seconds, what):
         deadline = time.monotonic() + seconds
@@ -318,8 +322,11 @@ class Pair:
 
     def decide(self, guest_killed, seconds=75):
         """Waits until everything is settled, then: the side that runs the guest, or None if it was killed and
-        runs nowhere.  Raises Violation."""
-        deadline = time.monotonic() + seconds
+        runs nowhere.  Where a guest was killed presync may leave the matter to a person: then we are the person.
+        Raises Violation."""
+        began = time.monotonic()
+        deadline = began + seconds
+        self.decided_by_hand = False
         while True:
             states = {qemu: self.run_state(qemu) for qemu in self.qemus()}
             running = [qemu for qemu, state in states.items() if state == "running"]
@@ -328,22 +335,38 @@ class Pair:
             unsettled = self._unsettled(running)
             if not unsettled and (running or guest_killed):
                 break
+            if guest_killed and not running and not self.decided_by_hand and time.monotonic() > began + PATIENCE_S:
+                self._decide_by_hand()
             if time.monotonic() > deadline:
                 if not running and not guest_killed:
                     raise Violation("guests_lost", f"no QEMU runs the guest: {states}; {unsettled}\n{self.words()}")
                 if not unsettled:
                     break
                 raise Violation("restarts_failed", f"not settled in {seconds} s: {unsettled}\n{self.words()}")
-            time.sleep(0.05)
+            time.sleep(0.2)
         return running[0].side if running else None
+
+    def _decide_by_hand(self):
+        """The guest runs nowhere: what docs/reliability.md, "What only a person can decide", says to do then. On the
+        source it goes on with the copy there; on the target its record is forgotten."""
+        self.decided_by_hand = True
+        for side in self.two.hosts:
+            with contextlib.suppress(_presync.Refused):
+                if any(s["name"] == NAME and s["state"] == "in-doubt" for s in self.daemons[side].ask_status()["guests"]):
+                    self.ask(side, "settle", NAME, "here")
+        for side, matters in self.open_matters().items():
+            for matter in matters:
+                how = "here" if matter["role"] == "source" and matter["phase"] == "given-up" else "forget"
+                with contextlib.suppress(_presync.Refused):
+                    self.ask(side, "settle", NAME, how)
 
     def _unsettled(self, running):
         try:
             for side, matters in self.open_matters().items():
-                if matters and running:
+                if matters:
                     return f"open on {side}: {matters}"
             for side in self.two.hosts:
-                for session in self.ask(side, "status")["guests"]:
+                for session in self.daemons[side].ask_status()["guests"]:
                     if session["state"] in ("launching", "in-doubt", "stuck"):
                         return f"session on {side} is {session['state']}: {session['problem']}"
         except _presync.Refused as error:
