@@ -3,11 +3,9 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/magic.h>
-#include <linux/openat2.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
@@ -17,9 +15,9 @@
 #include <optional>
 #include <utility>
 
-#include "absl/cleanup/cleanup.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_split.h"
 
 namespace presync {
 namespace {
@@ -143,14 +141,45 @@ absl::StatusOr<uint64_t> Seek(const Region& region, uint64_t offset, uint64_t en
   return FileError("look for holes in", region.path(), errno);
 }
 
-// open(2), but through no symbolic link anywhere in the path (Linux 5.6): where memory is made,
-// nobody must be able to lead it elsewhere.
+// The folder `name` in `parent`, unless it is a symbolic link: ELOOP.
+UniqueFd OpenFolder(int parent, const std::string& name) {
+  UniqueFd folder(openat(parent, name.c_str(), O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
+  if (folder.valid() || errno != ENOTDIR) return folder;
+  struct stat st;
+  const bool is_link =
+      fstatat(parent, name.c_str(), &st, AT_SYMLINK_NOFOLLOW) == 0 && S_ISLNK(st.st_mode);
+  errno = is_link ? ELOOP : ENOTDIR;
+  return folder;
+}
+
+// open(2), but through no symbolic link anywhere in the path: where memory is made, nobody must be
+// able to lead it elsewhere. Step by step: openat2(2) would do it at once, but systemd's
+// RestrictSUIDSGID= takes it away, for its filter can't see the mode.
 int CreateWithoutLinks(const std::string& path) {
-  open_how how = {};
-  how.flags = O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC;
-  how.mode = 0600;
-  how.resolve = RESOLVE_NO_SYMLINKS;
-  return static_cast<int>(syscall(SYS_openat2, AT_FDCWD, path.c_str(), &how, sizeof(how)));
+  const std::vector<std::string> names = absl::StrSplit(path, '/', absl::SkipEmpty());
+  UniqueFd folder(open(path[0] == '/' ? "/" : ".", O_PATH | O_DIRECTORY | O_CLOEXEC));
+  for (size_t i = 0; i + 1 < names.size() && folder.valid(); ++i) {
+    folder = OpenFolder(folder.get(), names[i]);
+  }
+  if (!folder.valid()) return -1;
+  constexpr int kFlags = O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC;
+  return openat(folder.get(), names.empty() ? "" : names.back().c_str(), kFlags, 0600);
+}
+
+// Gives a new file its size and its memory, and maps it.
+absl::StatusOr<std::byte*> Fill(int fd, const std::string& path, uint64_t size_bytes) {
+  auto fs = MemoryFileSystem(fd, path);
+  if (!fs.ok()) return fs.status();
+  if (IsHugetlbfs(*fs)) {
+    auto status = CheckSize(path, size_bytes, static_cast<uint64_t>(fs->f_bsize));
+    if (!status.ok()) return status;
+  }
+  if (auto status = CheckRoom(path, size_bytes, *fs); !status.ok()) return status;
+  if (ftruncate(fd, static_cast<off_t>(size_bytes)) != 0) {
+    return FileError("set the size of", path, errno);
+  }
+  if (auto status = Reserve(fd, path, size_bytes); !status.ok()) return status;
+  return Map(fd, path, size_bytes);
 }
 
 }  // namespace
@@ -199,22 +228,11 @@ absl::StatusOr<Region> Region::Create(std::string name, const std::string& path,
         "create ", path, ": a file is in the way; remove it if no guest uses it any more"));
   }
   if (!fd.valid()) return FileError("create", path, errno);
-  absl::Cleanup remove = [&path] { unlink(path.c_str()); };
-
-  auto fs = MemoryFileSystem(fd.get(), path);
-  if (!fs.ok()) return fs.status();
-  if (IsHugetlbfs(*fs)) {
-    auto status = CheckSize(path, size_bytes, static_cast<uint64_t>(fs->f_bsize));
-    if (!status.ok()) return status;
+  const absl::StatusOr<std::byte*> data = Fill(fd.get(), path, size_bytes);
+  if (!data.ok()) {
+    unlink(path.c_str());
+    return data.status();
   }
-  if (auto status = CheckRoom(path, size_bytes, *fs); !status.ok()) return status;
-  if (ftruncate(fd.get(), static_cast<off_t>(size_bytes)) != 0) {
-    return FileError("set the size of", path, errno);
-  }
-  if (auto status = Reserve(fd.get(), path, size_bytes); !status.ok()) return status;
-  auto data = Map(fd.get(), path, size_bytes);
-  if (!data.ok()) return data.status();
-  std::move(remove).Cancel();
   return Region(std::move(name), path, std::move(fd), *data, size_bytes);
 }
 
