@@ -27,6 +27,18 @@ enum class DomainState {
   kOther,     // shutting down, crashed, suspended by its own power management
 };
 
+// What libvirt is busy with.
+enum class DomainJob {
+  kNone,
+  kArriving,  // the domain is migrated to this host
+  kLeaving,   // from this host
+  kOther,     // a save, a snapshot, its start, ...
+};
+
+struct QemuVersion {
+  int major = 0, minor = 0, micro = 0;
+};
+
 // How libvirt is to move a domain.
 struct DomainMove {
   std::string peer_uri;      // the target's libvirt
@@ -47,6 +59,8 @@ class LibvirtClient {
 
   // libvirt's version, for people: "9.0.0".
   absl::StatusOr<std::string> Version() const;
+  // That of the QEMU that it starts.
+  absl::StatusOr<QemuVersion> Qemu() const;
 
   // By name or UUID.
   absl::StatusOr<DomainInfo> Find(const std::string& name_or_uuid) const;
@@ -55,8 +69,7 @@ class LibvirtClient {
   absl::Status Define(const std::string& xml) const;
 
   absl::StatusOr<DomainState> State(const std::string& uuid) const;
-  // Whether libvirt is busy with the domain: a migration, a save, ...
-  absl::StatusOr<bool> HasJob(const std::string& uuid) const;
+  absl::StatusOr<DomainJob> Job(const std::string& uuid) const;
 
   // Moves a running domain; returns when that is done or was undone. A domain that is persistent
   // here becomes persistent there, and is not defined here any more.

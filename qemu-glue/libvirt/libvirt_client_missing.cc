@@ -13,10 +13,11 @@ absl::Status Missing() {
 }  // namespace
 
 absl::StatusOr<std::string> LibvirtClient::Version() const { return Missing(); }
+absl::StatusOr<QemuVersion> LibvirtClient::Qemu() const { return Missing(); }
 absl::StatusOr<DomainInfo> LibvirtClient::Find(const std::string&) const { return Missing(); }
 absl::Status LibvirtClient::Define(const std::string&) const { return Missing(); }
 absl::StatusOr<DomainState> LibvirtClient::State(const std::string&) const { return Missing(); }
-absl::StatusOr<bool> LibvirtClient::HasJob(const std::string&) const { return Missing(); }
+absl::StatusOr<DomainJob> LibvirtClient::Job(const std::string&) const { return Missing(); }
 absl::Status LibvirtClient::Move(const std::string&, const DomainMove&) const { return Missing(); }
 absl::Status LibvirtClient::AbortJob(const std::string&) const { return Missing(); }
 absl::Status LibvirtClient::Resume(const std::string&) const { return Missing(); }

@@ -238,8 +238,8 @@ absl::Status LibvirtSourceGuest::Resume(absl::Time deadline) {
       return absl::DeadlineExceededError("libvirt did not take its migration back in time");
     }
     if (now >= libvirts_turn) {
-      const absl::StatusOr<bool> busy = libvirt_.HasJob(options_.uuid);
-      if (busy.ok() && !*busy) libvirt_.Resume(options_.uuid).IgnoreError();
+      const absl::StatusOr<DomainJob> job = libvirt_.Job(options_.uuid);
+      if (job.ok() && *job == DomainJob::kNone) libvirt_.Resume(options_.uuid).IgnoreError();
       libvirts_turn = now + kLibvirtsTurn;
     }
     absl::SleepFor(kLookAgain);

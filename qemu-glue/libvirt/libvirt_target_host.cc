@@ -51,6 +51,14 @@ std::string MemoryFolder(const LibvirtHostOptions& options) {
   return options.memory_backing_dir + "/presync";
 }
 
+// What a QEMU that libvirt ended leaves: no domain of this UUID is active here.
+void RemoveSockets(const LibvirtHostOptions& options, const std::string& uuid) {
+  const DomainSockets sockets = SocketsOf(options.socket_folder, uuid);
+  for (const std::string& path : {sockets.qmp, sockets.glue, sockets.stream}) {
+    RemoveFile(path).IgnoreError();
+  }
+}
+
 absl::Status WriteMarker(const std::string& path) {
   const UniqueFd fd(::open(path.c_str(), O_CREAT | O_WRONLY | O_CLOEXEC | O_NOFOLLOW, 0644));
   if (fd.valid() && ::fchmod(fd.get(), 0644) == 0) return absl::OkStatus();
@@ -252,6 +260,7 @@ absl::Status LibvirtTargetHost::CheckRoom(const std::string& guest, const std::s
 absl::StatusOr<std::unique_ptr<TargetPlace>> LibvirtTargetHost::MakePlace(
     const std::string& guest, const std::string& uuid, const std::vector<RegionRequest>& regions) {
   if (absl::Status s = CheckRoom(guest, uuid, regions); !s.ok()) return s;
+  RemoveSockets(options_, uuid);
   auto arrival = std::make_shared<LibvirtArrival>();
   arrival->guest = guest;
   arrival->uuid = uuid;
@@ -340,7 +349,17 @@ absl::Status LibvirtTargetHost::EndOrphan(const std::string& address) {
   const absl::StatusOr<DomainState> state = libvirt_.State(uuid);
   if (!state.ok()) return state.status();
   if (*state == DomainState::kGone) return absl::OkStatus();
-  if (*state == DomainState::kArriving) return libvirt_.Destroy(uuid);
+  if (*state == DomainState::kArriving) {
+    // A domain that leaves is paused for the same reason, and may be the only one there is.
+    const absl::StatusOr<DomainJob> job = libvirt_.Job(uuid);
+    if (!job.ok()) return job.status();
+    if (*job == DomainJob::kArriving) return libvirt_.Destroy(uuid);
+    if (*job != DomainJob::kNone) {
+      return absl::UnavailableError(
+          absl::StrCat("the domain ", uuid,
+                       " is active here, and libvirt is busy with it: it leaves or begins"));
+    }
+  }
   // Running, or once run and paused by somebody: it may be the only one there is.
   return absl::FailedPreconditionError(
       absl::StrCat("the domain ", uuid,
