@@ -310,8 +310,16 @@ def domain_xml(spec, two, name=NAME, uuid=UUID, presync=True):
 """
 
 
+class _Daemon(_presync.Daemon):
+    """`presync` looks at the host's own files, too."""
+
+    def run(self, *arguments, **options):
+        argv = [_presync.program("presync"), "--socket", self.socket, *arguments]
+        return subprocess.run(self._two.wrap(self.host, argv), check=False, **options)
+
+
 def daemon(two, host, **options):
     """presyncd on a host, with [libvirt]."""
     table = {"memory_backing_dir": f"{two.folder(host)}/memory", "peer_uri": LIBVIRT_TCP, "unsafe": True,
              "plugin": f"{two.shared}/presync_glue.so", **options.pop("libvirt", {})}
-    return _presync.Daemon(two, host, two.shared, tables={"libvirt": table}, **options)
+    return _Daemon(two, host, two.shared, tables={"libvirt": table}, **options)

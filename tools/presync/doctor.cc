@@ -14,6 +14,7 @@
 #include <nlohmann/json.hpp>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "qemu-glue/open_guest.h"
 #include "qemu-glue/qmp/qmp_client.h"
 #include "tools/common/local_api.h"
@@ -118,7 +119,8 @@ Finding ExamineDaemon(const std::string& socket) {
   const absl::StatusOr<nlohmann::json> answer =
       CallLocal(socket, {{"command", "status"}}, absl::Now() + kTimeout);
   if (answer.ok() && JsonToStatus(*answer).ok()) return Good("presyncd", "answers at " + socket);
-  return Bad("presyncd", std::string(answer.status().message()), "systemctl start presyncd");
+  return Bad("presyncd", std::string(answer.status().message()),
+             "systemctl start presyncd; journalctl -u presyncd says why it does not start");
 }
 
 const char* LevelName(Level level) {
@@ -189,6 +191,13 @@ std::vector<Finding> ExamineGuest(const std::string& qmp_path, const std::string
   return findings;
 }
 
+std::string FindingText(const Finding& finding) {
+  std::string text =
+      absl::StrFormat("%-8s %-12s %s\n", LevelName(finding.level), finding.what, finding.detail);
+  if (!finding.remedy.empty()) absl::StrAppendFormat(&text, "%21s -> %s\n", "", finding.remedy);
+  return text;
+}
+
 int RunDoctor(const DoctorOptions& options) {
   std::vector<Finding> findings = ExamineHost(options.socket);
   if (!options.qmp.empty()) {
@@ -208,9 +217,7 @@ int RunDoctor(const DoctorOptions& options) {
                     {"detail", finding.detail},
                     {"remedy", finding.remedy}});
     if (options.json) continue;
-    std::printf("%-8s %-12s %s\n", LevelName(finding.level), finding.what.c_str(),
-                finding.detail.c_str());
-    if (!finding.remedy.empty()) std::printf("%21s -> %s\n", "", finding.remedy.c_str());
+    std::printf("%s", FindingText(finding).c_str());
   }
   if (options.json) std::printf("%s\n", json.dump().c_str());
   return problems == 0 ? 0 : 1;

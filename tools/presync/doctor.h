@@ -1,6 +1,7 @@
 // `presync doctor`: is this host, and a guest, ready? Each finding comes with its remedy.
 #pragma once
 
+#include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
@@ -35,6 +36,12 @@ std::vector<Finding> ExamineGuest(const std::string& qmp, const std::string& glu
 // Looks whether libvirt here is ready for presync, if presyncd's configuration has [libvirt]; and
 // at a domain, if `domain` is not empty. "doctor_libvirt.cc".
 std::vector<Finding> ExamineLibvirt(const std::string& socket, const std::string& domain);
+
+// The first half of that: this host. `host` is presyncd's answer to "libvirt".
+std::vector<Finding> ExamineLibvirtHost(const nlohmann::json& host);
+
+// "problem  hook   what was found", and below it what to do.
+std::string FindingText(const Finding& finding);
 
 // Prints the findings. 0 if there is no problem, 1 otherwise.
 int RunDoctor(const DoctorOptions& options);

@@ -3,9 +3,13 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
+#include <utility>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "qemu-glue/libvirt/domain_xml.h"
 #include "qemu-glue/libvirt/libvirt_client.h"
@@ -16,7 +20,76 @@
 namespace presync {
 namespace {
 
+using Json = nlohmann::json;
+
 constexpr char kHookFolder[] = "/etc/libvirt/hooks/qemu.d";
+constexpr char kQemuConf[] = "/etc/libvirt/qemu.conf";
+// libvirt's AppArmor rules for its QEMUs, and where what others add to them belongs.
+constexpr char kLibvirtRules[] = "/etc/apparmor.d/abstractions/libvirt-qemu";
+constexpr char kLocalRules[] = "/etc/apparmor.d/local/abstractions/libvirt-qemu";
+constexpr char kOurRules[] = "/etc/apparmor.d/abstractions/presync-libvirt";
+constexpr char kInclude[] = "#include if exists <abstractions/presync-libvirt>";
+
+// x-ignore-shared, without which a guest's RAM would be sent a second time.
+Finding ExamineQemu(const LibvirtClient& libvirt) {
+  const absl::StatusOr<QemuVersion> qemu = libvirt.Qemu();
+  if (!qemu.ok()) {
+    return Bad("QEMU", std::string(qemu.status().message()),
+               "install qemu-system-x86; virsh version says what libvirt finds");
+  }
+  const std::string version = absl::StrCat(qemu->major, ".", qemu->minor, ".", qemu->micro);
+  if (qemu->major >= 4) {
+    return Good("QEMU", version + ", by libvirt: can leave RAM out of a migration");
+  }
+  return Bad("QEMU", version + ", by libvirt, can't leave RAM out of a migration (x-ignore-shared)",
+             "use QEMU 4.0 or later");
+}
+
+Finding ExamineMemory(const std::string& folder) {
+  if (const absl::Status on_tmpfs = CheckMemoryFolder(folder); !on_tmpfs.ok()) {
+    return Bad("memory", std::string(on_tmpfs.message()), "");
+  }
+  const std::string libvirts = ReadMemoryBackingDir();
+  // Only what can be read can contradict.
+  if (::access(kQemuConf, R_OK) == 0 && libvirts != folder) {
+    return Bad("memory",
+               absl::StrCat("memory_backing_dir is ", folder, " in presyncd.toml and ", libvirts,
+                            " in ", kQemuConf),
+               absl::StrCat("take it out of presyncd.toml, or set both alike; restart libvirtd "
+                            "and presyncd, and start the guests anew"));
+  }
+  return Good("memory", folder + " is on a tmpfs");
+}
+
+bool HasLine(const std::string& path, absl::string_view wanted) {
+  std::ifstream file(path);
+  std::string line;
+  while (std::getline(file, line)) {
+    if (line == wanted) return true;
+  }
+  return false;
+}
+
+Finding ExamineAppArmor() {
+  if (::access(kLibvirtRules, F_OK) != 0) {
+    return Good("AppArmor", "libvirt has no rules for QEMU here");
+  }
+  const std::string remedy =
+      absl::StrCat("install presync-libvirt; or by hand: the rules to ", kOurRules,
+                   ", and the line '", kInclude, "' into ", kLocalRules);
+  if (::access(kOurRules, F_OK) != 0) {
+    return Bad("AppArmor", absl::StrCat("no ", kOurRules, ": QEMU may not make presync's sockets"),
+               remedy);
+  }
+  if (!HasLine(kLocalRules, kInclude)) {
+    return Bad("AppArmor",
+               absl::StrCat(kLocalRules,
+                            " does not include presync's rules: QEMU may not make "
+                            "presync's sockets"),
+               remedy);
+  }
+  return Good("AppArmor", absl::StrCat(kOurRules, " is included"));
+}
 
 Finding ExamineHook() {
   std::error_code error;
@@ -52,61 +125,112 @@ Finding ExaminePlugin(const std::string& path) {
              "install presync-qemu, or set plugin in [libvirt]");
 }
 
+// What presyncd knows of a guest: `list` is "guests" (from here) or "incoming". Null: nothing.
+Json FindGuest(const Json& status, const char* list, const char* key, const std::string& value) {
+  for (const Json& guest : status.value(list, Json::array())) {
+    if (TextOr(guest, key, "") == value) return guest;
+  }
+  return nullptr;
+}
+
+// A domain that libvirt does not know here.
+Finding ExamineUnknown(const Json& status, const std::string& name, const absl::Status& error) {
+  const Json guest = FindGuest(status, "incoming", "name", name);
+  if (absl::IsNotFound(error) && !guest.is_null()) {
+    return Good("domain", absl::StrCat(name, " is mirrored here from ", TextOr(guest, "from", "?"),
+                                       " (", TextOr(guest, "state", "?"),
+                                       "); libvirt gets to know it when it is launched"));
+  }
+  return Bad("domain", std::string(error.message()),
+             "virsh list --all; on the host where it runs presync doctor looks at the domain, on "
+             "the other one leave --domain out");
+}
+
+// Whether its definition has all that the guest that runs lacks.
+bool NextStartIsFit(const DomainInfo& domain, const DomainSockets& sockets) {
+  if (!domain.active || domain.next_xml.empty()) return false;
+  const absl::StatusOr<std::vector<Problem>> problems = CheckDomain(domain.next_xml, sockets);
+  return problems.ok() && problems->empty();
+}
+
 void ExamineDomain(const LibvirtClient& libvirt, const std::string& name,
-                   const std::string& socket_folder, std::vector<Finding>* findings) {
+                   const std::string& socket_folder, const Json& status,
+                   std::vector<Finding>* findings) {
   const absl::StatusOr<DomainInfo> domain = libvirt.Find(name);
   if (!domain.ok()) {
-    findings->push_back(Bad("domain", std::string(domain.status().message()), "virsh list --all"));
+    findings->push_back(ExamineUnknown(status, name, domain.status()));
     return;
   }
-  const absl::StatusOr<std::vector<Problem>> problems =
-      CheckDomain(domain->xml, SocketsOf(socket_folder, domain->uuid));
+  const DomainSockets sockets = SocketsOf(socket_folder, domain->uuid);
+  const absl::StatusOr<std::vector<Problem>> problems = CheckDomain(domain->xml, sockets);
   if (!problems.ok()) {
     findings->push_back(Bad("domain", std::string(problems.status().message()), ""));
     return;
   }
-  for (const Problem& problem : *problems) {
-    findings->push_back(Bad("domain", problem.what, problem.remedy));
-  }
-  if (problems->empty()) {
-    findings->push_back(
-        Good("domain", absl::StrCat(domain->name, " (", domain->uuid, "), ",
-                                    domain->active ? "runs" : "does not run", ", its XML is fit")));
-  }
-  if (domain->active && problems->empty()) {
-    const DomainSockets sockets = SocketsOf(socket_folder, domain->uuid);
-    for (Finding& finding : ExamineGuest(sockets.qmp, sockets.glue)) {
-      findings->push_back(std::move(finding));
+  if (!problems->empty()) {
+    if (NextStartIsFit(*domain, sockets)) {
+      findings->push_back(
+          Bad("domain", domain->name + " runs without what presync needs; its next start has it",
+              absl::StrCat("virsh shutdown ", domain->name, ", then virsh start ", domain->name)));
+      return;
     }
+    for (const Problem& problem : *problems) {
+      findings->push_back(Bad("domain", problem.what, problem.remedy));
+    }
+    return;
+  }
+  findings->push_back(
+      Good("domain", absl::StrCat(domain->name, " (", domain->uuid, "), ",
+                                  domain->active ? "runs" : "does not run", ", its XML is fit")));
+  if (!domain->active) return;
+  const Json synced = FindGuest(status, "guests", "qmp", sockets.qmp);
+  const std::string state = synced.is_null() ? "" : TextOr(synced, "state", "");
+  if (!state.empty() && state != "failed" && state != "stopped" && state != "moved") {
+    findings->push_back(
+        Good("guest", absl::StrCat("kept in sync with ", TextOr(synced, "to", "?"), ": ", state)));
+    return;
+  }
+  for (Finding& finding : ExamineGuest(sockets.qmp, sockets.glue)) {
+    findings->push_back(std::move(finding));
   }
 }
 
 }  // namespace
 
+std::vector<Finding> ExamineLibvirtHost(const Json& host) {
+  const LibvirtClient libvirt(TextOr(host, "uri", ""));
+  std::vector<Finding> findings;
+  const absl::StatusOr<std::string> version = libvirt.Version();
+  if (version.ok()) {
+    findings.push_back(Good("libvirt", absl::StrCat(*version, " at ", libvirt.uri())));
+    findings.push_back(ExamineQemu(libvirt));
+  } else {
+    findings.push_back(Bad("libvirt", std::string(version.status().message()),
+                           "is libvirtd there, and may this user use it (group libvirt)?"));
+  }
+  findings.push_back(ExamineMemory(TextOr(host, "memory_backing_dir", "")));
+  findings.push_back(ExamineHook());
+  findings.push_back(ExamineSocketFolder(TextOr(host, "socket_folder", "")));
+  findings.push_back(ExaminePlugin(TextOr(host, "plugin", "")));
+  findings.push_back(ExamineAppArmor());
+  return findings;
+}
+
 std::vector<Finding> ExamineLibvirt(const std::string& socket, const std::string& domain) {
-  const absl::StatusOr<nlohmann::json> answer =
-      CallLocal(socket, {{"command", "libvirt"}}, absl::Now() + absl::Seconds(10));
-  if (!answer.ok()) return {};  // what is wrong with presyncd is said already
-  if (absl::Status s = JsonToStatus(*answer); !s.ok()) {
+  const absl::Time deadline = absl::Now() + absl::Seconds(10);
+  const absl::StatusOr<Json> host = CallLocal(socket, {{"command", "libvirt"}}, deadline);
+  if (!host.ok()) return {};  // what is wrong with presyncd is said already
+  if (absl::Status s = JsonToStatus(*host); !s.ok()) {
     if (domain.empty()) return {Good("libvirt", "not used: presyncd.toml has no [libvirt]")};
     return {Bad("libvirt", std::string(s.message()), "")};
   }
-  const LibvirtClient libvirt(TextOr(*answer, "uri", ""));
-  const std::string socket_folder = TextOr(*answer, "socket_folder", "");
-  std::vector<Finding> findings;
-  const absl::StatusOr<std::string> version = libvirt.Version();
-  findings.push_back(version.ok()
-                         ? Good("libvirt", absl::StrCat(*version, " at ", libvirt.uri()))
-                         : Bad("libvirt", std::string(version.status().message()),
-                               "is libvirtd there, and may this user use it (group libvirt)?"));
-  const std::string memory = TextOr(*answer, "memory_backing_dir", "");
-  const absl::Status on_tmpfs = CheckMemoryFolder(memory);
-  findings.push_back(on_tmpfs.ok() ? Good("memory", memory + " is on a tmpfs")
-                                   : Bad("memory", std::string(on_tmpfs.message()), ""));
-  findings.push_back(ExamineHook());
-  findings.push_back(ExamineSocketFolder(socket_folder));
-  findings.push_back(ExaminePlugin(TextOr(*answer, "plugin", "")));
-  if (!domain.empty() && version.ok()) ExamineDomain(libvirt, domain, socket_folder, &findings);
+  std::vector<Finding> findings = ExamineLibvirtHost(*host);
+  if (domain.empty()) return findings;
+  const LibvirtClient libvirt(TextOr(*host, "uri", ""));
+  if (!libvirt.Version().ok()) return findings;  // said already
+  const absl::StatusOr<Json> status = CallLocal(socket, {{"command", "status"}}, deadline);
+  ExamineDomain(libvirt, domain, TextOr(*host, "socket_folder", ""),
+                status.ok() ? *status : Json::object(), &findings);
   return findings;
 }
 

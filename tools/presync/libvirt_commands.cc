@@ -17,6 +17,7 @@
 #include "qemu-glue/libvirt/domain_xml.h"
 #include "qemu-glue/libvirt/libvirt_client.h"
 #include "tools/common/local_api.h"
+#include "tools/presync/doctor.h"
 
 namespace presync {
 namespace {
@@ -58,6 +59,25 @@ absl::Status Apply(const LibvirtClient& libvirt, const DomainInfo& domain,
   return libvirt.Define(*xml);
 }
 
+// What was done, and what else has to be put where.
+void PrintApplied(const DomainInfo& domain, const DomainSockets& sockets,
+                  const nlohmann::json& host) {
+  const char* name = domain.name.c_str();
+  std::printf("%s has what presync needs from its next start on\n", name);
+  if (domain.active && !Missing(domain.xml, sockets).empty()) {
+    std::printf("It runs without it until then: virsh shutdown %s, then virsh start %s\n", name,
+                name);
+  }
+  std::string missing;
+  for (const Finding& finding : ExamineLibvirtHost(host)) {
+    if (finding.level != Finding::Level::kGood) absl::StrAppend(&missing, FindingText(finding));
+  }
+  std::printf("%s%s",
+              missing.empty() ? "This host has what else is needed\n" : "This host lacks:\n",
+              missing.c_str());
+  std::printf("Whether the host that it goes to has all of it too, presync doctor says there\n");
+}
+
 int RunXml(const XmlOptions& options, const CommandContext& context) {
   const Answer host = Ask(context, {{"command", "libvirt"}}, absl::Seconds(10));
   if (host.exit_code != kOk) return host.exit_code;
@@ -70,8 +90,7 @@ int RunXml(const XmlOptions& options, const CommandContext& context) {
     if (absl::Status s = Apply(libvirt, *domain, sockets, plugin); !s.ok()) {
       return Fail(s, context);
     }
-    std::printf("%s has what presync needs from its next start on%s\n", domain->name.c_str(),
-                domain->active ? ": it runs without it until then" : "");
+    PrintApplied(*domain, sockets, host.json);
     return kOk;
   }
   const std::string& xml = domain->next_xml.empty() ? domain->xml : domain->next_xml;
