@@ -1,4 +1,5 @@
 // presyncd: one per host. Keeps guests in sync with other hosts, and receives those of others.
+#include <malloc.h>
 #include <poll.h>
 #include <signal.h>
 #include <spdlog/sinks/stdout_sinks.h>
@@ -52,6 +53,11 @@ uint32_t TakeSignal(const UniqueFd& signals) {
   (void)!::read(signals.get(), &taken, sizeof(taken));
   return taken.ssi_signo;
 }
+
+// Buffers of this size go back to the system when they are freed. glibc would raise its threshold to
+// the largest it ever freed, and keep what links and launches leave (2 MB a stream) in the arena of
+// each thread: 20 MB grew to 60 MB within a hundred launches.
+void KeepNoLargeBuffers() { ::mallopt(M_MMAP_THRESHOLD, 256 << 10); }
 
 // Another one ends the process as it does by default.
 void UnblockEndSignals() {
@@ -142,6 +148,7 @@ int Main(int argc, char** argv) {
   // for the QEMUs that it starts.
   ::prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0);
   ::umask(077);  // what is made here is nobody else's, unless it is said
+  KeepNoLargeBuffers();
   const UniqueFd signals = EndSignals();
   SetUpLog(log_level.empty() ? config->log_level : log_level);
   return Serve(*std::move(config), signals);
