@@ -16,6 +16,7 @@ struct Stat {
   uint64_t start_ticks = 0;
 };
 
+// /proc/PID/stat (proc(5)): the second field is a name in parentheses with anything in it.
 Stat ReadStat(pid_t pid) {
   std::ifstream file(absl::StrCat("/proc/", pid, "/stat"));
   const std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());

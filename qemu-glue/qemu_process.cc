@@ -88,8 +88,6 @@ absl::StatusOr<pid_t> Spawn(const QemuProcess::Options& options) {
 
 }  // namespace
 
-// Field 22 of /proc/PID/stat (proc(5)). The second field is a name in parentheses with anything in
-// it.
 QemuProcess::QemuProcess(pid_t pid, UniqueFd pidfd, std::string log_path)
     : pid_(pid), pidfd_(std::move(pidfd)), log_path_(std::move(log_path)) {
   start_ticks_ = StartTicks(pid_);
