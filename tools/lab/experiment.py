@@ -205,10 +205,15 @@ def markdown(summary):
     """The main table: medians and worst, a line for each workload and method."""
     lines = ["| guest | method | from the order to done, ms | stood still, ms | longest gap, ms | MB before / after the order |",
              "|---|---|---|---|---|---|"]
+
+    def pair(line, key, word=""):
+        if line[f"{key}_median"] is None:
+            return "not measured"
+        return f"{line[f'{key}_median']:.0f} ({word}{line[f'{key}_worst']:.0f})"
+
     for line in (s for s in summary if s["launches"]):
-        lines.append(f"| {line['workload']} | {line['method']} | {line['done_ms_median']:.0f} (worst {line['done_ms_worst']:.0f})"
-                     f" | {line['downtime_ms_median']:.0f} ({line['downtime_ms_worst']:.0f})"
-                     f" | {line['gap_ms_median']:.0f} ({line['gap_ms_worst']:.0f})"
+        lines.append(f"| {line['workload']} | {line['method']} | {pair(line, 'done_ms', 'worst ')}"
+                     f" | {pair(line, 'downtime_ms')} | {pair(line, 'gap_ms')}"
                      f" | {line['bytes_before_median'] / 1e6:.0f} / {line['bytes_after_median'] / 1e6:.0f} |")
     return "\n".join(lines)
 

@@ -69,8 +69,9 @@ def _launches(result):
             "<p>Bars: median; dots: each launch. A logarithmic axis. For post-copy this is when its last page has "
             "arrived; the guest runs on the target earlier, and waits for its pages.</p>"
             + _chart(charts.bars, result, "done_ms", (100, "100 ms"))
-            + "<h2>How long the guest stood still</h2><p>By presync's and QEMU's own account; the table has the longest "
-            "time without a heartbeat, every 10 ms, as the guest's owner sees it.</p>"
+            + "<h2>How long the guest stood still</h2><p>From QEMU's event STOP at the source until it runs on the target "
+            "(QEMU's own &quot;downtime&quot; ends when the source has written its state, before the target has loaded it). "
+            "The table has the longest time without a heartbeat, every 10 ms, as the guest's owner sees it.</p>"
             + _chart(charts.bars, result, "downtime_ms", (50, "50 ms"))
             + f"<h2>Figures</h2><p>Median / worst.</p>{_table(summary)}<h2>What presync is held to</h2><ul>{goals}</ul>")
 
