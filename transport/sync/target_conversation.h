@@ -32,6 +32,7 @@ class TargetConversation {
 
  private:
   absl::Status Open(const wire::OpenSession& open);
+  absl::Status CloseOlderHandovers();
   absl::Status OpenTcpLink(uint32_t streams, wire::ControlMessage opened);
   absl::StatusOr<wire::SessionOpened::Content> PreparePlace(const wire::OpenSession& open);
   absl::Status ReserveRecord();

@@ -78,6 +78,25 @@ bool Fits(const TargetPlace* place, const std::vector<RegionRequest>& regions) {
                     });
 }
 
+// Handovers of `guest` to this host whose records are not settled.
+std::vector<HandoverEntry> OpenHandovers(const std::string& folder, const std::string& guest) {
+  std::vector<std::string> unreadable;
+  std::vector<HandoverEntry> entries = HandoverRecord::ReadAll(folder, &unreadable);
+  std::erase_if(entries, [&guest](const HandoverEntry& entry) {
+    return entry.guest != guest ||
+           (entry.phase != HandoverPhase::kWaiting && entry.phase != HandoverPhase::kToldToRun);
+  });
+  return entries;
+}
+
+// Makes sure that the guest of such a record, which waits for its state, never runs, and writes so.
+absl::Status SettleWaiting(TargetService* service, const HandoverEntry& entry) {
+  if (absl::Status s = service->host()->EndOrphan(entry.detail); !s.ok()) return s;
+  absl::StatusOr<HandoverRecord> record =
+      HandoverRecord::Reserve(service->options().record_folder, entry);
+  return record.ok() ? record->Append(HandoverPhase::kNeverRan) : record.status();
+}
+
 }  // namespace
 
 void TargetConversation::Run() {
@@ -119,6 +138,7 @@ absl::Status TargetConversation::Open(const wire::OpenSession& open) {
   absl::StatusOr<TargetSlot*> slot = service_->AcquireSlot(*id, open.guest(), bytes, channel_);
   if (!slot.ok()) return slot.status();
   slot_ = *slot;
+  if (absl::Status s = CloseOlderHandovers(); !s.ok()) return s;
 
   absl::StatusOr<wire::SessionOpened::Content> content = PreparePlace(open);
   if (!content.ok()) {
@@ -135,6 +155,29 @@ absl::Status TargetConversation::Open(const wire::OpenSession& open) {
   opened.mutable_session_opened()->set_content(*content);
   return version_ >= kLinksVersion ? Send(opened)
                                    : OpenTcpLink(open.tcp_streams(), std::move(opened));
+}
+
+// What waits at the guest's address from now on is this session's. A record of an earlier one that
+// is still open would have recovery end it, or run it, in that one's name.
+absl::Status TargetConversation::CloseOlderHandovers() {
+  for (const HandoverEntry& entry :
+       OpenHandovers(service_->options().record_folder, slot_->guest)) {
+    if (entry.session == slot_->session) continue;
+    if (entry.phase == HandoverPhase::kToldToRun) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("an earlier handover of ", slot_->guest,
+                       " to this host is open: it was told to run here; presync status here says "
+                       "what to do"));
+    }
+    if (slot_->place != nullptr) {
+      if (absl::Status s = slot_->place->EndWaiting(); !s.ok()) return s;
+    }
+    if (absl::Status s = SettleWaiting(service_, entry); !s.ok()) {
+      return absl::Status(s.code(), absl::StrCat("an earlier handover of ", slot_->guest,
+                                                 " to this host is open: ", s.message()));
+    }
+  }
+  return absl::OkStatus();
 }
 
 // From now on the source counts on what it has confirmed. Any thread.

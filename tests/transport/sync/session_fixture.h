@@ -53,7 +53,7 @@ class ModelHost final : public TargetHost {
   }
   absl::Status EndOrphan(const std::string&) override {
     ++orphans_ended_;
-    return absl::OkStatus();
+    return orphan_;
   }
 
   // As if places were made by this host's presyncd itself: a copy outlives it.
@@ -68,12 +68,15 @@ class ModelHost final : public TargetHost {
   }
 
   void set_fails(std::string fails) { fails_ = std::move(fails); }
+  // What becomes of an orphan that is to be ended.
+  void set_orphan(absl::Status ends) { orphan_ = std::move(ends); }
   void set_keeps_copies() { keeps_copies_ = true; }
   // What a presyncd that comes after a kill would find.
   bool noted() const { return note_.has_value(); }
   ModelMemory& memory() { return *memory_; }
   int places_made() const { return places_made_; }
   bool kept() const { return kept_; }
+  int orphans_ended() const { return orphans_ended_; }
 
  private:
   class Place final : public TargetPlace {
@@ -116,6 +119,7 @@ class ModelHost final : public TargetHost {
   World* const world_;
   std::unique_ptr<ModelMemory> memory_;
   std::string fails_;
+  absl::Status orphan_;
   bool keeps_copies_ = false;
   std::optional<CopyOwner> note_;  // on disk, so to say
   std::atomic<int> places_made_ = 0;

@@ -312,6 +312,66 @@ TEST_F(TargetRestartTest, ACopyWhoseGuestWasToldToRunIsNotTakenUp) {
   EXPECT_TRUE(service_->status().empty());
 }
 
+// What an earlier handover of the same guest left at this host. Were a new one let begin beside it,
+// a crash in the middle would have recovery run, in the earlier one's name, what waits for the new
+// one, while its source still has the guest.
+class EarlierHandoverTest : public SessionResumeTest {
+ protected:
+  HandoverRecord Earlier(HandoverPhase phase) {
+    HandoverEntry entry;
+    entry.role = HandoverRole::kTarget;
+    entry.phase = phase;
+    entry.guest = "g1";
+    entry.session = RandomId();
+    entry.detail = "model";
+    return *HandoverRecord::Open(target_folder_.path(), entry);
+  }
+  std::vector<HandoverPhase> Phases() {
+    std::vector<std::string> unreadable;
+    std::vector<HandoverPhase> phases;
+    for (const HandoverEntry& e : HandoverRecord::ReadAll(target_folder_.path(), &unreadable)) {
+      phases.push_back(e.phase);
+    }
+    return phases;
+  }
+};
+
+TEST_F(EarlierHandoverTest, OneThatWasToldToRunHereIsAPersonsMatterFirst) {
+  HandoverRecord earlier = Earlier(HandoverPhase::kToldToRun);
+  const absl::Status refused = StartSession();
+  EXPECT_TRUE(absl::IsFailedPrecondition(refused)) << refused;
+  EXPECT_THAT(std::string(refused.message()), ::testing::HasSubstr("presync status"));
+  EXPECT_EQ(host_.places_made(), 0);
+  ASSERT_TRUE(Await([&] { return service_->status().empty(); }));
+  ASSERT_TRUE(earlier.Append(HandoverPhase::kRunning).ok());  // presync settle g1 forget
+  SyncAll();
+}
+
+TEST_F(EarlierHandoverTest, OneThatWaitedIsEndedFirst) {
+  Earlier(HandoverPhase::kWaiting);
+  host_.set_orphan(absl::DeadlineExceededError("its QEMU does not answer"));
+  const absl::Status refused = StartSession();
+  EXPECT_THAT(std::string(refused.message()), ::testing::HasSubstr("does not answer"));
+  EXPECT_THAT(Phases(), ::testing::ElementsAre(HandoverPhase::kWaiting));
+  host_.set_orphan(absl::OkStatus());
+  SyncAll();
+  EXPECT_EQ(host_.orphans_ended(), 2);
+  EXPECT_THAT(Phases(), ::testing::ElementsAre(HandoverPhase::kNeverRan));
+}
+
+TEST_F(EarlierHandoverTest, AnotherGuestsAndSettledOnesAreInNobodysWay) {
+  Earlier(HandoverPhase::kRunning);
+  Earlier(HandoverPhase::kNeverRan);
+  HandoverEntry other;
+  other.role = HandoverRole::kTarget;
+  other.phase = HandoverPhase::kToldToRun;
+  other.guest = "g2";
+  other.session = RandomId();
+  ASSERT_TRUE(HandoverRecord::Open(target_folder_.path(), other).ok());
+  SyncAll();
+  EXPECT_EQ(host_.orphans_ended(), 0);
+}
+
 // Another source speaks for the same guest; nobody has certificates.
 class StrangerTest : public SessionResumeTest {
  protected:
