@@ -6,6 +6,7 @@
 #include "absl/time/clock.h"
 #include "qemu-glue/discovery.h"
 #include "qemu-glue/qemu_guest.h"
+#include "qemu-glue/qmp/listener.h"
 #include "tools/common/units.h"
 #include "tools/presyncd/config.h"
 #include "transport/sync/dialer.h"
@@ -28,13 +29,16 @@ bool IsGone(const absl::Status& status) {
   return absl::IsNotFound(status) || absl::IsUnavailable(status);
 }
 
-// A monitor that closed is asked again: only one that nobody listens at any more is a QEMU's that
-// has ended.
+// A monitor that closed is asked again: only one that no living process listens at any more is a
+// QEMU's that has ended. ABORTED: one does, but closes every connection.
 absl::StatusOr<std::unique_ptr<QemuSourceGuest>> OpenQemu(const std::string& qmp_path) {
   absl::StatusOr<std::unique_ptr<QemuSourceGuest>> guest = TryOpenQemu(qmp_path);
   if (!IsGone(guest.status())) return guest;
   absl::SleepFor(absl::Milliseconds(200));
-  return TryOpenQemu(qmp_path);
+  guest = TryOpenQemu(qmp_path);
+  if (!IsGone(guest.status()) || !ListenerLives(qmp_path)) return guest;
+  return absl::AbortedError(
+      absl::StrCat("its QEMU lives, but its monitor can't be used: ", guest.status().message()));
 }
 
 }  // namespace
