@@ -123,10 +123,11 @@ absl::Status QemuTargetGuest::Run(absl::Time deadline) {
   }
   if (!*resumed) {
     absl::StatusOr<std::string> run_state = QueryRunState(*qmp_, deadline);
-    if (!run_state.ok()) return run_state.status();
-    if (*run_state != "running") {
-      return absl::InternalError(
-          absl::StrCat("run the guest: QEMU took `cont` but is '", *run_state, "'"));
+    // Whatever is wrong now: it was not the order that was refused.
+    if (!run_state.ok() || *run_state != "running") {
+      return absl::InternalError(absl::StrCat(
+          "run the guest: QEMU took `cont` but ",
+          run_state.ok() ? absl::StrCat("is '", *run_state, "'") : run_state.status().message()));
     }
   }
   steps_.push_back({"run", absl::Now() - start});
