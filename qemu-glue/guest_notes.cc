@@ -1,5 +1,8 @@
 #include "qemu-glue/guest_notes.h"
 
+#include <unistd.h>
+
+#include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -17,7 +20,10 @@ void WriteGuestNote(const GuestNote& note) {
                      {"start_ticks", note.start_ticks},
                      {"qmp", note.qmp},
                      {"files", note.files}};
-  std::ofstream(note.path) << ToText(json) << "\n";
+  // A reader finds the old one or the new one, never half of it. Its name ends otherwise meanwhile.
+  const std::string next = note.path + ".new";
+  std::ofstream(next) << ToText(json) << "\n";
+  if (::rename(next.c_str(), note.path.c_str()) != 0) ::unlink(next.c_str());
 }
 
 std::vector<GuestNote> ReadGuestNotes(const std::string& folder) {

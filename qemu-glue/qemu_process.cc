@@ -108,6 +108,7 @@ absl::StatusOr<QemuProcess> QemuProcess::Start(const Options& options, absl::Tim
     return status;
   }
   QemuProcess process(*pid, std::move(pidfd), options.log_path);
+  if (options.on_started != nullptr) options.on_started(process.pid_, process.start_ticks_);
   absl::Status status = process.ConnectMonitor(options.qmp_path, deadline);
   if (status.ok()) return process;
   (void)process.Kill(absl::Now() + absl::Seconds(5));

@@ -3,6 +3,7 @@
 
 #include <sys/types.h>
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -23,6 +24,8 @@ class QemuProcess {
     std::vector<std::string> argv;  // the binary first, searched in PATH; no shell in between
     std::string qmp_path;           // where its monitor will answer; must occur in argv
     std::string log_path;           // stdout and stderr are appended (0600)
+    // Called as soon as it is there, before anything is waited for. It may be ended all the same.
+    std::function<void(pid_t pid, uint64_t start_ticks)> on_started = nullptr;
   };
 
   // Starts it in a session of its own, in the folder /, with none of our descriptors but the log,

@@ -71,6 +71,13 @@ absl::StatusOr<std::unique_ptr<QemuSourceGuest>> OpenOrphan(const std::string& f
   for (const GuestNote& note : ReadGuestNotes(folder)) {
     if (note.qmp != qmp_path || !IsAlive(note)) continue;
     absl::StatusOr<std::unique_ptr<QmpClient>> qmp = QmpClient::Connect(qmp_path, deadline);
+    // One that is just starting has no monitor yet, and is no QEMU that has ended.
+    while ((absl::IsNotFound(qmp.status()) || absl::IsUnavailable(qmp.status())) && IsAlive(note)) {
+      if (absl::Now() >= deadline) return absl::DeadlineExceededError(qmp.status().message());
+      absl::SleepFor(absl::Milliseconds(10));
+      qmp = QmpClient::Connect(qmp_path, deadline);
+    }
+    if (!IsAlive(note)) break;
     if (!qmp.ok()) return qmp.status();
     if ((*qmp)->peer_pid() != note.pid) break;
     return QemuSourceGuest::Create(*std::move(qmp), deadline);

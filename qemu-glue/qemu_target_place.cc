@@ -139,11 +139,19 @@ class StartedPlace final : public TargetPlace {
   absl::StatusOr<TargetGuest*> Waiting(absl::Time deadline) override {
     if (guest_ != nullptr && Check().ok()) return guest_.get();
     if (absl::Status s = EndWaiting(); !s.ok()) return s;
+    // The note comes first: were this presyncd killed while QEMU starts, nobody would know of it.
     absl::StatusOr<QemuProcess> process = QemuProcess::Start(
-        {.argv = command_, .qmp_path = paths_.qmp, .log_path = paths_.log}, deadline);
-    if (!process.ok()) return process.status();
+        {.argv = command_,
+         .qmp_path = paths_.qmp,
+         .log_path = paths_.log,
+         .on_started = [this](pid_t pid, uint64_t start_ticks) { WriteNote(pid, start_ticks); }},
+        deadline);
+    if (!process.ok()) {
+      // It would have the memory files taken for leftovers.
+      if (absl::Status s = RemoveFile(paths_.note); !s.ok()) return s;
+      return process.status();
+    }
     process_.emplace(*std::move(process));
-    WriteNote();
     GuestInfo info;
     absl::StatusOr<std::unique_ptr<QemuTargetGuest>> guest =
         AttachTo(process_->TakeMonitor(), regions_, &info, deadline);
@@ -211,10 +219,10 @@ class StartedPlace final : public TargetPlace {
 
  private:
   // For a presyncd that comes after this one: whose files these are.
-  void WriteNote() const {
+  void WriteNote(pid_t pid, uint64_t start_ticks) const {
     GuestNote note = {.path = paths_.note,
-                      .pid = process_->pid(),
-                      .start_ticks = process_->start_ticks(),
+                      .pid = pid,
+                      .start_ticks = start_ticks,
                       .qmp = paths_.qmp,
                       .files = {paths_.qmp, paths_.glue}};
     note.files.insert(note.files.end(), paths_.ram.begin(), paths_.ram.end());

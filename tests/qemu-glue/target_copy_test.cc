@@ -2,6 +2,7 @@
 // files of those that are not. The QEMUs themselves are not started here.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -12,9 +13,12 @@
 #include <fstream>
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
+#include "absl/time/clock.h"
 #include "qemu-glue/copy_note.h"
+#include "qemu-glue/guest_notes.h"
 #include "qemu-glue/qemu_target_host.h"
 
 namespace presync {
@@ -115,6 +119,32 @@ TEST_F(TargetCopyTest, ItOutlivesItsQemuToo) {
   });
   EXPECT_EQ(TakeKept().size(), 1u) << log_;
   EXPECT_FALSE(std::filesystem::exists(folder_ + "/run/g1.guest"));
+}
+
+// A QEMU takes some 100 ms until its monitor answers: nobody would ever have ended it.
+TEST_F(TargetCopyTest, AQemuThatWasJustStartedIsKnownToTheNextPresyncd) {
+  options_.guests["g1"].command = {"sh", "-c", "exec sleep 1000", "{qmp}"};
+  InAnEarlierPresyncd([this](TargetPlace& place) {
+    std::thread starting([&] { (void)place.Waiting(absl::InfiniteFuture()); });
+    while (ReadGuestNotes(folder_ + "/run").empty()) absl::SleepFor(absl::Milliseconds(1));
+    ::_exit(0);
+  });
+  const std::vector<GuestNote> notes = ReadGuestNotes(folder_ + "/run");
+  ASSERT_THAT(notes, ::testing::SizeIs(1));
+  EXPECT_TRUE(IsAlive(notes[0]));
+  EXPECT_THAT(notes[0].qmp, HasSubstr("g1.qmp"));
+  EXPECT_EQ(::kill(notes[0].pid, SIGKILL), 0);
+}
+
+TEST_F(TargetCopyTest, AQemuThatDidNotStartLeavesNoNote) {
+  options_.guests["g1"].command = {"sh", "-c", "exit 1", "{qmp}"};
+  auto host = QemuTargetHost::Create(options_);
+  ASSERT_TRUE(host.ok()) << host.status();
+  auto place = (*host)->MakePlace("g1", kRegions);
+  ASSERT_TRUE(place.ok()) << place.status();
+  EXPECT_FALSE((*place)->Waiting(absl::Now() + absl::Seconds(20)).ok());
+  (*host)->RemoveLeftovers();
+  EXPECT_THAT(FilesIn("ram"), ElementsAre("g1.ram0.ram", "g1.ram1.ram"));
 }
 
 TEST_F(TargetCopyTest, LeftInOrderItIsFoundToo) {
