@@ -54,7 +54,8 @@ class GoingOnTest : public ::testing::Test {
   // 20 s: any machine.
   bool AwaitTries(const std::string& guest, int least) {
     MutexLock lock(&mutex_);
-    const auto enough = [&]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    const auto enough = [&] {
+      mutex_.AssertHeld();
       return tries_[guest] >= least;
     };
     return mutex_.AwaitWithTimeout(enough, absl::Seconds(20));
@@ -77,7 +78,8 @@ class GoingOnTest : public ::testing::Test {
   Try Start(const std::string& guest) {
     MutexLock lock(&mutex_);
     ++tries_[guest];
-    const auto released = [&]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    const auto released = [&] {
+      mutex_.AssertHeld();
       return !held_.contains(guest);
     };
     mutex_.Await(released);

@@ -121,7 +121,8 @@ absl::Status Daemon::Claim(const Asked& asked, absl::Duration longest,
   const std::string& name = asked.name;
   std::shared_ptr<SourceSession> ended;
   MutexLock lock(&mutex_);
-  const auto none_under_way = [&]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+  const auto none_under_way = [&] {
+    mutex_.AssertHeld();
     const auto it = sources_.find(name);
     return it == sources_.end() || it->second.session != nullptr;
   };
@@ -325,7 +326,8 @@ absl::StatusOr<Json> Daemon::Stop(const Json& request) {
   std::shared_ptr<SourceSession> session;
   {
     MutexLock lock(&mutex_);
-    const auto none_under_way = [&]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    const auto none_under_way = [&] {
+      mutex_.AssertHeld();
       const auto it = sources_.find(name);
       return it == sources_.end() || it->second.session != nullptr;
     };

@@ -34,7 +34,8 @@ void GoingOn::Run(const SyncNote& note) {
   while (Wants(note.guest)) {
     if (Take(note.guest, options_.start(note))) return;
     MutexLock lock(&mutex_);
-    const auto told = [&]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    const auto told = [&] {
+      mutex_.AssertHeld();
       return !WantsLocked(note.guest);
     };
     if (mutex_.AwaitWithTimeout(told, wait)) return;

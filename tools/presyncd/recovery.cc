@@ -97,7 +97,10 @@ void RecoveryLoop::Run() {
   while (true) {
     {
       MutexLock lock(&mutex_);
-      const auto ending = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return ending_; };
+      const auto ending = [this] {
+        mutex_.AssertHeld();
+        return ending_;
+      };
       if (mutex_.AwaitWithTimeout(ending, kAgainEvery)) return;
     }
     recovery_.Pass(in_use_);

@@ -39,7 +39,10 @@ absl::Status GuestSwitchover::Run(absl::Time rounds_deadline) {
   if (absl::Status s = guest_->PrepareSave(rounds_deadline); !s.ok()) return s;
   {
     MutexLock lock(&mutex_);
-    mutex_.Await([this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return go_; });
+    mutex_.Await([this] {
+      mutex_.AssertHeld();
+      return go_;
+    });
     if (cancelled_) return absl::CancelledError("the switchover was called off");
   }
   const absl::Time deadline = absl::Now() + timeout_;

@@ -112,7 +112,8 @@ SessionStatus SourceSession::status() const {
 
 bool SourceSession::AwaitConnected(absl::Duration longest) {
   MutexLock lock(&mutex_);
-  const auto connected = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+  const auto connected = [this] {
+    mutex_.AssertHeld();
     return published_.state != SessionState::kConnecting;
   };
   return mutex_.AwaitWithTimeout(connected, longest);
@@ -123,7 +124,8 @@ absl::StatusOr<HandoverReport> SourceSession::Launch(const HandoverOptions& opti
   LaunchOrder order{.options = options};
   MutexLock lock(&mutex_);
   if (order_ != nullptr) return absl::FailedPreconditionError("a launch is already under way");
-  const auto launchable_or_over = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+  const auto launchable_or_over = [this] {
+    mutex_.AssertHeld();
     return published_.state != SessionState::kConnecting &&
            published_.state != SessionState::kFirstPass;
   };
@@ -171,7 +173,8 @@ absl::Status SourceSession::Decide(bool runs_here) {
         absl::StrCat(options_.guest, " is not in doubt, but ", StateName(published_.state)));
   }
   decision_ = runs_here;
-  const auto settled = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+  const auto settled = [this] {
+    mutex_.AssertHeld();
     return published_.state != SessionState::kInDoubt;
   };
   // A question to the target that is under way comes first; then the guest is resumed or ended.
@@ -392,7 +395,8 @@ void SourceSession::Publish() {
 
 SourceSession::LaunchOrder* SourceSession::WaitForOrder(absl::Duration longest) {
   MutexLock lock(&mutex_);
-  const auto ordered = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+  const auto ordered = [this] {
+    mutex_.AssertHeld();
     return (order_ != nullptr && !order_->done) || stop_;
   };
   mutex_.AwaitWithTimeout(ordered, longest);

@@ -82,7 +82,10 @@ absl::StatusOr<TargetSlot*> TargetService::AcquireSlot(const SessionId& session,
     it = find();
   }
   if (it != slots_.end() && it->closing) {
-    const auto is_closed = [&] { return find() == slots_.end() || !find()->closing; };
+    const auto is_closed = [&] {
+      mutex_.AssertHeld();
+      return find() == slots_.end() || !find()->closing;
+    };
     mutex_.AwaitWithTimeout(is_closed, kTakeOverTimeout);
     it = find();
   }
