@@ -25,10 +25,6 @@ namespace {
 
 constexpr int kTickMs = 1000;
 
-// Else each of a session's threads may get a heap of its own, up to 8 a core, and each keeps the
-// most that it ever held: 6 MB (tests/soak, 2026-11-28).
-constexpr int kHeaps = 2;
-
 // Under systemd the journal has its own times and takes the level from a prefix.
 void SetUpLog(const std::string& level) {
   auto logger = spdlog::stderr_logger_mt("presyncd");
@@ -58,10 +54,14 @@ uint32_t TakeSignal(const UniqueFd& signals) {
   return taken.ssi_signo;
 }
 
-// Buffers of this size go back to the system when they are freed. glibc would raise its threshold to
-// the largest it ever freed, and keep what links and launches leave (2 MB a stream) in the arena of
-// each thread: 20 MB grew to 60 MB within a hundred launches.
-void KeepNoLargeBuffers() { ::mallopt(M_MMAP_THRESHOLD, 256 << 10); }
+// What links and launches use for a moment (2 MB a stream) goes back to the system. As it comes,
+// glibc would raise its threshold to the largest block it ever freed, and keep the most that each
+// thread ever held in one of 8 heaps a core: a soak of an hour saw 20 MB grow to 65 MB
+// (2026-11-28).
+void KeepNoMemoryInReserve() {
+  ::mallopt(M_MMAP_THRESHOLD, 256 << 10);
+  ::mallopt(M_ARENA_MAX, 2);
+}
 
 // Another one ends the process as it does by default.
 void UnblockEndSignals() {
@@ -112,7 +112,7 @@ int Serve(Config config, const UniqueFd& signals) {
 }
 
 int Main(int argc, char** argv) {
-  ::mallopt(M_ARENA_MAX, kHeaps);
+  KeepNoMemoryInReserve();
   CLI::App app{
       "presyncd keeps the memory of running guests mirrored on other hosts, and receives the "
       "guests "
@@ -153,7 +153,6 @@ int Main(int argc, char** argv) {
   // for the QEMUs that it starts.
   ::prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0);
   ::umask(077);  // what is made here is nobody else's, unless it is said
-  KeepNoLargeBuffers();
   const UniqueFd signals = EndSignals();
   SetUpLog(log_level.empty() ? config->log_level : log_level);
   return Serve(*std::move(config), signals);
