@@ -149,7 +149,6 @@ class LibvirtTest(unittest.TestCase):
         report = lab.daemon.ask("launch", NAME, "--wait", *arguments)
         return report, self.expect_moved(lab, before)
 
-
     def move_plainly(self, lab, *how):
         """Without presync."""
         before = self.check_guest(lab)
@@ -518,11 +517,13 @@ class FailureTest(LibvirtTest):
 class UnknownGuestTest(LibvirtTest):
     """A guest that presync does not manage starts and migrates as without presync, with the hook installed."""
     def test_moves_and_starts(self):
+        # QEMU 7.2 loses writes of a guest that TCG runs while it is migrated (tools/lab/guest.py).
+        how = ("--live", "--p2p") if guest.kvm_usable() else ("--p2p",)
         lab = Lab(self.stack, presync_xml=False)
-        self.move_plainly(lab)
+        self.move_plainly(lab, *how)
         for daemon in lab.daemons.values():
             daemon.stop()
-        self.move_plainly(lab)
+        self.move_plainly(lab, *how)
         lab.two.virsh(lab.here, "destroy", NAME)
         lab.two.virsh(lab.here, "start", NAME)
         self.assertEqual(lab.two.state(lab.here), "running")
