@@ -3,7 +3,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <optional>
@@ -12,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "qemu-glue/process_identity.h"
 #include "qemu-glue/qmp/json_read.h"
+#include "qemu-glue/target_files.h"
 
 namespace presync {
 namespace {
@@ -78,13 +78,7 @@ absl::Status WriteCopyNote(const std::string& path, const CopyOwner& owner,
                              {"inode", file.inode}});
   }
   // Not synced to a disk: a crash of the host takes the memory along.
-  const std::string next = path + ".new";
-  std::ofstream out(next);
-  out << ToText(json) << "\n";
-  out.close();
-  if (out.good() && ::rename(next.c_str(), path.c_str()) == 0) return absl::OkStatus();
-  ::unlink(next.c_str());
-  return absl::UnavailableError(absl::StrCat("write ", path, ": is its file system full?"));
+  return ReplaceFile(path, ToText(json) + "\n");
 }
 
 std::vector<CopyNote> ReadCopyNotes(const std::string& folder) {

@@ -1,17 +1,13 @@
 #include "qemu-glue/guest_notes.h"
 
-#include <unistd.h>
-
-#include <cstdio>
 #include <filesystem>
 #include <fstream>
-#include <iterator>
 #include <optional>
 #include <utility>
 
-#include "absl/strings/str_cat.h"
-#include "absl/strings/str_split.h"
+#include "qemu-glue/process_identity.h"
 #include "qemu-glue/qmp/json_read.h"
+#include "qemu-glue/target_files.h"
 
 namespace presync {
 
@@ -20,10 +16,7 @@ void WriteGuestNote(const GuestNote& note) {
                      {"start_ticks", note.start_ticks},
                      {"qmp", note.qmp},
                      {"files", note.files}};
-  // A reader finds the old one or the new one, never half of it. Its name ends otherwise meanwhile.
-  const std::string next = note.path + ".new";
-  std::ofstream(next) << ToText(json) << "\n";
-  if (::rename(next.c_str(), note.path.c_str()) != 0) ::unlink(next.c_str());
+  ReplaceFile(note.path, ToText(json) + "\n").IgnoreError();
 }
 
 std::vector<GuestNote> ReadGuestNotes(const std::string& folder) {
@@ -51,19 +44,5 @@ std::vector<GuestNote> ReadGuestNotes(const std::string& folder) {
 }
 
 bool IsAlive(const GuestNote& note) { return IsAlive(note.pid, note.start_ticks); }
-
-bool IsAlive(pid_t pid, uint64_t start_ticks) {
-  std::ifstream in(absl::StrCat("/proc/", pid, "/stat"));
-  const std::string stat((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
-  // Fields from the third on follow the command's name, which is in parentheses: proc(5).
-  const size_t name_end = stat.rfind(')');
-  if (name_end == std::string::npos) return false;
-  const std::vector<std::string> fields =
-      absl::StrSplit(stat.substr(name_end + 1), ' ', absl::SkipEmpty());
-  constexpr size_t kState = 0;
-  constexpr size_t kStartTime = 22 - 3;
-  return fields.size() > kStartTime && fields[kState] != "Z" &&
-         fields[kStartTime] == absl::StrCat(start_ticks);
-}
 
 }  // namespace presync

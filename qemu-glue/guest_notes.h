@@ -25,9 +25,7 @@ void WriteGuestNote(const GuestNote& note);
 // All notes in `folder`; files that are none are passed over.
 std::vector<GuestNote> ReadGuestNotes(const std::string& folder);
 
-// Whether the process that had this number and start (QemuProcess::start_ticks) still lives, and is
-// no zombie.
-bool IsAlive(pid_t pid, uint64_t start_ticks);
+// Whether its QEMU still lives.
 bool IsAlive(const GuestNote& note);
 
 }  // namespace presync

@@ -2,6 +2,7 @@
 
 #include <fstream>
 #include <iterator>
+#include <optional>
 #include <vector>
 
 #include "absl/strings/numbers.h"
@@ -16,16 +17,17 @@ struct Stat {
   uint64_t start_ticks = 0;
 };
 
-// /proc/PID/stat (proc(5)): the second field is a name in parentheses with anything in it.
-Stat ReadStat(pid_t pid) {
+// /proc/PID/stat (proc(5)): the second field is a name in parentheses with anything in it. Nothing
+// if there is no such process.
+std::optional<Stat> ReadStat(pid_t pid) {
   std::ifstream file(absl::StrCat("/proc/", pid, "/stat"));
   const std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
   const size_t name_end = text.rfind(')');
-  if (name_end == std::string::npos) return {};
+  if (name_end == std::string::npos) return std::nullopt;
   const std::vector<std::string> fields =
       absl::StrSplit(text.substr(name_end + 1), ' ', absl::SkipEmpty());
   constexpr size_t kStartField = 22 - 3;  // the first field after the name is the third
-  if (fields.size() <= kStartField) return {};
+  if (fields.size() <= kStartField) return std::nullopt;
   Stat stat = {.state = fields[0][0]};
   (void)absl::SimpleAtoi(fields[kStartField], &stat.start_ticks);
   return stat;
@@ -40,16 +42,19 @@ std::string BootId() {
 
 }  // namespace
 
-uint64_t StartTicks(pid_t pid) { return ReadStat(pid).start_ticks; }
+uint64_t StartTicks(pid_t pid) { return ReadStat(pid).value_or(Stat()).start_ticks; }
+
+bool IsAlive(pid_t pid, uint64_t start_ticks) {
+  const std::optional<Stat> stat = ReadStat(pid);
+  return stat && stat->start_ticks == start_ticks && stat->state != 'Z' && stat->state != 'X';
+}
 
 ProcessIdentity IdentifyProcess(pid_t pid) {
   return {.pid = pid, .start_ticks = StartTicks(pid), .boot = BootId()};
 }
 
 bool Lives(const ProcessIdentity& process) {
-  if (!process.known() || process.boot != BootId()) return false;
-  const Stat stat = ReadStat(process.pid);
-  return stat.start_ticks == process.start_ticks && stat.state != 'Z' && stat.state != 'X';
+  return process.known() && process.boot == BootId() && IsAlive(process.pid, process.start_ticks);
 }
 
 }  // namespace presync

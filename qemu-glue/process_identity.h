@@ -12,6 +12,9 @@ namespace presync {
 // When a process started, in clock ticks since boot; 0: there is none with this number.
 uint64_t StartTicks(pid_t pid);
 
+// Whether the process that had this number and start lives, and is no zombie. Within one boot.
+bool IsAlive(pid_t pid, uint64_t start_ticks);
+
 struct ProcessIdentity {
   pid_t pid = 0;
   uint64_t start_ticks = 0;

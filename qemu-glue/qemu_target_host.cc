@@ -17,6 +17,7 @@
 #include "qemu-glue/copy_note.h"
 #include "qemu-glue/discovery.h"
 #include "qemu-glue/guest_notes.h"
+#include "qemu-glue/process_identity.h"
 #include "qemu-glue/qemu_guest.h"
 #include "qemu-glue/qemu_target_place.h"
 #include "qemu-glue/qmp/qmp_client.h"

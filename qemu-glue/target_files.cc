@@ -4,7 +4,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
+#include <fstream>
 
 #include "absl/strings/str_cat.h"
 
@@ -26,6 +28,16 @@ bool IsBackedBy(const GuestInfo& info, const std::string& region, const struct s
   struct stat theirs = {};
   return it != info.backends.end() && ::stat(it->path.c_str(), &theirs) == 0 &&
          ours.st_dev == theirs.st_dev && ours.st_ino == theirs.st_ino;
+}
+
+absl::Status ReplaceFile(const std::string& path, absl::string_view text) {
+  const std::string next = path + ".new";
+  std::ofstream out(next);
+  out << text;
+  out.close();
+  if (out.good() && ::rename(next.c_str(), path.c_str()) == 0) return absl::OkStatus();
+  ::unlink(next.c_str());
+  return absl::UnavailableError(absl::StrCat("write ", path, ": is its file system full?"));
 }
 
 absl::Status RemoveFile(const std::string& path) {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/strings/string_view.h"
 #include "qemu-glue/discovery.h"
 #include "transport/sync/target_host.h"
 
@@ -21,6 +22,10 @@ absl::Status CheckGuestSize(const std::string& guest, const std::vector<RegionRe
 // Whether the memory backend `region` of `info` is the very file `ours`: not just one of the same
 // path, for a file that is missing there QEMU makes anew.
 bool IsBackedBy(const GuestInfo& info, const std::string& region, const struct stat& ours);
+
+// Writes a file anew: a reader finds the old one or the new one, never half of it. Its name ends in
+// ".new" meanwhile. Not synced to a disk. UNAVAILABLE: it can't; the old one stands.
+absl::Status ReplaceFile(const std::string& path, absl::string_view text);
 
 // Ok too if it is not there. UNAVAILABLE: it can't.
 absl::Status RemoveFile(const std::string& path);

@@ -92,14 +92,12 @@ absl::StatusOr<std::string> LibvirtClient::Version() const {
   return absl::StrCat(number / 1000000, ".", number / 1000 % 1000, ".", number % 1000);
 }
 
-absl::StatusOr<QemuVersion> LibvirtClient::Qemu() const {
+absl::StatusOr<QmpVersion> LibvirtClient::Qemu() const {
   absl::StatusOr<Connection> connection = Connect(uri_);
   if (!connection.ok()) return connection.status();
   unsigned long number = 0;  // NOLINT: libvirt's type
   if (virConnectGetVersion(connection->get(), &number) != 0) return LastError("ask QEMU's version");
-  return QemuVersion{.major = static_cast<int>(number / 1000000),
-                     .minor = static_cast<int>(number / 1000 % 1000),
-                     .micro = static_cast<int>(number % 1000)};
+  return QmpVersion{number / 1000000, number / 1000 % 1000, number % 1000};
 }
 
 absl::StatusOr<DomainInfo> LibvirtClient::Find(const std::string& name_or_uuid) const {

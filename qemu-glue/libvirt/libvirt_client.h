@@ -6,6 +6,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "qemu-glue/qmp/qmp_client.h"
 
 namespace presync {
 
@@ -35,10 +36,6 @@ enum class DomainJob {
   kOther,     // a save, a snapshot, its start, ...
 };
 
-struct QemuVersion {
-  int major = 0, minor = 0, micro = 0;
-};
-
 // How libvirt is to move a domain.
 struct DomainMove {
   std::string peer_uri;      // the target's libvirt
@@ -60,7 +57,7 @@ class LibvirtClient {
   // libvirt's version, for people: "9.0.0".
   absl::StatusOr<std::string> Version() const;
   // That of the QEMU that it starts.
-  absl::StatusOr<QemuVersion> Qemu() const;
+  absl::StatusOr<QmpVersion> Qemu() const;
 
   // By name or UUID.
   absl::StatusOr<DomainInfo> Find(const std::string& name_or_uuid) const;

@@ -13,7 +13,7 @@ absl::Status Missing() {
 }  // namespace
 
 absl::StatusOr<std::string> LibvirtClient::Version() const { return Missing(); }
-absl::StatusOr<QemuVersion> LibvirtClient::Qemu() const { return Missing(); }
+absl::StatusOr<QmpVersion> LibvirtClient::Qemu() const { return Missing(); }
 absl::StatusOr<DomainInfo> LibvirtClient::Find(const std::string&) const { return Missing(); }
 absl::Status LibvirtClient::Define(const std::string&) const { return Missing(); }
 absl::StatusOr<DomainState> LibvirtClient::State(const std::string&) const { return Missing(); }

@@ -32,7 +32,7 @@ constexpr char kInclude[] = "#include if exists <abstractions/presync-libvirt>";
 
 // x-ignore-shared, without which a guest's RAM would be sent a second time.
 Finding ExamineQemu(const LibvirtClient& libvirt) {
-  const absl::StatusOr<QemuVersion> qemu = libvirt.Qemu();
+  const absl::StatusOr<QmpVersion> qemu = libvirt.Qemu();
   if (!qemu.ok()) {
     return Bad("QEMU", std::string(qemu.status().message()),
                "install qemu-system-x86; virsh version says what libvirt finds");

@@ -73,6 +73,8 @@ class Daemon {
   absl::StatusOr<Asked> WhoIsAsked(const nlohmann::json& request) const;
   absl::StatusOr<SourceSessionOptions> OptionsFor(const Asked& asked);
   absl::Status CheckSettled(const std::string& name) const;
+  bool AwaitNoStart(const std::string& name, absl::Duration longest)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   absl::Status Claim(const Asked& asked, absl::Duration longest,
                      std::shared_ptr<SourceSession>* running) ABSL_LOCKS_EXCLUDED(mutex_);
   void Unclaim(const std::string& name) ABSL_LOCKS_EXCLUDED(mutex_);

@@ -114,6 +114,16 @@ absl::Status Daemon::CheckSettled(const std::string& name) const {
       absl::StrCat("an earlier handover has to be settled first: ", known));
 }
 
+// Waits until no start of the guest is under way; false: one is still.
+bool Daemon::AwaitNoStart(const std::string& name, absl::Duration longest) {
+  const auto none_under_way = [&] {
+    mutex_.AssertHeld();
+    const auto it = sources_.find(name);
+    return it == sources_.end() || it->second.session != nullptr;
+  };
+  return mutex_.AwaitWithTimeout(none_under_way, longest);
+}
+
 // Takes the guest's name for a start; an ended session makes room. Or finds that what is asked for
 // is there already: then `*running` is that session.
 absl::Status Daemon::Claim(const Asked& asked, absl::Duration longest,
@@ -121,12 +131,7 @@ absl::Status Daemon::Claim(const Asked& asked, absl::Duration longest,
   const std::string& name = asked.name;
   std::shared_ptr<SourceSession> ended;
   MutexLock lock(&mutex_);
-  const auto none_under_way = [&] {
-    mutex_.AssertHeld();
-    const auto it = sources_.find(name);
-    return it == sources_.end() || it->second.session != nullptr;
-  };
-  if (!mutex_.AwaitWithTimeout(none_under_way, longest)) {
+  if (!AwaitNoStart(name, longest)) {
     return absl::AlreadyExistsError(absl::StrCat("a start of ", name, " is already under way"));
   }
   const auto it = sources_.find(name);
@@ -326,12 +331,7 @@ absl::StatusOr<Json> Daemon::Stop(const Json& request) {
   std::shared_ptr<SourceSession> session;
   {
     MutexLock lock(&mutex_);
-    const auto none_under_way = [&] {
-      mutex_.AssertHeld();
-      const auto it = sources_.find(name);
-      return it == sources_.end() || it->second.session != nullptr;
-    };
-    if (!mutex_.AwaitWithTimeout(none_under_way, kLongestStart)) {
+    if (!AwaitNoStart(name, kLongestStart)) {
       return absl::FailedPreconditionError(
           absl::StrCat("a start of ", name, " is under way; try again"));
     }
