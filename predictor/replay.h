@@ -35,7 +35,8 @@ struct ReplayResult {
   // InfiniteDuration if the rate is unknown.
   absl::Duration launch_mean = absl::InfiniteDuration();
   absl::Duration launch_p95 = absl::InfiniteDuration();
-  absl::Duration policy_cpu = absl::ZeroDuration();  // in the policy's own calls
+  // In the policy's own calls, without what reading the clock costs.
+  absl::Duration policy_cpu = absl::ZeroDuration();
 };
 
 // It begins with everything synced and armed: the first copy of a guest costs every policy the
