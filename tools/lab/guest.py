@@ -128,9 +128,19 @@ def _memory(spec, ram):
     return argv if spec.two_backends else [*argv, "-machine", "memory-backend=ram0"]
 
 
+def cache_mode(path):
+    """As for any guest that is to migrate: not through the host's page cache, which QEMU would have to drop before the
+    guest runs on the target (14 to 27 ms of a standstill here).  Not every file system can: tmpfs from Linux 6.6 on."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        return "writeback"
+    return "none"
+
+
 def _disk(index, path, read_only):
     mode = "on" if read_only else "off"
-    return ["-drive", f"if=none,id=disk{index},format=raw,file={path},readonly={mode}",
+    return ["-drive", f"if=none,id=disk{index},format=raw,cache={cache_mode(path)},file={path},readonly={mode}",
             "-device", f"virtio-blk-pci,drive=disk{index}"]
 
 

@@ -287,13 +287,13 @@ def domain_xml(spec, two, name=NAME, uuid=UUID, presync=True):
   <devices>
     <emulator>/usr/bin/qemu-system-x86_64</emulator>
     <disk type='file' device='disk'>
-      <driver name='qemu' type='raw'/>
+      <driver name='qemu' type='raw' cache='{_guest.cache_mode(f"{image}/system.img")}'/>
       <source file='{image}/system.img'/>
       <target dev='vda' bus='virtio'/>
       <readonly/>
     </disk>
     <disk type='file' device='disk'>
-      <driver name='qemu' type='raw'/>
+      <driver name='qemu' type='raw' cache='{_guest.cache_mode(spec.data_disk)}'/>
       <source file='{spec.data_disk}'/>
       <target dev='vdb' bus='virtio'/>
       <shareable/>
