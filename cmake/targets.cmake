@@ -37,12 +37,21 @@ if(PRESYNC_PRECOMPILE)
   target_precompile_headers(presync_precompiled PRIVATE ${headers})
 endif()
 
+# GTest's targets define what its precompiled headers have defined by then.
+function(presync_expect_gtest target)
+  get_target_property(libraries ${target} LINK_LIBRARIES)
+  if(PRESYNC_PRECOMPILE AND libraries MATCHES "GTest::")
+    target_compile_options(${target} PRIVATE -Wno-macro-redefined)
+  endif()
+endfunction()
+
 # presync_library(name SOURCES a.cc ... LIBS x ...)
 function(presync_library name)
   cmake_parse_arguments(ARG "" "" "SOURCES;LIBS" ${ARGN})
   add_library(${name} STATIC ${ARG_SOURCES})
   presync_options(${name})
   target_link_libraries(${name} PUBLIC ${ARG_LIBS})
+  presync_expect_gtest(${name})
 endfunction()
 
 # The unit and net tests, and the programs that some of them run: what tools/sanitized builds.
@@ -54,9 +63,7 @@ function(presync_test name)
   add_executable(${name} ${ARG_SOURCES})
   presync_options(${name})
   target_link_libraries(${name} PRIVATE ${ARG_LIBS} GTest::gmock GTest::gtest_main)
-  if(PRESYNC_PRECOMPILE)  # GTest's targets define what its headers have defined by then
-    target_compile_options(${name} PRIVATE -Wno-macro-redefined)
-  endif()
+  presync_expect_gtest(${name})
   add_test(NAME ${name} COMMAND ${name})
   set_tests_properties(${name} PROPERTIES LABELS "${ARG_LABEL}" TIMEOUT 300)
   if(ARG_LABEL MATCHES "^(unit|net)$")

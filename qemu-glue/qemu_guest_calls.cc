@@ -62,10 +62,14 @@ absl::StatusOr<MigrationState> QueryMigration(QmpClient& qmp, absl::Time deadlin
 absl::StatusOr<std::string> QueryRunState(QmpClient& qmp, absl::Time deadline) {
   absl::StatusOr<Json> answer = qmp.Execute("query-status", nullptr, deadline);
   if (!answer.ok()) return answer.status();
-  std::string status = StringAt(*answer, "status");
+  return RunStateOf(qmp, *answer);
+}
+
+absl::StatusOr<std::string> RunStateOf(const QmpClient& qmp, const Json& answer) {
+  std::string status = StringAt(answer, "status");
   if (status.empty()) {
     return absl::InvalidArgumentError(
-        absl::StrCat("QMP: ", qmp.path(), ": query-status without a status: ", ToText(*answer)));
+        absl::StrCat("QMP: ", qmp.path(), ": query-status without a status: ", ToText(answer)));
   }
   return status;
 }
@@ -148,18 +152,18 @@ absl::StatusOr<MigrationState> FollowMigration(QmpClient& qmp, std::string_view 
   }
 }
 
-absl::StatusOr<UniqueFd> PassStream(QmpClient& qmp, const std::string& name, absl::Time deadline) {
+absl::StatusOr<Stream> MakeStream() {
   int ends[2];
   if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0) {
     return absl::ResourceExhaustedError(
         absl::StrCat("socketpair for the device state: ", std::strerror(errno)));  // NOLINT
   }
-  UniqueFd ours(ends[0]);
-  UniqueFd theirs(ends[1]);
+  return Stream{.ours = UniqueFd(ends[0]), .qemus = UniqueFd(ends[1])};
+}
+
+QmpCommand PassEnd(const Stream& stream, const std::string& name) {
   // QEMU replaces a descriptor that an earlier try left under this name.
-  absl::StatusOr<Json> done = qmp.Execute("getfd", {{"fdname", name}}, deadline, theirs.get());
-  if (!done.ok()) return done.status();
-  return ours;
+  return {"getfd", {{"fdname", name}}, stream.qemus.get()};
 }
 
 absl::Status EndProcess(QmpClient& qmp, const PeerProcess& process, absl::Time deadline) {

@@ -56,8 +56,16 @@ absl::StatusOr<MigrationState> FollowMigration(QmpClient& qmp, std::string_view 
                                                std::initializer_list<std::string_view> wanted,
                                                absl::Time deadline);
 
-// Makes a socket pair, gives QEMU one end under `name` (for "fd:NAME") and returns the other.
-absl::StatusOr<UniqueFd> PassStream(QmpClient& qmp, const std::string& name, absl::Time deadline);
+// The run state that a `query-status` answered.
+absl::StatusOr<std::string> RunStateOf(const QmpClient& qmp, const Json& answer);
+
+// A socket pair. QEMU gets its end by PassEnd, under a name (for "fd:NAME"), and may have it from
+// then on: `qemus` can be closed when that was answered.
+struct Stream {
+  UniqueFd ours, qemus;
+};
+absl::StatusOr<Stream> MakeStream();
+QmpCommand PassEnd(const Stream& stream, const std::string& name);
 
 // Asks QEMU to quit, waits for its end, and kills it when half the time is over.
 absl::Status EndProcess(QmpClient& qmp, const PeerProcess& process, absl::Time deadline);

@@ -50,37 +50,52 @@ absl::StatusOr<MigrationSettings> MigrationSettings::Apply(QmpClient& qmp,
                                                            const std::vector<std::string>& on,
                                                            const Json& parameters,
                                                            absl::Time deadline) {
-  absl::StatusOr<std::vector<Json>> now = qmp.ExecuteAll(
-      {{"query-migrate-capabilities", nullptr}, {"query-migrate-parameters", nullptr}}, deadline);
-  if (!now.ok()) return now.status();
-  const Json& current = (*now)[1];
-  absl::StatusOr<CapabilityChange> change = PlanCapabilities((*now)[0], on);
-  if (!change.ok()) return change.status();
+  const absl::StatusOr<std::vector<Json>> answers = qmp.ExecuteAll(Questions(), deadline);
+  if (!answers.ok()) return answers.status();
+  absl::StatusOr<MigrationSettings> settings = Plan(*answers, on, parameters);
+  if (!settings.ok()) return settings.status();
+  if (absl::Status s = settings->Set(qmp, deadline); !s.ok()) return s;
+  return settings;
+}
 
+std::vector<QmpCommand> MigrationSettings::Questions() {
+  return {{"query-migrate-capabilities", nullptr}, {"query-migrate-parameters", nullptr}};
+}
+
+absl::StatusOr<MigrationSettings> MigrationSettings::Plan(absl::Span<const Json> answers,
+                                                          const std::vector<std::string>& on,
+                                                          const Json& parameters) {
+  absl::StatusOr<CapabilityChange> change = PlanCapabilities(answers[0], on);
+  if (!change.ok()) return change.status();
+  const Json& current = answers[1];
   MigrationSettings settings;
+  settings.wanted_capabilities_ = {{"capabilities", std::move(change->wanted)}};
   settings.old_capabilities_ = {{"capabilities", std::move(change->old)}};
-  Json wanted = Json::object();
-  settings.old_parameters_ = Json::object();
+  settings.wanted_parameters_ = settings.old_parameters_ = Json::object();
   for (const auto& [name, value] : parameters.items()) {
     const Json* old = FindMember(current, name.c_str());
     if (old == nullptr || *old == value) continue;
-    wanted[name] = value;
+    settings.wanted_parameters_[name] = value;
     settings.old_parameters_[name] = *old;
   }
   if (const std::string tls = StringAt(current, "tls-creds"); !tls.empty()) {
-    wanted["tls-creds"] = "";
+    settings.wanted_parameters_["tls-creds"] = "";
     settings.old_parameters_["tls-creds"] = tls;
   }
-  // The capabilities first: while a migration runs QEMU refuses these, but takes parameters.
-  absl::StatusOr<Json> done =
-      qmp.Execute("migrate-set-capabilities", {{"capabilities", change->wanted}}, deadline);
-  if (!done.ok()) return done.status();
-  done = qmp.Execute("migrate-set-parameters", wanted, deadline);
-  if (!done.ok()) {
-    (void)qmp.Execute("migrate-set-capabilities", settings.old_capabilities_, deadline);
-    return done.status();
-  }
   return settings;
+}
+
+// The capabilities first, and their answer is awaited: while a migration of somebody else's runs
+// QEMU refuses these, but would take parameters.
+absl::Status MigrationSettings::Set(QmpClient& qmp, absl::Time deadline) const {
+  absl::Status done =
+      qmp.Execute("migrate-set-capabilities", wanted_capabilities_, deadline).status();
+  if (!done.ok()) return done;
+  done = qmp.Execute("migrate-set-parameters", wanted_parameters_, deadline).status();
+  if (!done.ok()) {
+    (void)qmp.Execute("migrate-set-capabilities", old_capabilities_, deadline);
+  }
+  return done;
 }
 
 absl::StatusOr<std::optional<MigrationSettings>> MigrationSettings::FindAbandoned(

@@ -8,6 +8,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "absl/types/span.h"
 #include "qemu-glue/qmp/qmp_client.h"
 
 namespace presync {
@@ -23,6 +24,14 @@ class MigrationSettings {
   static absl::StatusOr<MigrationSettings> Apply(QmpClient& qmp, const std::vector<std::string>& on,
                                                  const Json& parameters, absl::Time deadline);
 
+  // Apply in pieces, for who has more to ask at the same time: what to ask, what follows from the
+  // answers (in that order), and the change itself.
+  static std::vector<QmpCommand> Questions();
+  static absl::StatusOr<MigrationSettings> Plan(absl::Span<const Json> answers,
+                                                const std::vector<std::string>& on,
+                                                const Json& parameters);
+  absl::Status Set(QmpClient& qmp, absl::Time deadline) const;
+
   // What Restore needs where the one who applied `parameters` is gone and with it what QEMU had:
   // QEMU's defaults for those that still stand, and x-ignore-shared and pause-before-switchover
   // off. nullopt: nothing of it is left (x-ignore-shared is off). Changes nothing.
@@ -36,8 +45,9 @@ class MigrationSettings {
   absl::Status PostRestore(QmpClient& qmp, absl::Time deadline) const;
 
  private:
-  Json old_capabilities_;  // arguments of migrate-set-capabilities
-  Json old_parameters_;    // arguments of migrate-set-parameters
+  // Arguments of migrate-set-capabilities and migrate-set-parameters.
+  Json wanted_capabilities_, old_capabilities_;
+  Json wanted_parameters_, old_parameters_;
 };
 
 }  // namespace presync

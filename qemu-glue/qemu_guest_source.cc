@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
@@ -49,17 +50,25 @@ absl::Status QemuSourceGuest::EnsureMonitor(absl::Time deadline) {
 absl::Status QemuSourceGuest::PrepareSave(absl::Time deadline) {
   const absl::Time start = absl::Now();
   if (absl::Status status = EnsureMonitor(deadline); !status.ok()) return status;
-  absl::StatusOr<std::string> run_state = QueryRunState(*qmp_, deadline);
+  absl::StatusOr<Stream> stream = MakeStream();
+  if (!stream.ok()) return stream.status();
+  // All at once: a busy guest keeps QEMU's main loop waiting, for some ms with each turn.
+  std::vector<QmpCommand> first = {{"query-status", nullptr}, PassEnd(*stream, kStreamName)};
+  for (QmpCommand& question : MigrationSettings::Questions()) first.push_back(std::move(question));
+  const absl::StatusOr<std::vector<Json>> answers = qmp_->ExecuteAll(first, deadline);
+  if (!answers.ok()) return answers.status();
+  const absl::StatusOr<std::string> run_state = RunStateOf(*qmp_, (*answers)[0]);
   if (!run_state.ok()) return run_state.status();
   if (absl::Status s = CheckIdle(*run_state); !s.ok()) return s;
   was_running_ = *run_state == "running";
-  absl::StatusOr<MigrationSettings> settings = MigrationSettings::Apply(
-      *qmp_, {"x-ignore-shared", "pause-before-switchover", "events"}, SaveParameters(), deadline);
-  if (!settings.ok()) return ExplainRefusal(settings.status(), deadline);
+  absl::StatusOr<MigrationSettings> settings = MigrationSettings::Plan(
+      absl::MakeConstSpan(*answers).subspan(2),
+      {"x-ignore-shared", "pause-before-switchover", "events"}, SaveParameters());
+  if (!settings.ok()) return settings.status();
+  const absl::Status set = settings->Set(*qmp_, deadline);
+  if (!set.ok()) return ExplainRefusal(set, deadline);
   settings_ = *std::move(settings);
-  absl::StatusOr<UniqueFd> stream = PassStream(*qmp_, kStreamName, deadline);
-  if (!stream.ok()) return stream.status();
-  stream_ = *std::move(stream);
+  stream_ = std::move(stream->ours);
   steps_.push_back({"prepare-save", absl::Now() - start});
   return absl::OkStatus();
 }

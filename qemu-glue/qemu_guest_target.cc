@@ -62,12 +62,15 @@ absl::Status QemuTargetGuest::PrepareLoad(absl::Time deadline) {
       *qmp_, {"x-ignore-shared", "late-block-activate", "events"}, {{"mode", "normal"}}, deadline);
   if (!settings.ok()) return settings.status();
   settings_ = *std::move(settings);
-  absl::StatusOr<UniqueFd> stream = PassStream(*qmp_, kStreamName, deadline);
+  absl::StatusOr<Stream> stream = MakeStream();
   if (!stream.ok()) return stream.status();
   qmp_->DropEvents("MIGRATION");
-  done = qmp_->Execute("migrate-incoming", {{"uri", absl::StrCat("fd:", kStreamName)}}, deadline);
-  if (!done.ok()) return done.status();
-  stream_ = *std::move(stream);
+  const absl::StatusOr<std::vector<Json>> begun =
+      qmp_->ExecuteAll({PassEnd(*stream, kStreamName),
+                        {"migrate-incoming", {{"uri", absl::StrCat("fd:", kStreamName)}}}},
+                       deadline);
+  if (!begun.ok()) return begun.status();
+  stream_ = std::move(stream->ours);
   steps_.push_back({"prepare-load", absl::Now() - start});
   return absl::OkStatus();
 }

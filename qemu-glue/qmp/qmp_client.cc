@@ -187,7 +187,8 @@ absl::StatusOr<std::vector<Json>> QmpClient::ExecuteAll(absl::Span<const QmpComm
                                                         absl::Time deadline) {
   std::vector<uint64_t> ids;
   for (const QmpCommand& command : commands) {
-    absl::StatusOr<uint64_t> id = SendCommand(command.name, command.arguments, deadline, -1);
+    absl::StatusOr<uint64_t> id =
+        SendCommand(command.name, command.arguments, deadline, command.fd_to_pass);
     if (!id.ok()) return id.status();
     ids.push_back(*id);
   }

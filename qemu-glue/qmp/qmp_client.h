@@ -33,7 +33,8 @@ struct QmpVersion {
 
 struct QmpCommand {
   std::string name;
-  Json arguments;  // an object or null
+  Json arguments;       // an object or null
+  int fd_to_pass = -1;  // if not negative it goes along, for `getfd`; it stays the caller's
 };
 
 struct QmpEvent {
