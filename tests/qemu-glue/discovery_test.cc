@@ -39,6 +39,11 @@ Json FlawedGuest(const std::string& command, const Json& arguments) {
       {"query-migrate-capabilities", Json::array()},
       {"query-migrate",
        {{"status", "active"}, {"blocked-reasons", {"device X is not migratable", 7}}}},
+      {"query-block",
+       {{{"device", "disk0"}, {"inserted", {{"cache", {{"direct", false}}}}}},
+        {{"device", "disk1"}, {"inserted", {{"cache", {{"direct", true}}}}}},
+        {{"device", ""}, {"qdev", "/x/disk2"}, {"inserted", {{"cache", {{"direct", false}}}}}},
+        {{"device", "cd0"}}}},
       {"human-monitor-command",
        "net0: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:12:34:56\r\n"
        " \\ vhost-user-by-name: index=0,type=tap,ifname=vhost-vdpa0\r\n"
@@ -84,6 +89,7 @@ TEST(Discovery, FindsEveryFlawAtOnce) {
                   HasSubstr("vhost-vdpa-device-pci"), HasSubstr("virtio-mem-pci"),
                   HasSubstr("ivshmem-plain"), HasSubstr("cryptodev-vhost-user"),
                   AllOf(HasSubstr("network"), HasSubstr("type=vhost-user"))));
+  EXPECT_THAT(findings->notes, ElementsAre(HasSubstr("page cache (disk0, /x/disk2)")));
   qmp->reset();
 }
 
