@@ -323,7 +323,9 @@ class Hostile(unittest.TestCase):
             time.sleep(0.1)
         self.serves()
         grown = self.target.resident_mb() - self.resident_before
-        self.assertLess(grown, megabytes, "MiB of memory were left behind")
+        # AddressSanitizer keeps what was freed for a while (up to 256 MiB), and looks for leaks itself.
+        if "ASAN_OPTIONS" not in os.environ:
+            self.assertLess(grown, megabytes, "MiB of memory were left behind")
         print(f"  {self.id().split('.')[-1]}: {grown:+.1f} MiB, {len(self.new_log().splitlines())} lines logged")
 
     def refused_at_the_door(self, attempt):

@@ -330,11 +330,12 @@ absl::StatusOr<presync_glue_reply> GlueClient::Receive(uint16_t type, UniqueFd r
     message.msg_controllen = sizeof(control);
     bytes = ::recvmsg(socket_.get(), &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
   } while (bytes < 0 && (errno == EINTR || errno == EAGAIN));
+  // An empty packet, which looks like the end, may bring descriptors, too.
+  const uint32_t fds = bytes < 0 ? 0 : TakeDescriptors(&message, received);
   if (bytes <= 0) {
     return absl::UnavailableError(absl::StrCat(
         "the library inside QEMU at ", path_, " hung up: ", bytes == 0 ? "end" : ErrnoText(errno)));
   }
-  const uint32_t fds = TakeDescriptors(&message, received);
   if (bytes != sizeof(reply) || (message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) != 0 ||
       reply.magic != PRESYNC_GLUE_MAGIC || reply.version != PRESYNC_GLUE_VERSION ||
       reply.type != type || reply.length != sizeof(reply) || reply.fds != fds) {

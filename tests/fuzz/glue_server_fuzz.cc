@@ -11,6 +11,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstring>
 
 #include "tests/fuzz/fuzz_input.h"
@@ -57,7 +58,10 @@ bool TakeAnswer(int socket, presync_glue_reply* reply) {
   message.msg_iovlen = 1;
   message.msg_control = control;
   message.msg_controllen = sizeof(control);
-  const ssize_t n = ::recvmsg(socket, &message, MSG_CMSG_CLOEXEC);
+  ssize_t n;
+  do {
+    n = ::recvmsg(socket, &message, MSG_CMSG_CLOEXEC);
+  } while (n < 0 && errno == EINTR);  // libFuzzer's alarm
   if (n <= 0) return false;
   uint32_t fds = 0;
   for (cmsghdr* c = CMSG_FIRSTHDR(&message); c != nullptr; c = CMSG_NXTHDR(&message, c)) {

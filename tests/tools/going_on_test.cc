@@ -65,6 +65,11 @@ class GoingOnTest : public ::testing::Test {
       absl::SleepFor(absl::Milliseconds(1));
     return !going_on_.Wants(guest);
   }
+  // The log has its first line, which comes after the state.
+  bool AwaitLog() {
+    for (int i = 0; i < 20'000 && log().empty(); ++i) absl::SleepFor(absl::Milliseconds(1));
+    return !log().empty();
+  }
   int tries(const std::string& guest) {
     MutexLock lock(&mutex_);
     return tries_[guest];
@@ -134,6 +139,7 @@ TEST_F(GoingOnTest, WhatCannotGoOnIsReportedUntilAPersonHasSeenIt) {
   ASSERT_EQ(all.size(), 1u);
   EXPECT_EQ(all[0].state, SessionState::kFailed);
   EXPECT_EQ(all[0].problem, "its QEMU has ended");
+  ASSERT_TRUE(AwaitLog());
   EXPECT_THAT(log(), ElementsAre(HasSubstr("its QEMU has ended")));
   EXPECT_TRUE(going_on_.Forget("a"));
   EXPECT_THAT(going_on_.status(), IsEmpty());

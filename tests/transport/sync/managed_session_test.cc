@@ -187,7 +187,7 @@ TEST_F(ManagedSession, AFailureLeavesItHereAndALaterLaunchWorks) {
   EXPECT_FALSE(manager_.expected) << "its memory would be missing in what the manager saves next";
 
   host_.set_fails("");
-  ASSERT_TRUE(AwaitState(SessionState::kSyncing));
+  ASSERT_TRUE(AwaitSyncingAtRest());
   ASSERT_TRUE(Announce().ok());
   manager_.begun = true;
   ASSERT_TRUE(AwaitState(SessionState::kMoved));
