@@ -61,13 +61,13 @@ def work_begins(reader, workload, seconds=120):
         time.sleep(0.2)
 
 
-def speed(reader, times=3):
+def speed(reader, times=5):
     """Units of the agent's work in a second of the guest's processor, the median of some bursts."""
     bursts = [reader.command("work 400") for _ in range(times)]
     return statistics.median(b["units"] / b["cpu_ns"] * 1e9 for b in bursts)
 
 
-def slowdown(plan, folder, rounds=5, watch_s=3):
+def slowdown(plan, folder, rounds=12, watch_s=3):
     """What the sync costs a guest that is not launched: its speed and its longest stall, alone and in sync in turns,
     so that what else this machine does falls on both."""
     turns = []
@@ -87,7 +87,8 @@ def slowdown(plan, folder, rounds=5, watch_s=3):
             move.source_daemon.ask("stop", _presync.NAME)
             turns.append({"stall_alone_ms": stall_alone, "speed_alone": speed_alone, "stall_synced_ms": stall_synced,
                           "speed_synced": speed_synced, "lost_percent": 100 * (1 - speed_synced / speed_alone)})
-    return {"turns": turns, "lost_percent_median": statistics.median(t["lost_percent"] for t in turns),
+    lost = [t["lost_percent"] for t in turns]
+    return {"turns": turns, "lost_percent_median": statistics.median(lost), "lost_percent_quartiles": statistics.quantiles(lost),
             "stall_alone_ms_median": statistics.median(t["stall_alone_ms"] for t in turns),
             "stall_synced_ms_median": statistics.median(t["stall_synced_ms"] for t in turns)}
 
