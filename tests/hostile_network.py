@@ -502,6 +502,11 @@ class Known(Hostile):
                 with self.assertRaises(Refused):
                     peer.expect(SESSION_OPENED)
                 peer.close()
+            peer = self.peer()  # a name that is no UTF-8
+            peer.send(open_session(os.urandom(16), guest=b"\xff\xfe"))
+            with self.assertRaises((Refused, EOFError, OSError)):
+                peer.expect(SESSION_OPENED)
+            peer.close()
             for length in (0xFFFFFFFF, 0x80000000, (1 << 20) + 1):
                 peer = self.peer()
                 peer.stream.sendall(struct.pack("<I", length) + b"x" * 100)
@@ -510,6 +515,7 @@ class Known(Hostile):
                 peer.close()
         self.assertLess(self.target.resident_mb() - big, 16)
         self.assertLess(len(self.new_log().splitlines()), 15, self.new_log())
+        self.assertNotIn("protobuf", self.new_log())  # which would say it each time
         self.nothing_left()
 
 

@@ -1,4 +1,5 @@
 // presyncd: one per host. Keeps guests in sync with other hosts, and receives those of others.
+#include <google/protobuf/stubs/logging.h>
 #include <malloc.h>
 #include <poll.h>
 #include <signal.h>
@@ -63,6 +64,10 @@ void KeepNoMemoryInReserve() {
   ::mallopt(M_ARENA_MAX, 2);
 }
 
+// protobuf writes a line of its own for a message that is not well-formed, each time; we say what
+// was refused, and from whom, and not more often than we want to.
+void LetProtobufBeSilent() { google::protobuf::SetLogHandler(nullptr); }
+
 // Another one ends the process as it does by default.
 void UnblockEndSignals() {
   sigset_t set;
@@ -113,6 +118,7 @@ int Serve(Config config, const UniqueFd& signals) {
 
 int Main(int argc, char** argv) {
   KeepNoMemoryInReserve();
+  LetProtobufBeSilent();
   CLI::App app{
       "presyncd keeps the memory of running guests mirrored on other hosts, and receives the "
       "guests "
