@@ -1,7 +1,9 @@
 #!/usr/bin/python3
 """Makes the packages, installs them in a clean root and moves a guest with what they installed.
 
-    tests/package.py [-v]       needs root; PRESYNC_BUILD names the build folder whose programs are packaged
+    tests/package.py [-v]                      needs root; PRESYNC_BUILD names the build folder whose programs are packaged
+    PRESYNC_SUITE=trixie tests/package.py -v   for another release of Debian: everything is compiled there, in a root of
+                                               that release (some 20 minutes)
 
 The root is Debian's minimum and what the lab needs (QEMU, iproute2, python3, openssl), made once from this machine's own package
 sources and kept as ${PRESYNC_CACHE:-~/.cache/presync}/root-SUITE-HASH.tar.
@@ -37,8 +39,19 @@ done
 shift 4
 exec chroot "$root" env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 HOME=/root DEBIAN_FRONTEND=noninteractive "$@"
 """
-
-
+# The same to make packages: $2 is this tree, read-only, $3 where they go.
+MAKE = """set -e
+root=$1
+mkdir -p "$root/src" "$root/debs"
+mount -t proc proc "$root/proc"
+mount --rbind /dev "$root/dev"
+mount --bind "$2" "$root/src"
+mount -o remount,bind,ro "$root/src"
+mount --bind "$3" "$root/debs"
+exec chroot "$root" env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 HOME=/root DEB_BUILD_OPTIONS=parallel=2 sh -c '
+git config --global --add safe.directory "*"
+exec /src/tools/package --out /debs --lintian'
+"""
 
 def run(*argv, **options):
     """Output and errors as one text; AssertionError with it if it fails."""
@@ -52,21 +65,31 @@ def codename():
     return re.search(r"^VERSION_CODENAME=(\w+)", pathlib.Path("/etc/os-release").read_text(encoding="utf-8"), re.M)[1]
 
 
+SUITE = os.environ.get("PRESYNC_SUITE", codename())
+
+
 def sources():
-    """This machine's package sources of its release, one line each."""
+    """This machine's package sources, for the release SUITE, one line each."""
     lines = subprocess.run([ROOT / "tools" / "setup", "--sources"], stdout=subprocess.PIPE, text=True, check=True).stdout
-    return "".join(f"{line}\n" for line in lines.splitlines() if f" {codename()}" in line)
+    return "".join(f"{line.replace(f' {codename()}', f' {SUITE}')}\n" for line in lines.splitlines() if f" {codename()}" in line)
 
 
-def clean_root():
-    """The tar of the root; made if it is not there."""
-    wanted = sources()
-    name = hashlib.sha256((wanted + " ".join(PACKAGES)).encode()).hexdigest()[:12]
-    tar = CACHE / f"root-{codename()}-{name}.tar"
+def build_packages():
+    """What debian/control says that building needs."""
+    control = (ROOT / "debian" / "control").read_text(encoding="utf-8")
+    listed = re.search(r"^Build-Depends:(.*?)^\S", control, re.M | re.S)[1]
+    return [re.sub(r"[ (:].*", "", entry.strip()) for entry in listed.split(",") if entry.strip() and "debhelper-compat" not in entry]
+
+
+def clean_root(packages=None):
+    """The tar of a root with `packages`; made if it is not there."""
+    wanted, packages = sources(), packages or PACKAGES
+    name = hashlib.sha256((wanted + " ".join(packages)).encode()).hexdigest()[:12]
+    tar = CACHE / f"root-{SUITE}-{name}.tar"
     if not tar.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            run("mmdebstrap", "--mode=root", "--variant=minbase", f"--include={','.join(PACKAGES)}", codename(),
+            run("mmdebstrap", "--mode=root", "--variant=minbase", f"--include={','.join(packages)}", SUITE,
                 f"{folder}/root.tar", "-", input=wanted)
             os.rename(f"{folder}/root.tar", tar)
     return tar
@@ -93,12 +116,22 @@ class PackageTest(unittest.TestCase):
     def test_packages(self):
         with tempfile.TemporaryDirectory(prefix="presync-package-") as folder:
             self.debs = pathlib.Path(folder) / "debs"
-            print(run(ROOT / "tools" / "package", "--build", BUILD, "--out", self.debs, "--lintian"))
+            if SUITE == codename():
+                print(run(ROOT / "tools" / "package", "--build", BUILD, "--out", self.debs, "--lintian"))
+            else:
+                self.make_there(folder)
             self.set_up_root(folder)
             self.install()
             self.look_at_files()
             self.move()
             self.upgrade_and_purge()
+
+    def make_there(self, folder):
+        root = pathlib.Path(folder) / "builder"
+        root.mkdir()
+        self.debs.mkdir()
+        run("tar", "-xf", clean_root(["build-essential", "debhelper", "fakeroot", "git", "lintian", *build_packages()]), "-C", root, "--numeric-owner")
+        print(run("unshare", "--mount", "--propagation", "private", "bash", "-c", MAKE, "make", root, ROOT, self.debs))
 
     def install(self):
         names = sorted(p.name for p in self.debs.glob("*.deb"))
