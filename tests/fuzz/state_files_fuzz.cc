@@ -1,6 +1,6 @@
 // What presyncd finds in its folders when it starts: handover records, measured costs, and notes of
-// copies and of syncs. The first byte says which, and for those with checksums whether these are
-// made right, so that what lies behind them is reached.
+// copies, of syncs and of QEMUs. The first byte says which, and for those with checksums whether
+// these are made right, so that what lies behind them is reached.
 #include <xxhash.h>
 
 #include <cstdio>
@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_format.h"
 #include "qemu-glue/copy_note.h"
+#include "qemu-glue/guest_notes.h"
 #include "tests/fuzz/fuzz_input.h"
 #include "tools/presyncd/fixed_costs.h"
 #include "tools/presyncd/sync_note.h"
@@ -112,6 +113,23 @@ void TrySyncNote(const std::string& bytes) {
   ::remove(path.c_str());
 }
 
+// A note that is taken names a process, and says the same when it is written again.
+void TryGuestNote(std::string_view bytes) {
+  const std::string path = fuzz::ScratchFolder() + "/g.guest";
+  WriteFile(path, bytes);
+  const std::vector<GuestNote> notes = ReadGuestNotes(fuzz::ScratchFolder());
+  FUZZ_REQUIRE(notes.size() <= 1);
+  if (!notes.empty()) {
+    FUZZ_REQUIRE(notes[0].path == path && notes[0].pid > 0);
+    (void)IsAlive(notes[0]);
+    WriteGuestNote(notes[0]);
+    const std::vector<GuestNote> again = ReadGuestNotes(fuzz::ScratchFolder());
+    FUZZ_REQUIRE(again.size() == 1 && again[0].pid == notes[0].pid);
+    FUZZ_REQUIRE(again[0].qmp == notes[0].qmp && again[0].files == notes[0].files);
+  }
+  ::remove(path.c_str());
+}
+
 std::string WithChecksum(std::string_view text) {
   std::string line(text.substr(0, text.find('\n')));
   line += "\n";
@@ -123,7 +141,7 @@ std::string WithChecksum(std::string_view text) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   presync::fuzz::FuzzInput input(data, size);
-  switch (input.Byte() % 6) {
+  switch (input.Byte() % 7) {
     case 0:
       presync::TryRecord(std::string(input.rest()));
       break;
@@ -139,8 +157,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     case 4:
       presync::TrySyncNote(std::string(input.rest()));
       break;
-    default:
+    case 5:
       presync::TrySyncNote(presync::WithChecksum(input.rest()));
+      break;
+    default:
+      presync::TryGuestNote(input.rest());
   }
   return 0;
 }
