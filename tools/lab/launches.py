@@ -67,9 +67,10 @@ def speed(reader, times=5):
     return statistics.median(b["units"] / b["cpu_ns"] * 1e9 for b in bursts)
 
 
-def slowdown(plan, folder, rounds=12, watch_s=3):
+def slowdown(plan, folder, rounds=8, watch_s=3, settle_s=10):
     """What the sync costs a guest that is not launched: its speed and its longest stall, alone and in sync in turns,
-    so that what else this machine does falls on both."""
+    so that what else this machine does falls on both.  In sync means: when the back-off, of at most 31 scans, knows the
+    guest.  Each turn begins a new sync, which knows nothing."""
     turns = []
     with _hosts.TwoHosts(plan.link_mbit) as two, _presync.Move(two, folder, plan.spec, insecure=True) as move:
         work_begins(move.reader, plan.spec.workload)
@@ -80,9 +81,11 @@ def slowdown(plan, folder, rounds=12, watch_s=3):
             return move.reader.result().gap_ms, speed(move.reader)
 
         for _ in range(rounds):
+            time.sleep(settle_s / 5)
             stall_alone, speed_alone = look()
             move.start("--max-launch-time", plan.promise)
             move.wait_synced()
+            time.sleep(settle_s)
             stall_synced, speed_synced = look()
             move.source_daemon.ask("stop", _presync.NAME)
             turns.append({"stall_alone_ms": stall_alone, "speed_alone": speed_alone, "stall_synced_ms": stall_synced,
