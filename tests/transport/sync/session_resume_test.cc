@@ -35,10 +35,9 @@ class SessionResumeTest : public SessionTest {
     session_.reset();
     ASSERT_TRUE(Lost());
   }
-  // The residual of a guest that writes may never be empty.
-  void SyncAllOrWriting() {
+  void SyncAWritingGuest() {
     ASSERT_TRUE(StartSession().ok());
-    ASSERT_TRUE(AwaitState(SessionState::kSyncing));
+    ASSERT_TRUE(AwaitSyncingAtRest());
   }
   ResumptionStatus Resumption() { return session_->status().resumption; }
 };
@@ -240,8 +239,7 @@ TEST_F(TargetRestartTest, WithItsSourceItIsProven) {
 }
 
 TEST_F(TargetRestartTest, AWritingGuestSurvivesRestartsOfBothSides) {
-  StartWriting();
-  SyncAllOrWriting();
+  SyncAWritingGuest();
   std::mt19937_64 random(11);
   for (int i = 0; i < 12; ++i) {
     const uint64_t who = random() % 3;
@@ -254,7 +252,7 @@ TEST_F(TargetRestartTest, AWritingGuestSurvivesRestartsOfBothSides) {
       ASSERT_TRUE(AwaitReconnect());
     } else {
       ASSERT_TRUE(Lost());
-      SyncAllOrWriting();
+      SyncAWritingGuest();
     }
   }
   ASSERT_TRUE(AwaitSyncingAtRest());
