@@ -127,11 +127,13 @@ class PackageTest(unittest.TestCase):
             self.upgrade_and_purge()
 
     def make_there(self, folder):
-        root = pathlib.Path(folder) / "builder"
+        """Of what is committed."""
+        root, tree = pathlib.Path(folder) / "builder", pathlib.Path(folder) / "tree"
         root.mkdir()
         self.debs.mkdir()
+        run("git", "clone", "--quiet", "--no-hardlinks", ROOT, tree)
         run("tar", "-xf", clean_root(["build-essential", "debhelper", "fakeroot", "git", "lintian", *build_packages()]), "-C", root, "--numeric-owner")
-        print(run("unshare", "--mount", "--propagation", "private", "bash", "-c", MAKE, "make", root, ROOT, self.debs))
+        print(run("unshare", "--mount", "--propagation", "private", "bash", "-c", MAKE, "make", root, tree, self.debs))
 
     def install(self):
         names = sorted(p.name for p in self.debs.glob("*.deb"))
