@@ -3,7 +3,8 @@
 #include <sys/random.h>
 
 #include <algorithm>
-#include <cctype>
+#include <charconv>
+#include <system_error>
 
 #include "absl/strings/escaping.h"
 #include "predictor/check.h"
@@ -28,12 +29,15 @@ absl::StatusOr<SessionId> IdFromBytes(absl::string_view bytes) {
 }
 
 absl::StatusOr<SessionId> IdFromHex(absl::string_view hex) {
-  const bool digits =
-      std::all_of(hex.begin(), hex.end(), [](unsigned char c) { return std::isxdigit(c) != 0; });
-  if (hex.size() != 32 || !digits) {
-    return absl::InvalidArgumentError("a session id has 32 hexadecimal digits");
+  SessionId id;
+  bool good = hex.size() == 2 * id.size();
+  for (size_t i = 0; good && i < id.size(); ++i) {
+    const char* const digits = hex.data() + 2 * i;
+    const auto [end, error] = std::from_chars(digits, digits + 2, id[i], 16);
+    good = error == std::errc() && end == digits + 2;
   }
-  return IdFromBytes(absl::HexStringToBytes(hex));
+  if (!good) return absl::InvalidArgumentError("a session id has 32 hexadecimal digits");
+  return id;
 }
 
 }  // namespace presync
