@@ -84,6 +84,8 @@ class Scenario {
   std::atomic<int> folders_ = 0;
   Machines machines_;
   Monitor source_monitor_, target_monitor_;
+  // The network's threads look at them until it ends.
+  std::vector<std::unique_ptr<Life>> past_lives_;
   Network network_;
   std::atomic<bool> no_room_ = false;
   std::array<std::atomic<bool>, 4> hit_ = {};
@@ -93,7 +95,6 @@ class Scenario {
   std::string source_durable_, target_durable_;  // where a crash leaves the records
   Mutex later_mutex_;
   std::vector<std::thread> later_ ABSL_GUARDED_BY(later_mutex_);
-  std::vector<std::unique_ptr<Life>> past_lives_;
   std::vector<std::unique_ptr<RecoveryHost>> past_hosts_;
   Target target_;
   Source source_;
