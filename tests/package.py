@@ -48,7 +48,7 @@ mount --rbind /dev "$root/dev"
 mount --bind "$2" "$root/src"
 mount -o remount,bind,ro "$root/src"
 mount --bind "$3" "$root/debs"
-exec chroot "$root" env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 HOME=/root DEB_BUILD_OPTIONS=parallel=2 sh -c '
+exec chroot "$root" env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 HOME=/root DEB_BUILD_OPTIONS="parallel=2 noautodbgsym" sh -c '
 git config --global --add safe.directory "*"
 exec /src/tools/package --out /debs --lintian'
 """
