@@ -53,6 +53,7 @@ git config --global --add safe.directory "*"
 exec /src/tools/package --out /debs --lintian'
 """
 
+
 def run(*argv, **options):
     """Output and errors as one text; AssertionError with it if it fails."""
     done = subprocess.run([str(a) for a in argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, **options)
