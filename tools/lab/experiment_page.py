@@ -3,7 +3,7 @@
 import html
 import math
 
-from . import charts
+from . import charts, launches
 from .launches import METHODS, PRESYNC
 
 STYLE = """
@@ -97,19 +97,16 @@ def _timelines(result):
     return "".join(parts) if seen else ""
 
 
-def _half(cost):
-    quartiles = cost.get("lost_percent_quartiles")
-    return f"half of {len(cost['turns'])} turns: {quartiles[0]:.1f} to {quartiles[2]:.1f}" if quartiles else f"{len(cost['turns'])} turns"
-
-
 def _slowdown(found):
     rows = "".join(
-        f"<tr><td>{workload}<td>" + (html.escape(cost["error"]) if "error" in cost else
-                                     f"{cost['lost_percent_median']:.1f} % ({_half(cost)})<td>{cost['stall_alone_ms_median']:.0f}"
-                                     f"<td>{cost['stall_synced_ms_median']:.0f}")
+        f"<tr><td>{workload}<td>" + (
+            html.escape(cost["error"]) if "error" in cost else "not told<td><td>" if cost["lost_percent"] is None else
+            f"{cost['lost_percent']:.1f} % ({launches.level_text(cost)})<td>{cost['stall_alone_ms_median']:.0f}"
+            f"<td>{cost['stall_synced_ms_median']:.0f}")
         for workload, cost in found.items())
     return ("<h2>What a sync costs the guest</h2><p>Its speed (work in a second of its processor) and its longest stall in "
-            "3 s, alone and in sync in turns; medians.</p><table><tr><th>workload<th>speed lost<th>stall alone, ms"
+            "3 s, alone and in sync in turns; medians. The machine has two speeds of its own: each is compared with itself.</p>"
+            "<table><tr><th>workload<th>speed lost<th>stall alone, ms"
             f"<th>stall synced, ms{rows}</table>")
 
 

@@ -8,6 +8,7 @@ waits.  Times are milliseconds, of the host's clock.
 import contextlib
 import dataclasses
 import functools
+import math
 import statistics
 import threading
 import time
@@ -61,13 +62,54 @@ def work_begins(reader, workload, seconds=120):
         time.sleep(0.2)
 
 
-def speed(reader, times=5):
-    """Units of the agent's work in a second of the guest's processor, the median of some bursts."""
-    bursts = [reader.command("work 400") for _ in range(times)]
-    return statistics.median(b["units"] / b["cpu_ns"] * 1e9 for b in bursts)
+def speeds(reader, bursts=20, burst_ms=200):
+    """Units of the agent's work in a second of the guest's processor, burst by burst."""
+    found = (reader.command(f"work {burst_ms}") for _ in range(bursts))
+    return [b["units"] / b["cpu_ns"] * 1e9 for b in found]
 
 
-def slowdown(plan, folder, rounds=8, watch_s=3, settle_s=10):
+def levels(speed):
+    """The speed that divides a machine's two levels, or None where there is but one.  A virtual machine whose host runs others
+    jumps between two speeds, about 1 : 1.6 apart, every few seconds.  Two means, of the logarithms."""
+    logs = sorted(math.log(s) for s in speed)
+    low, high = logs[0], logs[-1]
+    for _ in range(20):
+        middle = (low + high) / 2
+        below, above = [v for v in logs if v <= middle], [v for v in logs if v > middle]
+        if not above:
+            return None
+        low, high = statistics.fmean(below), statistics.fmean(above)
+    return math.exp((low + high) / 2) if high - low > math.log(1.2) else None
+
+
+def lost(alone, synced):
+    """What a guest loses by a sync, from bursts in both states: per cent of the median speed, level by level, weighted by the
+    bursts while synced; and the share of bursts on the slow level in each, for a sync that moves the guest there would hide
+    otherwise.  A level with fewer than 10 bursts in either state is left out."""
+    border = levels(alone + synced)
+    found = []
+    for fast in (False, True):
+        one, other = ([s for s in speed if (border is None or s > border) == fast] for speed in (alone, synced))
+        if min(len(one), len(other)) >= 10:
+            found.append({"fast": fast, "bursts_alone": len(one), "bursts_synced": len(other),
+                          "speed_alone": statistics.median(one), "speed_synced": statistics.median(other),
+                          "lost_percent": 100 * (1 - statistics.median(other) / statistics.median(one))})
+    total = sum(level["bursts_synced"] for level in found)
+    return {"levels": found,
+            "lost_percent": sum(v["lost_percent"] * v["bursts_synced"] for v in found) / total if total else None,
+            "slow_percent_alone": 100 * sum(s <= (border or 0) for s in alone) / len(alone),
+            "slow_percent_synced": 100 * sum(s <= (border or 0) for s in synced) / len(synced)}
+
+
+def level_text(cost):
+    """What `lost` found, level by level, in words."""
+    each = ", ".join(f"{'fast' if v['fast'] else 'slow'} level {v['lost_percent']:.1f} % by {v['bursts_alone']} and"
+                     f" {v['bursts_synced']} bursts" for v in cost["levels"])
+    return (f"{each}; on the machine's slow level {cost['slow_percent_alone']:.0f} % of the bursts alone,"
+            f" {cost['slow_percent_synced']:.0f} % synced")
+
+
+def slowdown(plan, folder, rounds=8, watch_s=3, settle_s=8):
     """What the sync costs a guest that is not launched: its speed and its longest stall, alone and in sync in turns,
     so that what else this machine does falls on both.  In sync means: when the back-off, of at most 31 scans, knows the
     guest.  Each turn begins a new sync, which knows nothing."""
@@ -78,20 +120,19 @@ def slowdown(plan, folder, rounds=8, watch_s=3, settle_s=10):
         def look():
             move.reader.mark()
             time.sleep(watch_s)
-            return move.reader.result().gap_ms, speed(move.reader)
+            return move.reader.result().gap_ms, speeds(move.reader)
 
         for _ in range(rounds):
-            time.sleep(settle_s / 5)
-            stall_alone, speed_alone = look()
+            time.sleep(settle_s / 4)
+            stall_alone, alone = look()
             move.start("--max-launch-time", plan.promise)
             move.wait_synced()
             time.sleep(settle_s)
-            stall_synced, speed_synced = look()
+            stall_synced, synced = look()
             move.source_daemon.ask("stop", _presync.NAME)
-            turns.append({"stall_alone_ms": stall_alone, "speed_alone": speed_alone, "stall_synced_ms": stall_synced,
-                          "speed_synced": speed_synced, "lost_percent": 100 * (1 - speed_synced / speed_alone)})
-    lost = [t["lost_percent"] for t in turns]
-    return {"turns": turns, "lost_percent_median": statistics.median(lost), "lost_percent_quartiles": statistics.quantiles(lost),
+            turns.append({"stall_alone_ms": stall_alone, "speeds_alone": alone,
+                          "stall_synced_ms": stall_synced, "speeds_synced": synced})
+    return {"turns": turns, **lost([s for t in turns for s in t["speeds_alone"]], [s for t in turns for s in t["speeds_synced"]]),
             "stall_alone_ms_median": statistics.median(t["stall_alone_ms"] for t in turns),
             "stall_synced_ms_median": statistics.median(t["stall_synced_ms"] for t in turns)}
 
