@@ -3,7 +3,6 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <sys/socket.h>
-#include <sys/un.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -12,6 +11,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "transport/unix_address.h"
 
 namespace presync {
 namespace {
@@ -71,14 +71,9 @@ absl::Status ConnectError(int error, const std::string& path) {
 // A full backlog makes connect(2) say EAGAIN; there is nothing to poll for, so look again after a
 // while.
 absl::Status ConnectSocket(int socket, const std::string& path, absl::Time deadline) {
-  sockaddr_un address = {};
-  address.sun_family = AF_UNIX;
-  if (path.empty() || path.size() >= sizeof(address.sun_path)) {
-    return absl::InvalidArgumentError(absl::StrCat("glue socket path '", path, "' must have 1 to ",
-                                                   sizeof(address.sun_path) - 1, " characters"));
-  }
-  path.copy(address.sun_path, path.size());
-  while (::connect(socket, reinterpret_cast<const sockaddr*>(&address), sizeof(address)) != 0) {
+  const absl::StatusOr<sockaddr_un> address = UnixAddress(path);
+  if (!address.ok()) return address.status();
+  while (::connect(socket, Raw(*address), sizeof(*address)) != 0) {
     if (errno != EAGAIN && errno != EINTR) return ConnectError(errno, path);
     if (absl::Now() >= deadline) {
       return absl::DeadlineExceededError(

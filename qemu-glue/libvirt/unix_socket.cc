@@ -6,26 +6,16 @@
 #include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <cstring>
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "transport/unix_address.h"
 
 namespace presync {
 namespace {
-
-absl::StatusOr<sockaddr_un> Address(const std::string& path) {
-  sockaddr_un address = {};
-  address.sun_family = AF_UNIX;
-  if (path.size() >= sizeof(address.sun_path)) {
-    return absl::InvalidArgumentError(absl::StrCat(path, " is too long for a socket"));
-  }
-  std::memcpy(address.sun_path, path.data(), path.size());
-  return address;
-}
 
 absl::Status Failed(absl::string_view what, const std::string& path) {
   return absl::UnavailableError(absl::StrCat(what, " ", path, ": ", std::strerror(errno)));
@@ -34,23 +24,23 @@ absl::Status Failed(absl::string_view what, const std::string& path) {
 }  // namespace
 
 absl::StatusOr<UniqueFd> ListenUnix(const std::string& path) {
-  absl::StatusOr<sockaddr_un> address = Address(path);
+  absl::StatusOr<sockaddr_un> address = UnixAddress(path);
   if (!address.ok()) return address.status();
   UniqueFd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   ::unlink(path.c_str());
-  if (::bind(fd.get(), reinterpret_cast<const sockaddr*>(&*address), sizeof(*address)) != 0 ||
-      ::chmod(path.c_str(), 0666) != 0 || ::listen(fd.get(), 4) != 0) {
+  if (::bind(fd.get(), Raw(*address), sizeof(*address)) != 0 || ::chmod(path.c_str(), 0666) != 0 ||
+      ::listen(fd.get(), 4) != 0) {
     return Failed("listen at", path);
   }
   return fd;
 }
 
 absl::StatusOr<UniqueFd> ConnectUnix(const std::string& path, absl::Time deadline) {
-  absl::StatusOr<sockaddr_un> address = Address(path);
+  absl::StatusOr<sockaddr_un> address = UnixAddress(path);
   if (!address.ok()) return address.status();
   while (true) {
     UniqueFd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-    if (::connect(fd.get(), reinterpret_cast<const sockaddr*>(&*address), sizeof(*address)) == 0) {
+    if (::connect(fd.get(), Raw(*address), sizeof(*address)) == 0) {
       return fd;
     }
     if (errno != ENOENT && errno != ECONNREFUSED && errno != EAGAIN) {

@@ -3,25 +3,21 @@
 #include <errno.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
-#include <sys/un.h>
 #include <unistd.h>
-
-#include <cstring>
 
 #include "absl/time/time.h"
 #include "qemu-glue/qmp/wait.h"
 #include "transport/unique_fd.h"
+#include "transport/unix_address.h"
 
 namespace presync {
 
 bool ListenerLives(const std::string& path) {
-  sockaddr_un address = {};
-  address.sun_family = AF_UNIX;
-  if (path.empty() || path.size() >= sizeof(address.sun_path)) return false;
-  std::memcpy(address.sun_path, path.data(), path.size());
+  const absl::StatusOr<sockaddr_un> address = UnixAddress(path);
+  if (!address.ok()) return false;
   const UniqueFd socket(::socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
   if (!socket.valid()) return true;
-  if (::connect(socket.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)) != 0) {
+  if (::connect(socket.get(), Raw(*address), sizeof(*address)) != 0) {
     return errno != ENOENT && errno != ECONNREFUSED && errno != ENOTDIR;
   }
   ucred credentials = {};

@@ -2,7 +2,6 @@
 
 #include <fcntl.h>
 #include <sys/socket.h>
-#include <sys/un.h>
 
 #include <array>
 #include <cerrno>
@@ -14,6 +13,7 @@
 #include "absl/time/clock.h"
 #include "qemu-glue/qmp/wait.h"
 #include "transport/json.h"
+#include "transport/unix_address.h"
 
 namespace presync {
 namespace {
@@ -42,19 +42,15 @@ absl::Status ConnectError(const std::string& path, int error) {
 constexpr absl::Duration kRetryConnect = absl::Milliseconds(10);
 
 absl::StatusOr<UniqueFd> OpenSocket(const std::string& path, absl::Time deadline) {
-  sockaddr_un address = {};
-  address.sun_family = AF_UNIX;
-  if (path.empty() || path.size() >= sizeof(address.sun_path)) {
-    return absl::InvalidArgumentError(absl::StrCat("QMP: '", path,
-                                                   "' can't be a socket's path: 1 to ",
-                                                   sizeof(address.sun_path) - 1, " bytes fit"));
+  const absl::StatusOr<sockaddr_un> address = UnixAddress(path);
+  if (!address.ok()) {
+    return absl::InvalidArgumentError(absl::StrCat("QMP: ", address.status().message()));
   }
-  std::memcpy(address.sun_path, path.data(), path.size());
   UniqueFd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
   if (!fd.valid()) {
     return absl::ResourceExhaustedError(absl::StrCat("QMP: socket: ", ErrnoText(errno)));
   }
-  while (::connect(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)) != 0) {
+  while (::connect(fd.get(), Raw(*address), sizeof(*address)) != 0) {
     if (errno == EINTR) continue;
     if (errno != EAGAIN) return ConnectError(path, errno);
     if (absl::Now() >= deadline) {

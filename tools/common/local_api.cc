@@ -3,7 +3,6 @@
 #include <errno.h>
 #include <poll.h>
 #include <sys/socket.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -12,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "transport/json.h"
 #include "transport/unique_fd.h"
+#include "transport/unix_address.h"
 
 namespace presync {
 namespace {
@@ -75,15 +75,10 @@ absl::StatusOr<Json> ReadJsonLine(int fd, absl::Time deadline) {
 
 absl::StatusOr<Json> CallLocal(const std::string& socket_path, const Json& request,
                                absl::Time deadline) {
-  sockaddr_un address = {};
-  address.sun_family = AF_UNIX;
-  if (socket_path.size() >= sizeof(address.sun_path)) {
-    return absl::InvalidArgumentError(absl::StrCat(socket_path, " is too long for a socket"));
-  }
-  std::memcpy(address.sun_path, socket_path.data(), socket_path.size());
+  const absl::StatusOr<sockaddr_un> address = UnixAddress(socket_path);
+  if (!address.ok()) return address.status();
   const UniqueFd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-  if (!fd.valid() ||
-      ::connect(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)) != 0) {
+  if (!fd.valid() || ::connect(fd.get(), Raw(*address), sizeof(*address)) != 0) {
     const bool denied = errno == EACCES;
     return absl::UnavailableError(absl::StrCat(
         "can't reach presyncd at ", socket_path, ": ", std::strerror(errno),

@@ -4,7 +4,6 @@
 #include <poll.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <cstring>
@@ -12,6 +11,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "tools/common/local_api.h"
+#include "transport/unix_address.h"
 
 namespace presync {
 namespace {
@@ -25,21 +25,16 @@ constexpr size_t kMaxRequests = 64;
 absl::StatusOr<std::unique_ptr<LocalServer>> LocalServer::Start(const std::string& path,
                                                                 const LocalAccess& access,
                                                                 Handler handler) {
-  sockaddr_un address = {};
-  address.sun_family = AF_UNIX;
-  if (path.size() >= sizeof(address.sun_path)) {
-    return absl::InvalidArgumentError(absl::StrCat("the socket's path is too long: ", path));
-  }
-  std::memcpy(address.sun_path, path.data(), path.size());
-  const auto* raw_address = reinterpret_cast<const sockaddr*>(&address);
+  const absl::StatusOr<sockaddr_un> address = UnixAddress(path);
+  if (!address.ok()) return address.status();
   const UniqueFd probe(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-  if (::connect(probe.get(), raw_address, sizeof(address)) == 0) {
+  if (::connect(probe.get(), Raw(*address), sizeof(*address)) == 0) {
     return absl::AlreadyExistsError(absl::StrCat("another presyncd listens at ", path,
                                                  "; stop it or configure another socket"));
   }
   ::unlink(path.c_str());
   UniqueFd listener(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-  if (!listener.valid() || ::bind(listener.get(), raw_address, sizeof(address)) != 0 ||
+  if (!listener.valid() || ::bind(listener.get(), Raw(*address), sizeof(*address)) != 0 ||
       !access.ApplyTo(path).ok() || ::listen(listener.get(), 16) != 0) {
     return absl::UnavailableError(absl::StrCat("listen at ", path, ": ", std::strerror(errno)));
   }
