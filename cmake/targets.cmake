@@ -24,6 +24,8 @@ if(PRESYNC_PRECOMPILE)
   file(CONFIGURE OUTPUT ${PROJECT_BINARY_DIR}/precompiled.cc CONTENT "")
   add_library(presync_precompiled OBJECT ${PROJECT_BINARY_DIR}/precompiled.cc)
   presync_options(presync_precompiled)
+  # Else clang writes the time of each header into what it compiles, and ccache serves no second folder.
+  target_compile_options(presync_precompiled PRIVATE "$<$<CXX_COMPILER_ID:Clang>:SHELL:-Xclang -fno-pch-timestamp>")
   set(headers
     <algorithm> <atomic> <cstdint> <cstring> <filesystem> <fstream> <functional> <map> <memory>
     <optional> <random> <sstream> <string> <thread> <utility> <vector>
