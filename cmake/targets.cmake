@@ -12,40 +12,47 @@ function(presync_options target)
       $<$<BOOL:${PRESYNC_FUZZ}>:-fsanitize=fuzzer-no-link>)
     target_link_options(${target} PUBLIC -fsanitize=${PRESYNC_SANITIZE})
   endif()
+  set(kind "")
+  if(CMAKE_CURRENT_SOURCE_DIR MATCHES "^${PROJECT_SOURCE_DIR}/tests" AND NOT CMAKE_CURRENT_SOURCE_DIR MATCHES "/fuzz$")
+    set(kind _tests)
+    target_compile_options(${target} PRIVATE ${PRESYNC_TEST_OPTIONS})
+  endif()
   get_target_property(sources ${target} SOURCES)
-  if(PRESYNC_PRECOMPILE AND NOT sources MATCHES "\\.c(;|$)|precompiled")  # C has none to reuse
-    target_precompile_headers(${target} REUSE_FROM presync_precompiled)
-    target_compile_options(${target} PRIVATE -fPIC)  # programs too: one kind of code
+  if(PRESYNC_PRECOMPILE AND NOT sources MATCHES "\\.c(;|$)")  # C has none to reuse
+    target_precompile_headers(${target} REUSE_FROM presync_precompiled${kind})
+    presync_one_kind_of_code(${target})
   endif()
 endfunction()
 
-# The headers that most sources include, compiled once; see PRESYNC_PRECOMPILE.
-if(PRESYNC_PRECOMPILE)
-  file(CONFIGURE OUTPUT ${PROJECT_BINARY_DIR}/precompiled.cc CONTENT "")
-  add_library(presync_precompiled OBJECT ${PROJECT_BINARY_DIR}/precompiled.cc)
-  presync_options(presync_precompiled)
+# Headers that are compiled once are for code that is compiled alike: programs as libraries, and with the macro that whoever
+# links GTest defines.
+function(presync_one_kind_of_code target)
+  target_compile_options(${target} PRIVATE -fPIC -DGTEST_HAS_PTHREAD=1)
+endfunction()
+
+# presync_precompile(name header ...): an object of compiled headers, for sources in this folder.
+function(presync_precompile name)
+  file(CONFIGURE OUTPUT ${CMAKE_CURRENT_BINARY_DIR}/${name}.cc CONTENT "")
+  add_library(${name} OBJECT ${CMAKE_CURRENT_BINARY_DIR}/${name}.cc)
+  set(PRESYNC_PRECOMPILE OFF)
+  presync_options(${name})
+  presync_one_kind_of_code(${name})
   # Else clang writes the time of each header into what it compiles, and ccache serves no second folder.
-  target_compile_options(presync_precompiled PRIVATE "$<$<CXX_COMPILER_ID:Clang>:SHELL:-Xclang -fno-pch-timestamp>")
-  set(headers
-    <algorithm> <atomic> <cstdint> <cstring> <filesystem> <fstream> <functional> <map> <memory>
-    <optional> <random> <sstream> <string> <thread> <utility> <vector>
-    <absl/status/status.h> <absl/status/statusor.h> <absl/strings/str_cat.h>
-    <absl/strings/str_format.h> <absl/strings/str_join.h> <absl/strings/str_split.h>
-    <absl/time/clock.h> <absl/time/time.h> <absl/types/span.h> <nlohmann/json.hpp>)
-  if(PRESYNC_BUILD_TESTS)
-    list(APPEND headers <gmock/gmock.h> <gtest/gtest.h>)
-  endif()
-  list(TRANSFORM headers REPLACE ".+" "$<$<COMPILE_LANGUAGE:CXX>:\\0>")
-  target_precompile_headers(presync_precompiled PRIVATE ${headers})
-endif()
-
-# GTest's targets define what its precompiled headers have defined by then.
-function(presync_expect_gtest target)
-  get_target_property(libraries ${target} LINK_LIBRARIES)
-  if(PRESYNC_PRECOMPILE AND libraries MATCHES "GTest::")
-    target_compile_options(${target} PRIVATE -Wno-macro-redefined)
-  endif()
+  target_compile_options(${name} PRIVATE "$<$<CXX_COMPILER_ID:Clang>:SHELL:-Xclang -fno-pch-timestamp>")
+  list(TRANSFORM ARGN REPLACE ".+" "$<$<COMPILE_LANGUAGE:CXX>:\\0>")
+  target_precompile_headers(${name} PRIVATE ${ARGN})
 endfunction()
+
+# The headers that most sources include.
+set(PRESYNC_COMMON_HEADERS
+  <algorithm> <atomic> <cstdint> <cstring> <filesystem> <fstream> <functional> <map> <memory>
+  <optional> <random> <sstream> <string> <thread> <utility> <vector>
+  <absl/status/status.h> <absl/status/statusor.h> <absl/strings/str_cat.h>
+  <absl/strings/str_format.h> <absl/strings/str_join.h> <absl/strings/str_split.h>
+  <absl/time/clock.h> <absl/time/time.h> <absl/types/span.h> <nlohmann/json.hpp>)
+if(PRESYNC_PRECOMPILE)
+  presync_precompile(presync_precompiled ${PRESYNC_COMMON_HEADERS})
+endif()
 
 # presync_library(name SOURCES a.cc ... LIBS x ...)
 function(presync_library name)
@@ -53,7 +60,6 @@ function(presync_library name)
   add_library(${name} STATIC ${ARG_SOURCES})
   presync_options(${name})
   target_link_libraries(${name} PUBLIC ${ARG_LIBS})
-  presync_expect_gtest(${name})
 endfunction()
 
 # The unit and net tests, and the programs that some of them run: what tools/sanitized builds.
@@ -65,7 +71,6 @@ function(presync_test name)
   add_executable(${name} ${ARG_SOURCES})
   presync_options(${name})
   target_link_libraries(${name} PRIVATE ${ARG_LIBS} GTest::gmock GTest::gtest_main)
-  presync_expect_gtest(${name})
   add_test(NAME ${name} COMMAND ${name})
   set_tests_properties(${name} PROPERTIES LABELS "${ARG_LABEL}" TIMEOUT 300)
   if(ARG_LABEL MATCHES "^(unit|net)$")

@@ -35,7 +35,7 @@ PACKAGES = ("apparmor", "libapparmor1", "libvirt-daemon-system")
 PREPARE = f"""set -e
 mount -t securityfs securityfs /sys/kernel/security
 grep -qw apparmor /sys/kernel/security/lsm || {{ echo "this kernel has no AppArmor: $(cat /sys/kernel/security/lsm)"; exit 1; }}
-cp -a "$1"/. /
+tar -C "$1" -c . | tar -C / -x --keep-directory-symlink
 echo 'libvirt-qemu:x:64055:64055::/nonexistent:/usr/sbin/nologin' >>/etc/passwd
 echo 'presync:x:64056:64056::/nonexistent:/usr/sbin/nologin' >>/etc/passwd
 printf 'libvirt-qemu:x:64055:\\npresync:x:64056:\\n' >>/etc/group
@@ -64,6 +64,8 @@ insecure = true
 [libvirt]
 peer_uri = "qemu+tcp://{{host}}/system"
 end
+mkdir -p /etc/apparmor.d/local/abstractions  # with what follows, as libvirt's postinst does
+(cd /etc/apparmor.d/local && touch usr.sbin.libvirtd usr.lib.libvirt.virt-aa-helper abstractions/libvirt-qemu)
 apparmor_parser -r /etc/apparmor.d/usr.sbin.libvirtd /etc/apparmor.d/usr.lib.libvirt.virt-aa-helper
 """
 # The root of the package's script of installation.
@@ -163,7 +165,7 @@ class Host:
     def run(self, script, seconds=300):
         status, text = self.try_run(script, seconds)
         if status != 0:
-            raise AssertionError(f"{self.address}: exit status {status} of: {script}\n{text}\n{self.words()}")
+            raise AssertionError(f"{self.address}: exit status {status} of: ...{script[-200:]}\n{text}\n{self.words()}")
         return text
 
     def words(self):
@@ -207,7 +209,7 @@ class ConfinedTest(unittest.TestCase):
         self.hosts = [self.stack.enter_context(Host(folder, number, f"socket,{end}={cable}")) for number, end in ((1, "listen"), (2, "connect"))]
         for number, host in enumerate(self.hosts):
             arguments = [root, host.address, f"5b0e7f1e-0c1c-4a52-8f3e-00000000000{number + 1}"]
-            host.run(f"mkdir -p /tmp/presync && cat >/tmp/presync/prepare <<'END'\n{PREPARE}END\nbash /tmp/presync/prepare {shlex.join(map(str, arguments))}")
+            host.run(f"set -- {shlex.join(map(str, arguments))}\n{PREPARE}")
             self.say(f"host {host.address} has AppArmor and libvirt")
 
     def say(self, text):
