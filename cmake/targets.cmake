@@ -37,7 +37,7 @@ function(presync_precompile name)
   set(PRESYNC_PRECOMPILE OFF)
   presync_options(${name})
   presync_one_kind_of_code(${name})
-  # Else clang writes the time of each header into what it compiles, and ccache serves no second folder.
+  # Else clang writes the time of each header into what it compiles, and ccache serves no later clone.
   target_compile_options(${name} PRIVATE "$<$<CXX_COMPILER_ID:Clang>:SHELL:-Xclang -fno-pch-timestamp>")
   list(TRANSFORM ARGN REPLACE ".+" "$<$<COMPILE_LANGUAGE:CXX>:\\0>")
   target_precompile_headers(${name} PRIVATE ${ARGN})
