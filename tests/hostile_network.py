@@ -25,133 +25,18 @@ import warnings
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
-from lab import certificates, hosts, presync  # noqa: E402  (after the path is set)
+from lab import certificates, hosts, presync, wire_peer  # noqa: E402  (after the path is set)
+from lab.wire_peer import (  # noqa: E402
+    CLOSE_SESSION, CONTROL, DATA, LINK_READY, OUTCOME, Peer, QUERY, Refused, SESSION_OPENED, field, page_frame, preamble)
 
 TIMES = 20
 RAM = 32 << 20
-CONTROL, DATA = 1, 2
 ALREADY_EXISTS, PERMISSION_DENIED, RESOURCE_EXHAUSTED = 6, 7, 8  # absl::StatusCode
 warnings.simplefilter("ignore", DeprecationWarning)  # ssl: naming an old TLS version
 
 
-# The little of protobuf's encoding that the messages need.
-def varint(value):
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes(out + bytes([value]))
-
-
-def field(number, value):
-    if isinstance(value, int):
-        return varint(number << 3) + varint(value)
-    value = value.encode() if isinstance(value, str) else value
-    return varint(number << 3 | 2) + varint(len(value)) + value
-
-
-def decode(data):
-    """{field number: [values]}"""
-    fields, at = {}, 0
-
-    def number():
-        nonlocal at
-        value, shift = 0, 0
-        while True:
-            byte = data[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
-    while at < len(data):
-        key = number()
-        if key & 7 == 0:
-            value = number()
-        elif key & 7 == 2:
-            size = number()
-            value, at = data[at:at + size], at + size
-        else:
-            raise ValueError(f"wire type {key & 7}")
-        fields.setdefault(key >> 3, []).append(value)
-    return fields
-
-
-HELLO, OPEN_SESSION, SESSION_OPENED, LINK_READY, REFUSED, PING, PONG = 1, 2, 3, 4, 5, 6, 7
-QUERY, OUTCOME, CLOSE_SESSION, OPEN_LINK, LINK_OFFER = 18, 19, 20, 21, 22
-
-
-def preamble(kind, stream=0, token=bytes(16)):
-    return b"PRESYNC1" + struct.pack("<II", kind, stream) + token
-
-
-def frame(message):
-    return struct.pack("<I", len(message)) + message
-
-
-def page_frame(kind, page, pages, payload):
-    return struct.pack("<IIIIQ", kind, page, pages, payload, 0)
-
-
 def open_session(session, guest="g1", regions=((b"ram0", RAM),), page_bytes=4096):
-    body = field(1, session) + field(2, guest) + field(3, page_bytes)
-    for name, size in regions:
-        body += field(4, field(1, name) + field(2, size))
-    return field(OPEN_SESSION, body)
-
-
-class Peer:
-    """One control connection, said Hello. `stream`: a connected socket, plain or TLS."""
-
-    def __init__(self, stream):
-        self.stream = stream
-        stream.sendall(preamble(CONTROL) + frame(field(HELLO, field(1, 2) + field(2, 1) + field(3, "test"))))
-        self.expect(HELLO)
-
-    def send(self, message):
-        self.stream.sendall(frame(message))
-
-    def receive(self):
-        """(kind, fields) of the next message; EOFError: none."""
-        size, = struct.unpack("<I", self._exactly(4))
-        (kind, bodies), = decode(self._exactly(size)).items()
-        return kind, decode(bodies[0])
-
-    def _exactly(self, size):
-        data = b""
-        while len(data) < size:
-            piece = self.stream.recv(size - len(data))
-            if not piece:
-                raise EOFError
-            data += piece
-        return data
-
-    def expect(self, kind):
-        while True:
-            got, fields = self.receive()
-            if got == kind:
-                return fields
-            if got == REFUSED:
-                raise Refused(fields)
-
-    def lives(self):
-        self.send(field(PING, field(1, 1)))
-        self.expect(PONG)
-
-    def link(self, number=1):
-        """Token of a TCP link with one stream."""
-        self.send(field(OPEN_LINK, field(1, number) + field(2, 1) + field(3, 1)))
-        return self.expect(LINK_OFFER)[2][0]
-
-    def close(self):
-        self.stream.close()
-
-
-class Refused(Exception):
-    def __init__(self, fields):
-        self.code = fields.get(1, [0])[0]
-        super().__init__(fields.get(2, [b""])[0].decode())
+    return wire_peer.open_session(session, guest, regions, page_bytes)
 
 
 class Presyncd:
