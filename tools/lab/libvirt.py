@@ -210,7 +210,9 @@ class LibvirtHosts(_hosts.TwoHosts):
     def define(self, host, xml):
         path = self.folder(host) / "domain.xml"
         path.write_text(xml, encoding="utf-8")
-        self.virsh(host, "define", str(path))
+        # On a busy machine libvirt's first talk with QEMU, about what that can do, sometimes fails; it is not remembered.
+        if self.try_virsh(host, "define", str(path)).returncode != 0:
+            self.virsh(host, "define", str(path))
 
     def state(self, host, name=NAME):
         """libvirt's word: "running", "paused", "shut off"; "" for a domain that it does not know."""
