@@ -13,15 +13,16 @@ import os
 import pathlib
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 import unittest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+from lab import hosts as lab_hosts  # noqa: E402  (after the path is set)
+
 BUILD = pathlib.Path(os.environ.get("PRESYNC_BUILD", ROOT / "build" / "release")).resolve()
 CACHE = pathlib.Path(os.environ.get("PRESYNC_CACHE", pathlib.Path.home() / ".cache" / "presync")) / "apparmor"
 UUID = "3c0c9a4e-8a4e-4a36-9d0c-6d1f1d7a5b11"
@@ -68,7 +69,7 @@ mkdir -p /etc/apparmor.d/local/abstractions  # with what follows, as libvirt's p
 (cd /etc/apparmor.d/local && touch usr.sbin.libvirtd usr.lib.libvirt.virt-aa-helper abstractions/libvirt-qemu)
 apparmor_parser -r /etc/apparmor.d/usr.sbin.libvirtd /etc/apparmor.d/usr.lib.libvirt.virt-aa-helper
 """
-# The root of the package's script of installation.
+# What the package's script adds once its files are there.
 INSTALL_RULES = f"sh {shlex.quote(str(ROOT / 'debian' / 'presync-libvirt.postinst'))} configure"
 SERVICES = """
 setsid libvirtd --listen >/var/log/libvirtd.out 2>&1 </dev/null &
@@ -203,9 +204,7 @@ class ConfinedTest(unittest.TestCase):
         folder = self.stack.enter_context(tempfile.TemporaryDirectory(prefix="presync-apparmor-"))
         subprocess.run([ROOT / "tools" / "rdma-vm", "--prepare"], check=True)
         root = installed(folder)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            cable = f"127.0.0.1:{free.getsockname()[1]}"
+        cable = f"127.0.0.1:{lab_hosts.free_port()}"
         self.hosts = [self.stack.enter_context(Host(folder, number, f"socket,{end}={cable}")) for number, end in ((1, "listen"), (2, "connect"))]
         for number, host in enumerate(self.hosts):
             arguments = [root, host.address, f"5b0e7f1e-0c1c-4a52-8f3e-00000000000{number + 1}"]
@@ -234,8 +233,7 @@ class ConfinedTest(unittest.TestCase):
     def test_to_and_fro(self):
         one, other = self.hosts
         one.run(SERVICES)
-        domain = textwrap.dedent(DOMAIN)
-        one.run(f"cat >/tmp/bare.xml <<'END'\n{domain}END\nvirsh -q define /tmp/bare.xml && presync libvirt xml bare --apply")
+        one.run(f"cat >/tmp/bare.xml <<'END'\n{DOMAIN}END\nvirsh -q define /tmp/bare.xml && presync libvirt xml bare --apply")
         # Without the package's rules: what they are for.
         self.assertIn("AppArmor", one.try_run("presync doctor")[1])
         status, text = one.try_run("virsh -q start bare")

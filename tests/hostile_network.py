@@ -45,9 +45,7 @@ class Presyncd:
     def __init__(self, folder, tls, extra="", tables=""):
         self.folder = pathlib.Path(folder)
         self.ram = pathlib.Path(tempfile.mkdtemp(prefix="presync-hostile-", dir="/dev/shm"))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = hosts.free_port()
         self.log_path = self.folder / "log"
         config = self.folder / "presyncd.toml"
         lines = [f'listen = "127.0.0.1:{self.port}"', f'socket = "{self.folder}/sock"',

@@ -40,12 +40,6 @@ def samples(text):
     return {key: float(value) for key, value in re.findall(r"^(presync_\S+(?:\{.*\})?) (\S+)$", text, re.M)}
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 class MetricsTest(unittest.TestCase):
     """A presyncd without guests, on loopback."""
 
@@ -53,7 +47,7 @@ class MetricsTest(unittest.TestCase):
         folder = tempfile.TemporaryDirectory(prefix="presync-metrics-")
         self.addCleanup(folder.cleanup)
         config = pathlib.Path(folder.name) / "presyncd.toml"
-        config.write_text(f'listen = "127.0.0.1:{free_port()}"\nsocket = "{folder.name}/s"\nstate_folder = "{folder.name}/state"\n'
+        config.write_text(f'listen = "127.0.0.1:{hosts.free_port()}"\nsocket = "{folder.name}/s"\nstate_folder = "{folder.name}/state"\n'
                           f'run_folder = "{folder.name}/run"\nram_folder = "/dev/shm/presync-metrics-{os.getpid()}"\n{metrics}\n')
         self.addCleanup(shutil.rmtree, f"/dev/shm/presync-metrics-{os.getpid()}", ignore_errors=True)
         log = open(f"{folder.name}/log", "w+", encoding="utf-8")
@@ -72,7 +66,7 @@ class MetricsTest(unittest.TestCase):
             return answer.read().decode()
 
     def test_scrape_and_what_uses_it(self):
-        port = free_port()
+        port = hosts.free_port()
         _, folder, _ = self.start(f'metrics_listen = "127.0.0.1:{port}"')
         refused = subprocess.run([presync.program("presync"), "--socket", f"{folder}/s", "launch", "nobody"],
                                  capture_output=True, text=True, check=False)

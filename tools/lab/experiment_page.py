@@ -3,8 +3,8 @@
 import html
 import math
 
-from . import charts, launches
-from .launches import METHODS, PRESYNC
+from . import charts
+from .launches import METHODS, PRESYNC, level_text
 
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:920px;margin:2em auto;padding:0 1em;color:#222}
@@ -101,7 +101,7 @@ def _slowdown(found):
     rows = "".join(
         f"<tr><td>{workload}<td>" + (
             html.escape(cost["error"]) if "error" in cost else "not told<td><td>" if cost["lost_percent"] is None else
-            f"{cost['lost_percent']:.1f} % ({launches.level_text(cost)})<td>{cost['stall_alone_ms_median']:.0f}"
+            f"{cost['lost_percent']:.1f} % ({level_text(cost)})<td>{cost['stall_alone_ms_median']:.0f}"
             f"<td>{cost['stall_synced_ms_median']:.0f}")
         for workload, cost in found.items())
     return ("<h2>What a sync costs the guest</h2><p>Its speed (work in a second of its processor) and its longest stall in "

@@ -16,6 +16,7 @@ import itertools
 import os
 import re
 import signal
+import socket
 import subprocess
 
 _NAME = re.compile(r"presync-(\d+)-\d+-(?:source|target)$")
@@ -31,6 +32,13 @@ class LabError(Exception):
 def die_with_parent():
     """For preexec_fn: the kernel kills this child when the thread that started it ends."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def free_port():
+    """A TCP port of loopback's that nobody has just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def leave_on_sigterm():

@@ -68,8 +68,8 @@ def speeds(reader, bursts=20, burst_ms=200):
     return [b["units"] / b["cpu_ns"] * 1e9 for b in found]
 
 
-def levels(speed):
-    """The speed that divides a machine's two levels, or None where there is but one.  A virtual machine whose host runs others
+def slow_level_ends(speed):
+    """The speed that divides a machine's two levels, or 0 where there is but one.  A virtual machine whose host runs others
     jumps between two speeds, about 1 : 1.6 apart, every few seconds.  Two means, of the logarithms."""
     logs = sorted(math.log(s) for s in speed)
     low, high = logs[0], logs[-1]
@@ -77,19 +77,19 @@ def levels(speed):
         middle = (low + high) / 2
         below, above = [v for v in logs if v <= middle], [v for v in logs if v > middle]
         if not above:
-            return None
+            return 0
         low, high = statistics.fmean(below), statistics.fmean(above)
-    return math.exp((low + high) / 2) if high - low > math.log(1.2) else None
+    return math.exp((low + high) / 2) if high - low > math.log(1.2) else 0
 
 
 def lost(alone, synced):
     """What a guest loses by a sync, from bursts in both states: per cent of the median speed, level by level, weighted by the
     bursts while synced; and the share of bursts on the slow level in each, for a sync that moves the guest there would hide
     otherwise.  A level with fewer than 10 bursts in either state is left out."""
-    border = levels(alone + synced)
+    border = slow_level_ends(alone + synced)
     found = []
     for fast in (False, True):
-        one, other = ([s for s in speed if (border is None or s > border) == fast] for speed in (alone, synced))
+        one, other = ([s for s in speed if (s > border) == fast] for speed in (alone, synced))
         if min(len(one), len(other)) >= 10:
             found.append({"fast": fast, "bursts_alone": len(one), "bursts_synced": len(other),
                           "speed_alone": statistics.median(one), "speed_synced": statistics.median(other),
@@ -97,8 +97,8 @@ def lost(alone, synced):
     total = sum(level["bursts_synced"] for level in found)
     return {"levels": found,
             "lost_percent": sum(v["lost_percent"] * v["bursts_synced"] for v in found) / total if total else None,
-            "slow_percent_alone": 100 * sum(s <= (border or 0) for s in alone) / len(alone),
-            "slow_percent_synced": 100 * sum(s <= (border or 0) for s in synced) / len(synced)}
+            "slow_percent_alone": 100 * sum(s <= border for s in alone) / len(alone),
+            "slow_percent_synced": 100 * sum(s <= border for s in synced) / len(synced)}
 
 
 def level_text(cost):
