@@ -102,11 +102,11 @@ constexpr std::array<int, Model::kHorizons> kWeight = {2, 2, 2, 1, 1, 1, 1};
 // Scores by probability alone are at most this.
 constexpr uint32_t kMostSure = 191;
 static_assert(Log2Sixteenths(10 * kCertain + 64) - Log2Sixteenths(64) <= kMostSure);
-// What the larger of usual gap and age counts besides, in 1/32: the tables leave ties.
-constexpr uint32_t kGapWeight = 3;
-static_assert(kMostSure + 63 * 4 * kGapWeight / 32 +
-                  Log2Sixteenths(Model::kClassAges.back() + 1) * Model::kAgeWeights.back() / 32 <
-              Model::kScores);
+static_assert(std::ranges::all_of(Model::kWeights, [](const Model::Weights& weights) {
+  return kMostSure + 63 * 4 * weights.gap / 32 +
+             Log2Sixteenths(Model::kClassAges.back() + 1) * weights.age / 32 <
+         Model::kScores;
+}));
 
 // Eight lanes, for seven horizons, that are added at once.
 typedef int16_t Lanes __attribute__((vector_size(16)));
@@ -166,11 +166,13 @@ uint32_t LearnedModel::Score(const Cells& cells) const {
 OrderContest::Scores LearnedModel::Scores(const Cells& cells) const {
   const uint32_t age = Log2Sixteenths(kClassAges[cells.age_class] + 1);
   const uint32_t gap = std::max<uint32_t>(age, cells.gap_log2_quarters * 4);
-  const uint32_t score = Score(cells) + gap * kGapWeight / 32;
+  const uint32_t score = Score(cells);
   OrderContest::Scores scores;
-  for (size_t i = 0; i < scores.size(); ++i) {
-    scores[i] = static_cast<uint16_t>(score + age * kAgeWeights[i] / 32);
+  for (size_t i = 0; i < kWeights.size(); ++i) {
+    scores[i] =
+        static_cast<uint16_t>(score + gap * kWeights[i].gap / 32 + age * kWeights[i].age / 32);
   }
+  scores[OrderContest::kByAge] = static_cast<uint16_t>(age);
   return scores;
 }
 

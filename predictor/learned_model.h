@@ -31,10 +31,15 @@ class LearnedModel {
   static constexpr std::array<uint32_t, kAgeClasses> kClassAges = {0,  1,  3,   6,   12,  24,
                                                                    48, 96, 192, 384, 768, 1536};
   // Scores are below this, with what a page gets for its age.
-  static constexpr uint32_t kScores = 288;
-  // What a page can get for its age, in 1/32 of Log2Sixteenths(age + 1): by how much the rivals of
-  // the contest differ.
-  static constexpr std::array<uint32_t, OrderContest::kRivals> kAgeWeights = {0, 3, 13};
+  static constexpr uint32_t kScores = 416;
+  // What a page gets besides, in 1/32 of Log2Sixteenths(age + 1) and of the larger of that and the
+  // usual gap: by how much the rivals of the contest differ. A little of the gap always, for the
+  // tables leave ties.
+  struct Weights {
+    uint32_t age, gap;
+  };
+  static constexpr std::array<Weights, OrderContest::kByAge> kWeights = {
+      {{0, 3}, {3, 3}, {13, 3}, {0, 27}}};
 
   // What is looked at of a page. Ranges: `age_class` below kAgeClasses, `gap_log2_quarters` below
   // 64, and 32 bits for all others together with their hashing.

@@ -40,24 +40,24 @@ constexpr uint32_t kYoungPart = 16;
 constexpr uint32_t kLongStay = 24 * kYoungPart;
 
 // For how long a stale page stays until it is sent, on average over some 128 scans: by Little's law
-// the pages left stale over the pages sent in a scan.
+// the size of the stale set over the pages that come to it in a scan. While it fills up, that is
+// how long it takes to.
 class Stay {
  public:
-  void AddSent(PageCount pages) { sent_sum_ += uint64_t{pages} * kOne; }
-  void EndScan(PageCount left) {
-    left_sum_ += uint64_t{left} * kOne - left_sum_ / 128;
-    sent_sum_ -= sent_sum_ / 128;
+  void EndScan(PageCount size, PageCount newly_stale) {
+    size_sum_ += uint64_t{size} * kOne - size_sum_ / 128;
+    came_sum_ += uint64_t{newly_stale} * kOne - came_sum_ / 128;
   }
   uint32_t scans() const {
-    return static_cast<uint32_t>(std::min<uint64_t>(left_sum_ / (sent_sum_ + kOne), kLongest));
+    return static_cast<uint32_t>(std::min<uint64_t>(size_sum_ / (came_sum_ + kOne), kLongest));
   }
 
  private:
   static constexpr uint64_t kOne = 256;  // a page, in fixed point
   static constexpr uint64_t kLongest = LearnedPage::kMaxAge;
 
-  uint64_t left_sum_ = 0;
-  uint64_t sent_sum_ = 0;
+  uint64_t size_sum_ = 0;
+  uint64_t came_sum_ = 0;
 };
 
 class LearnedPolicy final : public SendPolicy {
@@ -72,8 +72,12 @@ class LearnedPolicy final : public SendPolicy {
   std::string_view name() const override { return "learned"; }
 
   void OnScan(absl::Span<const PageRun> written) override {
-    stay_.EndScan(stale_);
+    // Up to the set-point the stale set grows; what it holds beyond that waits for the link.
+    const PageCount size = std::max(stale_, set_point_);
+    contest_.SetSize(size);
+    const PageCount stale_before = stale_;
     CountNewlyStale(written);
+    stay_.EndScan(size, stale_ - stale_before);
     histories_.SetSpareScans(stay_.scans() / kSparePart);
     histories_.OnScan(written);
     const PageCount pages = CountPages(written);
@@ -89,6 +93,11 @@ class LearnedPolicy final : public SendPolicy {
     if (queue_.size() > clean_at_) CleanQueue();
   }
 
+  PageCount Goal(PageCount set_point) override {
+    set_point_ = set_point;
+    return set_point;
+  }
+
   void AppendPagesToArm(std::vector<PageRun>* out) override {
     out->insert(out->end(), histories_.to_arm().begin(), histories_.to_arm().end());
   }
@@ -97,8 +106,6 @@ class LearnedPolicy final : public SendPolicy {
               std::vector<PageRun>* chosen) override {
     PRESYNC_CHECK(candidates.size() == histories_.pages());
     chosen->clear();
-    const PageCount left = candidates.count() - std::min(pages, candidates.count());
-    contest_.SetSize(left);
     if (pages == 0) return;
     if (pages >= candidates.count()) {
       candidates.AppendRunsWithin({0, candidates.size()}, chosen);
@@ -109,6 +116,13 @@ class LearnedPolicy final : public SendPolicy {
     queue_.Best(
         pages - picked_.size(),
         [&](const SendQueue::Entry& entry) { return candidates.Test(entry.page) && Holds(entry); },
+        [now = now(), by_age = contest_.leader() == OrderContest::kByAge](const auto& a,
+                                                                          const auto& b) {
+          if (by_age && a.stamp != b.stamp) {
+            return (now - a.stamp) % kStamps > (now - b.stamp) % kStamps;
+          }
+          return a.page < b.page;
+        },
         &picked_);
     std::sort(picked_.begin(), picked_.end());
     for (PageIndex page : picked_) AppendRun({page, 1}, chosen);
@@ -116,9 +130,15 @@ class LearnedPolicy final : public SendPolicy {
   }
 
   void OnSent(absl::Span<const PageRun> runs) override {
-    stay_.AddSent(CountPages(runs));
     for (const PageRun& run : runs) {
-      for (PageIndex page = run.first; page < run.end(); ++page) stale_ -= histories_[page].stale();
+      for (PageIndex page = run.first; page < run.end(); ++page) {
+        stale_ -= histories_[page].stale();
+        // Its back-off ends with that. In the shadows of rivals that kept it, it ages from here on.
+        if (histories_[page].waiting() && contest_.Holds(page)) {
+          contest_.OnWatched(page);
+          cohorts_[now() % kCohorts].push_back(page);
+        }
+      }
     }
     histories_.OnSent(runs);
   }
@@ -186,7 +206,7 @@ class LearnedPolicy final : public SendPolicy {
   // A page that counts as written in this scan.
   void QueueWritten(PageIndex page, const Model::Cells& cells) {
     const OrderContest::Scores scores = model_.Scores(cells);
-    contest_.OnWritten(page, scores);
+    contest_.OnWritten(page, scores, histories_[page].waiting());
     Queue(page, 0, scores);
   }
 
@@ -318,6 +338,7 @@ class LearnedPolicy final : public SendPolicy {
   SendQueue queue_;
   OrderContest contest_;
   Stay stay_;
+  PageCount set_point_ = 0;                      // as Goal was told last
   PageCount stale_ = 0;                          // as far as the words know
   std::vector<uint8_t> written_log2_;            // of the pages written in each scan, by its stamp
   std::vector<std::vector<PageIndex>> cohorts_;  // pages by the scan of their last write

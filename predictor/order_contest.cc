@@ -11,13 +11,15 @@ namespace {
 // A shadow has from 3/4 of this to 3 times as many pages, once the stale set has that many. Larger
 // ones chose no better on the traces, and cost more.
 constexpr PageCount kShadowPages = 128;
-constexpr uint32_t kScansBetweenChanges = 16;
+constexpr uint32_t kScansBetweenChanges = 4;
 // When the rivals have had so many resends together, all are halved: the contest forgets.
 constexpr uint32_t kForgetAt = 2000;
 // A new leader has to be better by this, and by one in kMarginPart: changing scores everything
 // anew.
-constexpr uint32_t kMargin = 4;
-constexpr uint32_t kMarginPart = 20;
+constexpr uint32_t kMargin = 10;
+constexpr uint32_t kMarginPart = 10;
+// By age alone has to be better by one in so many: leading, it costs more than its shadow says.
+constexpr uint32_t kByAgePart = 4;
 
 }  // namespace
 
@@ -33,7 +35,7 @@ void OrderContest::SetSize(PageCount pages) {
   holding_ = {};
 }
 
-void OrderContest::OnWritten(PageIndex page, const Scores& scores) {
+void OrderContest::OnWritten(PageIndex page, const Scores& scores, bool waits) {
   if (!Sampled(page)) return;
   Slot& slot = SlotOf(page);
   // A page that finds its slot taken stays out of the contest: the same for all rivals.
@@ -44,7 +46,7 @@ void OrderContest::OnWritten(PageIndex page, const Scores& scores) {
     ++holding_[rival];
     if (slot.held != 0) ++resends_[rival];  // if none held it, it cost all of them the same
   }
-  slot = {page, kByAll, scores};
+  slot = {page, kByAll, waits ? kWaits : scans_, scores};
   changed_ = true;
 }
 
@@ -62,12 +64,17 @@ bool OrderContest::EndScan() {
   return ++scans_ % kScansBetweenChanges == 0 && ChangeLeader();
 }
 
+uint32_t OrderContest::OrderOf(size_t rival, const Slot& slot) const {
+  if (rival != kByAge) return slot.scores[rival];
+  return slot.written == kWaits ? 0 : std::min(scans_ - slot.written, 0xffffu);
+}
+
 void OrderContest::Shrink(size_t rival) {
   if (holding_[rival] <= size_) return;
   order_.clear();
   for (uint16_t slot : live_) {
     if (slots_[slot].held >> rival & 1) {
-      order_.push_back(uint32_t{slots_[slot].scores[rival]} << 16 | slot);
+      order_.push_back(OrderOf(rival, slots_[slot]) << 16 | slot);
     }
   }
   const size_t out = holding_[rival] - size_;
@@ -79,10 +86,12 @@ void OrderContest::Shrink(size_t rival) {
 }
 
 bool OrderContest::ChangeLeader() {
-  const size_t best = std::min_element(resends_.begin(), resends_.end()) - resends_.begin();
-  const uint32_t fewest = resends_[best];
+  std::array<uint32_t, kRivals> costs = resends_;
+  costs[kByAge] += costs[kByAge] / kByAgePart;
+  const size_t best = std::min_element(costs.begin(), costs.end()) - costs.begin();
+  const uint32_t fewest = costs[best];
   const uint32_t needs = fewest + kMargin + fewest / kMarginPart;
-  const bool change = best != leader_ && needs < resends_[leader_];
+  const bool change = best != leader_ && needs < costs[leader_];
   if (change) leader_ = best;
   if (std::accumulate(resends_.begin(), resends_.end(), 0u) > kForgetAt) {
     for (uint32_t& resends : resends_) resends -= resends / 2;

@@ -19,13 +19,15 @@ namespace presync {
 // Integers only; constant memory, about 64 KB. Not thread-safe.
 class OrderContest {
  public:
-  static constexpr size_t kRivals = 3;
-  // What each rival makes of a page: the highest is let go first.
+  static constexpr size_t kRivals = 5;
+  // The last rival goes by age to the scan, the others by what they make of a page. The highest is
+  // let go first.
+  static constexpr size_t kByAge = kRivals - 1;
   using Scores = std::array<uint16_t, kRivals>;
 
   OrderContest() : slots_(kSlots) {}
 
-  // The stale set was left with `pages` pages: the shadows follow its size. With 0 there is nothing
+  // The stale set holds up to `pages` pages: the shadows follow its size. With 0 there is nothing
   // to choose, and the contest rests.
   void SetSize(PageCount pages);
 
@@ -34,8 +36,10 @@ class OrderContest {
     return Sampled(page) && SlotOf(page).held != 0 && SlotOf(page).page == page;
   }
 
-  // `page` counts as written in this scan.
-  void OnWritten(PageIndex page, const Scores& scores);
+  // `page` counts as written in this scan, and in each to come while it `waits`.
+  void OnWritten(PageIndex page, const Scores& scores, bool waits);
+  // A page that waited is watched from now on. Precondition: Holds(page).
+  void OnWatched(PageIndex page) { SlotOf(page).written = scans_; }
   // `page` is scored anew for its age. Does nothing for a page that no rival holds.
   void OnAged(PageIndex page, const Scores& scores);
 
@@ -46,11 +50,13 @@ class OrderContest {
 
  private:
   static constexpr size_t kSlots = 4096;
+  static constexpr uint32_t kWaits = UINT32_MAX;
   static constexpr uint8_t kByAll = (1 << kRivals) - 1;
 
   struct Slot {
     PageIndex page;
-    uint8_t held;  // bit r: by rival r
+    uint8_t held;      // bit r: by rival r
+    uint32_t written;  // the scan, or kWaits
     Scores scores;
   };
 
@@ -64,6 +70,7 @@ class OrderContest {
   const Slot& SlotOf(PageIndex page) const { return slots_[Hash(page) % kSlots]; }
   Slot& SlotOf(PageIndex page) { return slots_[Hash(page) % kSlots]; }
 
+  uint32_t OrderOf(size_t rival, const Slot& slot) const;
   void Shrink(size_t rival);
   bool ChangeLeader();
 

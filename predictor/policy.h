@@ -41,8 +41,9 @@ class SendPolicy {
 
   // How many stale pages to leave when `set_point` would be within the promise: sending ends there.
   // The set-point itself, but for baselines that send all or at set times. UINT32_MAX: send nothing
-  // now. A session never leaves more than the set-point whatever this says.
-  virtual PageCount Goal(PageCount set_point) const { return set_point; }
+  // now. A session never leaves more than the set-point whatever this says. Asked once a scan or
+  // more often, before Choose.
+  virtual PageCount Goal(PageCount set_point) { return set_point; }
 
   // Picks `pages` pages (fewer if there are fewer) out of `candidates`, best first by the policy's
   // guess; hands them back as ascending maximal runs, replacing `*chosen`. `candidates` has one bit

@@ -32,10 +32,10 @@ class SendQueue {
   }
 
   // Appends to `*pages` up to `wanted` pages whose entries hold, best score first; of the last
-  // score the lowest addresses. Entries that no longer hold are dropped on the way, those that do
-  // are kept.
-  template <typename Holds>
-  void Best(size_t wanted, Holds holds, std::vector<PageIndex>* pages);
+  // score those that come before the others. Entries that no longer hold are dropped on the way,
+  // those that do are kept.
+  template <typename Holds, typename Before>
+  void Best(size_t wanted, Holds holds, Before before, std::vector<PageIndex>* pages);
 
   // Empties it, and hands back its entries, those that no longer hold included.
   std::vector<Entry> TakeAll() {
@@ -67,15 +67,14 @@ class SendQueue {
   size_t size_ = 0;
 };
 
-template <typename Holds>
-void SendQueue::Best(size_t wanted, Holds holds, std::vector<PageIndex>* pages) {
+template <typename Holds, typename Before>
+void SendQueue::Best(size_t wanted, Holds holds, Before before, std::vector<PageIndex>* pages) {
   for (size_t score = buckets_.size(); score-- > 0 && wanted > 0;) {
     std::vector<Entry>& bucket = buckets_[score];
     if (bucket.empty()) continue;
     CleanBucket(holds, &bucket);
     if (bucket.size() > wanted) {
-      std::nth_element(bucket.begin(), bucket.begin() + wanted, bucket.end(),
-                       [](const Entry& a, const Entry& b) { return a.page < b.page; });
+      std::nth_element(bucket.begin(), bucket.begin() + wanted, bucket.end(), before);
     }
     const size_t taken = std::min(wanted, bucket.size());
     for (size_t i = 0; i < taken; ++i) pages->push_back(bucket[i].page);

@@ -35,7 +35,7 @@ class PeriodicPolicy final : public SendPolicy {
   void AppendPagesToArm(std::vector<PageRun>*) override {}
   void OnSent(absl::Span<const PageRun>) override {}
 
-  PageCount Goal(PageCount) const override {
+  PageCount Goal(PageCount) override {
     return now_ % every_scans_ == 0 ? 0 : std::numeric_limits<PageCount>::max();
   }
 
