@@ -108,6 +108,26 @@ void Summarize(std::vector<PageCount> residuals, const LaunchCost& cost, ReplayR
   result->launch_p95 = PredictLaunchTime(result->residual_p95_pages, cost);
 }
 
+// Appends the `pages` candidates whose `key` is smallest, ties by lowest address.
+template <typename Key>
+void TakeSmallest(const PageBitmap& candidates, PageCount pages, Key key,
+                  std::vector<PageRun>* chosen) {
+  std::vector<std::pair<uint64_t, PageIndex>> order;
+  order.reserve(candidates.count());
+  for (auto run = candidates.NextRun(0); run; run = candidates.NextRun(run->end())) {
+    for (PageIndex page = run->first; page < run->end(); ++page) {
+      order.emplace_back(key(page), page);
+    }
+  }
+  if (pages < order.size()) {
+    std::nth_element(order.begin(), order.begin() + pages, order.end());
+    order.resize(pages);
+  }
+  std::sort(order.begin(), order.end(),
+            [](const auto& a, const auto& b) { return a.second < b.second; });
+  for (const auto& [_, page] : order) AppendRun({page, 1}, chosen);
+}
+
 constexpr uint32_t kNever = std::numeric_limits<uint32_t>::max();
 
 class Optimum final : public SendPolicy {
@@ -143,20 +163,8 @@ class Optimum final : public SendPolicy {
   void Choose(const PageBitmap& candidates, PageCount pages,
               std::vector<PageRun>* chosen) override {
     chosen->clear();
-    std::vector<std::pair<uint32_t, PageIndex>> order;  // soonest last
-    order.reserve(candidates.count());
-    for (auto run = candidates.NextRun(0); run; run = candidates.NextRun(run->end())) {
-      for (PageIndex page = run->first; page < run->end(); ++page) {
-        order.emplace_back(kNever - next_[page], page);
-      }
-    }
-    if (pages < order.size()) {
-      std::nth_element(order.begin(), order.begin() + pages, order.end());
-      order.resize(pages);
-    }
-    std::sort(order.begin(), order.end(),
-              [](const auto& a, const auto& b) { return a.second < b.second; });
-    for (const auto& [_, page] : order) AppendRun({page, 1}, chosen);
+    const auto soonest_last = [this](PageIndex page) { return kNever - next_[page]; };
+    TakeSmallest(candidates, pages, soonest_last, chosen);
   }
 
  private:
@@ -165,6 +173,52 @@ class Optimum final : public SendPolicy {
   std::vector<uint32_t> next_writes_;  // for each page of each scan in turn: the scan after it
   size_t scan_ = 0;
   size_t written_ = 0;
+};
+
+class KnownRates final : public SendPolicy {
+ public:
+  KnownRates(const Trace& trace, size_t within)
+      : trace_(trace), within_(within), writes_(trace.header().pages), last_(trace.header().pages) {
+    for (size_t scan = 0; scan < std::min(within, trace.scans()); ++scan) Count(scan, 1);
+  }
+
+  std::string_view name() const override { return "known-rates"; }
+
+  void OnScan(absl::Span<const PageRun>) override {
+    PRESYNC_CHECK(scan_ < trace_.scans());
+    if (scan_ + within_ < trace_.scans()) Count(scan_ + within_, 1);
+    if (scan_ > within_) Count(scan_ - within_ - 1, -1);
+    for (const PageRun& run : trace_.Scan(scan_)) {
+      std::fill_n(last_.begin() + run.first, run.count, static_cast<uint32_t>(scan_));
+    }
+    ++scan_;
+  }
+
+  // It needs to see nothing, as the optimum.
+  void AppendPagesToArm(std::vector<PageRun>*) override {}
+  void OnSent(absl::Span<const PageRun>) override {}
+
+  void Choose(const PageBitmap& candidates, PageCount pages,
+              std::vector<PageRun>* chosen) override {
+    chosen->clear();
+    const auto rarest_first = [this](PageIndex page) {
+      return uint64_t{writes_[page]} << 32 | last_[page];
+    };
+    TakeSmallest(candidates, pages, rarest_first, chosen);
+  }
+
+ private:
+  void Count(size_t scan, int by) {
+    for (const PageRun& run : trace_.Scan(scan)) {
+      for (PageIndex page = run.first; page < run.end(); ++page) writes_[page] += by;
+    }
+  }
+
+  const Trace& trace_;
+  const size_t within_;
+  std::vector<uint32_t> writes_;  // of each page, in the scans around the current one
+  std::vector<uint32_t> last_;    // the scan of its last write
+  size_t scan_ = 0;
 };
 
 }  // namespace
@@ -186,6 +240,10 @@ ReplayResult Replay(const Trace& trace, SendPolicy& policy, const ReplayOptions&
 
 std::unique_ptr<SendPolicy> MakeOptimum(const Trace& trace) {
   return std::make_unique<Optimum>(trace);
+}
+
+std::unique_ptr<SendPolicy> MakeKnownRates(const Trace& trace, size_t within) {
+  return std::make_unique<KnownRates>(trace, within);
 }
 
 uint64_t EveryScanPages(const Trace& trace) { return trace.pages_written(); }

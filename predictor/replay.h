@@ -50,6 +50,13 @@ ReplayResult Replay(const Trace& trace, SendPolicy& policy, const ReplayOptions&
 // it; it works for a replay of that trace only.
 std::unique_ptr<SendPolicy> MakeOptimum(const Trace& trace);
 
+// Told how often each page is written within `within` scans before and after each moment, and
+// nothing else: sends the stale page with the fewest writes, ties by the oldest. Were the writes
+// memoryless, with rates that hold that long, no policy that does not know when they come could
+// send fewer (Aho, Denning and Ullman, "Principles of Optimal Page Replacement", JACM 1971).
+// `trace` must outlive it; it works for a replay of that trace only.
+std::unique_ptr<SendPolicy> MakeKnownRates(const Trace& trace, size_t within);
+
 // What the two baselines of docs/prediction.md send, by plain counting: every written page in every
 // scan, and every page written in a second at the end of that second.
 uint64_t EveryScanPages(const Trace& trace);

@@ -94,6 +94,42 @@ TEST(OptimumTest, SendsAsFewAsTryingEverything) {
   }
 }
 
+// Pages that are written at random, each with a rate of its own that never changes: whoever knows
+// the rates sends less than all that have to learn them, and more than who knows the times.
+TEST(KnownRatesTest, BoundsEveryPolicyWhereWritesAreMemoryless) {
+  constexpr uint32_t kSeed = 31;
+  std::mt19937 random(kSeed);
+  std::vector<std::vector<PageIndex>> scans(3000);
+  for (auto& scan : scans) {
+    for (PageIndex page = 0; page < 400; ++page) {
+      if (random() % (2 + page) == 0) scan.push_back(page);
+    }
+  }
+  const Trace trace = MakeTrace(400, scans);
+  for (PageCount set_point : {20, 60, 150}) {
+    SCOPED_TRACE(testing::Message() << "seed " << kSeed << ", set-point " << set_point);
+    const uint64_t bound =
+        Replay(trace, *MakeKnownRates(trace, scans.size()), {.set_point = set_point}).pages_sent;
+    EXPECT_GT(bound, RunOptimum(trace, set_point).pages_sent);
+    for (std::string_view name : {"learned", "ewma", "oldest", "skip-if-dirty"}) {
+      EXPECT_GT(ReplayOf(trace, name, set_point).pages_sent, bound) << std::string(name);
+    }
+  }
+}
+
+TEST(KnownRatesTest, CountsBeforeAndAfterAndNoFurther) {
+  const auto sent = [](const std::vector<std::vector<PageIndex>>& scans, size_t within) {
+    const Trace trace = MakeTrace(2, scans);
+    return Replay(trace, *MakeKnownRates(trace, within), {.set_point = 1}).pages_sent;
+  };
+  const std::vector<std::vector<PageIndex>> ahead = {{0, 1}, {0}, {1}, {1}};
+  EXPECT_EQ(sent(ahead, 0), 3u) << "0, for both look alike; 1; 0";
+  EXPECT_EQ(sent(ahead, 1), 2u) << "1, since 0 comes again; 0";
+  const std::vector<std::vector<PageIndex>> behind = {{0}, {0}, {0}, {}, {1}, {}, {1}, {0}, {1}};
+  EXPECT_EQ(sent(behind, 2), 2u) << "0, whose writes are long ago; and 0 once more";
+  EXPECT_EQ(sent(behind, 9), 3u) << "1 every time";
+}
+
 // Page 0 is written in every scan, 1 in every other, 2 only once.
 TEST(ReplayTest, CountsByHand) {
   const Trace trace = MakeTrace(4, {{0, 1, 2}, {0}, {0, 1}, {0}});

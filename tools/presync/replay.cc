@@ -23,6 +23,8 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 constexpr const char* kOptimum = "optimum";
+// Only by name, not part of "all".
+constexpr const char* kKnownRates = "known-rates";
 
 absl::Duration ThreadCpuTime() {
   timespec now;
@@ -34,6 +36,7 @@ struct Plan {
   std::vector<std::string> policies;
   std::vector<PageCount> set_points;
   LaunchCost cost;
+  absl::Duration rates_within;
 };
 
 absl::StatusOr<std::vector<std::string>> Policies(const std::vector<std::string>& asked) {
@@ -43,11 +46,11 @@ absl::StatusOr<std::vector<std::string>> Policies(const std::vector<std::string>
   std::vector<std::string> policies;
   for (const std::string& name : asked) {
     if (name == "all") return known;
-    if (std::find(known.begin(), known.end(), name) == known.end()) {
+    if (name != kKnownRates && std::find(known.begin(), known.end(), name) == known.end()) {
       std::string names;
       for (const std::string& each : known) absl::StrAppend(&names, each, ", ");
-      return absl::InvalidArgumentError(
-          absl::StrCat("--policy: no policy \"", name, "\"; there are ", names, "all"));
+      return absl::InvalidArgumentError(absl::StrCat(
+          "--policy: no policy \"", name, "\"; there are ", names, kKnownRates, ", all"));
     }
     policies.push_back(name);
   }
@@ -67,6 +70,9 @@ absl::StatusOr<Plan> MakePlan(const ReplayCommand& command) {
   const absl::StatusOr<absl::Duration> fixed = ParsePositiveDuration(command.fixed_cost);
   if (!fixed.ok()) return fixed.status();
   plan.cost.fixed = *fixed;
+  const absl::StatusOr<absl::Duration> within = ParsePositiveDuration(command.rates_within);
+  if (!within.ok()) return within.status();
+  plan.rates_within = *within;
   plan.set_points.assign(command.set_points.begin(), command.set_points.end());
   if (command.max_launch_time.empty() != !plan.set_points.empty()) {
     return absl::InvalidArgumentError("replay: give either --set-point or --max-launch-time");
@@ -174,10 +180,14 @@ std::string TraceName(const std::string& path) {
 }
 
 absl::StatusOr<ReplayResult> ReplayOne(const Trace& trace, const std::string& name,
-                                       const ReplayOptions& options, uint32_t max_back_off_log2) {
+                                       const ReplayOptions& options, absl::Duration rates_within,
+                                       uint32_t max_back_off_log2) {
   std::unique_ptr<SendPolicy> policy;
   if (name == kOptimum) {
     policy = MakeOptimum(trace);
+  } else if (name == kKnownRates) {
+    const absl::Duration scan = absl::Microseconds(trace.header().scan_interval_us);
+    policy = MakeKnownRates(trace, static_cast<size_t>(rates_within / scan));
   } else {
     auto made = MakePolicy(name, trace.header().pages,
                            {.max_back_off_log2 = max_back_off_log2,
@@ -202,7 +212,7 @@ absl::Status ReplayTrace(const std::string& path, const Plan& plan, const Replay
     row.optimum = Replay(*trace, *MakeOptimum(*trace), options).pages_sent;
     for (const std::string& policy : plan.policies) {
       absl::StatusOr<ReplayResult> result =
-          ReplayOne(*trace, policy, options, command.max_back_off_log2);
+          ReplayOne(*trace, policy, options, plan.rates_within, command.max_back_off_log2);
       if (!result.ok()) return result.status();
       row.policy = policy;
       row.result = *std::move(result);
@@ -239,8 +249,10 @@ int RunReplay(const ReplayCommand& command) {
 RunCommand AddReplay(CLI::App* app, CommandContext* context) {
   auto r = std::make_shared<ReplayCommand>();
   app->add_option("--trace", r->traces, "Trace files, plain or zstd-compressed")->required();
-  app->add_option("--policy", r->policies,
-                  "every-scan, once-a-second, skip-if-dirty, oldest, ewma, learned, optimum or all")
+  app->add_option(
+         "--policy", r->policies,
+         "every-scan, once-a-second, skip-if-dirty, oldest, ewma, learned, optimum or all; "
+         "known-rates: a bound, told how often each page is written around each moment")
       ->required()
       ->delimiter(',');
   auto* set_point = app->add_option("--set-point", r->set_points, "Stale pages to hold at most")
@@ -253,6 +265,9 @@ RunCommand AddReplay(CLI::App* app, CommandContext* context) {
                   "The link's goodput, e.g. 1Gbit: limits each scan, and predicts launch times");
   r->fixed_cost = "60ms";
   app->add_option("--fixed-cost", r->fixed_cost, "What a launch takes besides moving memory")
+      ->capture_default_str();
+  app->add_option("--rates-within", r->rates_within,
+                  "For known-rates: how long before and after a moment writes are counted")
       ->capture_default_str();
   app->add_option("--back-off", r->max_back_off_log2,
                   "Arming back-off of up to 2^this scans; 0 is off")

@@ -14,6 +14,7 @@ struct ReplayCommand {
   std::vector<uint32_t> set_points;         // pages; empty: by max_launch_time and link
   std::string max_launch_time, fixed_cost;  // as an operator types them
   std::string link;                         // rate; empty: unknown, no limit
+  std::string rates_within = "10s";         // for known-rates
   uint32_t max_back_off_log2 = 5;
   bool json = false;
 };
