@@ -67,6 +67,7 @@ void TargetService::AcceptLoop() {
     }
     absl::StatusOr<UniqueFd> accepted = Accept(listener_.get(), absl::Now() + kSweepEvery);
     if (accepted.ok()) {
+      JoinEnded();  // or those of the last moments would count as open
       std::string peer = PeerName(accepted->get());
       Adopt(*std::move(accepted), std::move(peer));
     } else if (!absl::IsDeadlineExceeded(accepted.status())) {
@@ -196,9 +197,21 @@ void TargetService::ForgetStreams(const SessionToken& token) {
   if (it != rendezvous_.end()) it->second.forgotten = true;
 }
 
+void TargetService::JoinEnded() {
+  std::list<Client> ended;
+  {
+    MutexLock lock(&mutex_);
+    for (auto it = clients_.begin(); it != clients_.end();) {
+      const auto next = std::next(it);
+      if (it->done) ended.splice(ended.end(), clients_, it);
+      it = next;
+    }
+  }
+  for (Client& client : ended) client.thread.join();
+}
+
 void TargetService::Sweep() {
   std::vector<TargetSlot*> expired;
-  std::list<Client> ended;
   {
     MutexLock lock(&mutex_);
     for (TargetSlot& slot : slots_) {
@@ -206,14 +219,9 @@ void TargetService::Sweep() {
       slot.busy = slot.closing = true;  // nobody takes it up any more
       expired.push_back(&slot);
     }
-    for (auto it = clients_.begin(); it != clients_.end();) {
-      const auto next = std::next(it);
-      if (it->done) ended.splice(ended.end(), clients_, it);
-      it = next;
-    }
   }
+  JoinEnded();
   refusals_.Flush(absl::Now());
-  for (Client& client : ended) client.thread.join();
   for (TargetSlot* slot : expired) {
     Log(true, absl::StrCat(slot->guest, ": its source did not come back; its memory is given up"));
     EndSlot(slot);

@@ -192,6 +192,7 @@ class TargetService {
   TargetSlot* FindServed(const std::string& guest) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Ends the place of a busy slot, then the slot.
   void EndSlot(TargetSlot* slot) ABSL_LOCKS_EXCLUDED(mutex_);
+  void JoinEnded() ABSL_LOCKS_EXCLUDED(mutex_);
   void Sweep() ABSL_LOCKS_EXCLUDED(mutex_);
 
   const UniqueFd listener_;
