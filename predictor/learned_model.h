@@ -30,7 +30,7 @@ class LearnedModel {
   static constexpr size_t kAgeClasses = 12;
   static constexpr std::array<uint32_t, kAgeClasses> kClassAges = {0,  1,  3,   6,   12,  24,
                                                                    48, 96, 192, 384, 768, 1536};
-  // Scores are below this, with what a page gets for its age.
+  // Scores are below this, with what a page gets for its age and gap.
   static constexpr uint32_t kScores = 416;
   // What a page gets besides, in 1/32 of Log2Sixteenths(age + 1) and of the larger of that and the
   // usual gap: by how much the rivals of the contest differ. A little of the gap always, for the

@@ -75,9 +75,9 @@ class LearnedPolicy final : public SendPolicy {
     // Up to the set-point the stale set grows; what it holds beyond that waits for the link.
     const PageCount size = std::max(stale_, set_point_);
     contest_.SetSize(size);
-    const PageCount stale_before = stale_;
-    CountNewlyStale(written);
-    stay_.EndScan(size, stale_ - stale_before);
+    const PageCount newly_stale = CountNewlyStale(written);
+    stay_.EndScan(size, newly_stale);
+    stale_ += newly_stale;
     histories_.SetSpareScans(stay_.scans() / kSparePart);
     histories_.OnScan(written);
     const PageCount pages = CountPages(written);
@@ -146,16 +146,18 @@ class LearnedPolicy final : public SendPolicy {
  private:
   uint32_t now() const { return histories_.now(); }
 
-  void CountNewlyStale(absl::Span<const PageRun> written) {
+  PageCount CountNewlyStale(absl::Span<const PageRun> written) const {
+    PageCount newly_stale = 0;
     for (size_t i = 0; i < written.size(); ++i) {
       if (i + kPrefetchPages < written.size()) {
         __builtin_prefetch(histories_.data() + written[i + kPrefetchPages].first, 1);
       }
       const PageRun& run = written[i];
       for (PageIndex page = run.first; page < run.end(); ++page) {
-        stale_ += !histories_[page].stale();
+        newly_stale += !histories_[page].stale();
       }
     }
+    return newly_stale;
   }
 
   // How the neighbour `page` stands to a page of age `age`: which was written first, and by how

@@ -16,7 +16,7 @@ namespace presync {
 // that rival one sending; the rival with the fewest of late leads. (Adaptive caches do this with
 // ghost lists: Vietri et al., "Driving Cache Replacement with ML-based LeCaR", HotStorage 2018.)
 //
-// Integers only; constant memory, about 64 KB. Not thread-safe.
+// Integers only; constant memory, about 100 KB. Not thread-safe.
 class OrderContest {
  public:
   static constexpr size_t kRivals = 5;
