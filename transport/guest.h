@@ -21,6 +21,15 @@ enum class RunState {
   kGone,      // its process has ended
 };
 
+// What one look at a guest's devices tells of their requests that write guest memory: reads of
+// disks, above all, which may write it without any fault (docs/design.md, "Reads under way").
+struct RequestLook {
+  absl::Time at = absl::InfinitePast();  // when the look began
+  // Of the requests that ended since the look before, none had been in flight for longer than this.
+  // Infinite: not known. What was not looked at is covered by the next look.
+  absl::Duration longest = absl::InfiniteDuration();
+};
+
 // A guest whose moves are not presync's to make but its manager's (libvirt): the manager starts the
 // process on the target, tells the guest to save its state and to run there, and undoes all of it
 // when something fails. presync keeps the memory in sync and stands between the two processes: the
@@ -80,8 +89,9 @@ class SourceGuest {
   // should follow closely. The stream ends (EOF) after FinishSave has succeeded.
   virtual absl::StatusOr<UniqueFd> BeginSave(absl::Time deadline) = 0;
 
-  // The guest is stopped when it returns: none of its vCPUs writes memory. Device code may still,
-  // until FinishSave returns. Since when it stands still, by this host's clock.
+  // The guest is stopped when it returns: none of its vCPUs writes memory, and every request of its
+  // devices has ended. Device code may still write, until FinishSave returns, and is seen by the
+  // dirty log. Since when it stands still, by this host's clock.
   virtual absl::StatusOr<absl::Time> Stop(absl::Time deadline) = 0;
 
   // Lets the rest of the device state through, and returns when all of it was written to the
@@ -95,6 +105,13 @@ class SourceGuest {
   virtual absl::Status Quit(absl::Time deadline) = 0;
 
   virtual absl::StatusOr<RunState> State(absl::Time deadline) = 0;
+
+  // Looks at the requests of the guest's devices: now and then while it is kept in sync, and once
+  // more after Stop. A guest of which nothing can be known answers so.
+  virtual absl::StatusOr<RequestLook> LookAtRequests(absl::Time deadline) {
+    (void)deadline;
+    return RequestLook{};
+  }
 
   // Null for a guest that presync itself moves. For one that has a manager the calls above do the
   // manager's part by waiting for it: BeginSave needs Begun, Resume waits until the manager has

@@ -53,8 +53,11 @@ absl::Status GuestSwitchover::Run(absl::Time rounds_deadline) {
   const absl::StatusOr<absl::Time> stopped_at = guest_->Stop(deadline);
   if (!stopped_at.ok()) return stopped_at.status();
   relay_->StageFromNowOn();
+  // A guest that does not say only has more compared.
+  const absl::StatusOr<RequestLook> look = guest_->LookAtRequests(deadline);
   {
     MutexLock lock(&mutex_);
+    last_look_ = look.value_or(RequestLook{});
     stopped_at_ = *stopped_at;
     stopped_ = true;
   }

@@ -91,6 +91,12 @@ class GuestSwitchover {
     return stopped_at_;
   }
 
+  // Then: what its devices said after that.
+  RequestLook last_look() const {
+    MutexLock lock(&mutex_);
+    return last_look_;
+  }
+
   // Waits until the device state is saved and sent; its length.
   absl::StatusOr<uint64_t> Finish() {
     thread_.join();
@@ -109,6 +115,7 @@ class GuestSwitchover {
   bool cancelled_ ABSL_GUARDED_BY(mutex_) = false;
   bool stopped_ ABSL_GUARDED_BY(mutex_) = false;
   std::optional<absl::Time> stopped_at_ ABSL_GUARDED_BY(mutex_);
+  RequestLook last_look_ ABSL_GUARDED_BY(mutex_);
   std::optional<StateRelay> relay_;  // the thread's, then Finish's
   absl::Status status_;              // likewise
   std::thread thread_;               // last: it uses all of the above

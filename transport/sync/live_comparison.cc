@@ -17,6 +17,12 @@ constexpr PageCount kPagesPerRange = 16;
 // Pieces that wait for the next look at the dirty log: bounds what is held, some KiB each.
 constexpr size_t kMostUnjudged = 64;
 
+// So many looks at the guest's devices after a page was found to differ, a read that had filled it
+// by then has been counted by its device. A guest whose devices say nothing is not waited for
+// forever.
+constexpr uint64_t kLooksToTell = 2;
+constexpr uint64_t kMostScansToWait = 100;
+
 uint64_t WireBytes(const google::protobuf::MessageLite& message) {
   return message.ByteSizeLong() + sizeof(uint32_t);
 }
@@ -50,6 +56,7 @@ void ComparisonReport::Add(const ComparisonReport& other) {
   compared += other.compared;
   aside += other.aside;
   differing += other.differing;
+  repaired += other.repaired;
   hash_bytes += other.hash_bytes;
   for (const PageIndex page : other.named) {
     if (named.size() < kMostNamed) named.push_back(page);
@@ -68,6 +75,11 @@ LiveComparison::LiveComparison(const GuestMemory* memory, SourceSync* sync, Goal
   PRESYNC_CHECK(piece_pages > 0 && piece_pages <= kMostPiecePages);
 }
 
+uint32_t NextHashId(uint32_t* last_id) {
+  if (++*last_id == 0) ++*last_id;
+  return *last_id;
+}
+
 absl::Status LiveComparison::Step(Send send) {
   if (absl::Status s = JudgeDue(); !s.ok()) return s;
   if (asked_) return absl::OkStatus();
@@ -75,31 +87,55 @@ absl::Status LiveComparison::Step(Send send) {
     HashPlan plan = *std::exchange(again_, std::nullopt);
     return Ask(std::move(plan), send);
   }
-  if (next_ == run_.end() || unjudged_.size() >= kMostUnjudged) return absl::OkStatus();
-  if (absl::Status s = BeginPiece(); !s.ok()) return s;
-  return Ask({.run = piece_.run, .pages_per_hash = kPagesPerRange, .only = {}}, send);
+  if (AtEnd() || unjudged_.size() >= kMostUnjudged) return absl::OkStatus();
+  HashPlan plan;
+  const absl::StatusOr<bool> begun = BeginPiece(&plan);
+  if (!begun.ok()) return begun.status();
+  return *begun ? Ask(std::move(plan), send) : absl::OkStatus();
 }
 
 // The order is what makes it true: watched first, then looked at, here and there.
-absl::Status LiveComparison::BeginPiece() {
-  piece_ = {
-      .run = {next_, std::min(piece_pages_, run_.end() - next_)}, .holes = {}, .differing = {}};
+absl::StatusOr<bool> LiveComparison::BeginPiece(HashPlan* plan) {
+  if (goal_ == Goal::kSettle) return BeginRipePiece(plan);
+  piece_ = {.run = {next_, std::min(piece_pages_, run_.end() - next_)}};
   next_ = piece_.run.end();
+  *plan = {.run = piece_.run, .pages_per_hash = kPagesPerRange, .only = {}};
   if (goal_ == Goal::kVerify) {
     sync_->Watch(piece_.run);
-    return absl::OkStatus();
+    return true;
   }
   if (absl::Status s = sync_->ArmAndWatch(piece_.run); !s.ok()) return s;
   absl::StatusOr<std::vector<PageRun>> holes = HolesOf(*memory_, piece_.run);
   if (!holes.ok()) return holes.status();
   piece_.holes = *std::move(holes);
-  return absl::OkStatus();
+  return true;
+}
+
+// Few pages of many are ripe: they are asked for one by one.
+bool LiveComparison::BeginRipePiece(HashPlan* plan) {
+  const PageBitmap& ripe = sync_->unsettled().ripe();
+  const std::optional<PageRun> first = ripe.NextRun(next_);
+  if (!first) {
+    next_ = run_.end();
+    return false;
+  }
+  const PageRun window = {first->first, std::min(piece_pages_, run_.end() - first->first)};
+  piece_ = {.run = window, .doubts = sync_->unsettled().doubts()};
+  ripe.AppendRunsWithin(window, &piece_.asked);
+  next_ = window.end();
+  *plan = {.run = window, .pages_per_hash = 1, .only = {}};
+  for (const PageRun& run : piece_.asked) {
+    for (PageIndex page = run.first; page < run.end(); ++page) {
+      plan->only.push_back(page - window.first);
+    }
+  }
+  sync_->Watch(window);
+  return true;
 }
 
 absl::Status LiveComparison::Ask(HashPlan plan, Send send) {
   wire::ControlMessage message = MakeHashRequest(plan);
-  if (++*last_id_ == 0) ++*last_id_;  // 0 is a handover's
-  message.mutable_hash_request()->set_id(*last_id_);
+  message.mutable_hash_request()->set_id(NextHashId(last_id_));
   report_.hash_bytes += WireBytes(message);
   if (absl::Status s = send(message); !s.ok()) return s;
   absl::StatusOr<std::string> ours = HashPages(*memory_, plan);
@@ -158,30 +194,58 @@ absl::Status LiveComparison::JudgeDue() {
   return absl::OkStatus();
 }
 
+// Whether it takes looks at the guest's devices to tell if a page of `differing` may differ: a read
+// that took too long for what was presumed of it shows there when it has ended.
+bool LiveComparison::MustWaitForLooks(Piece* piece, const std::vector<PageRun>& differing) {
+  if (piece->look_needed == 0) {
+    std::vector<PageRun> presumed;
+    for (const PageRun& run : differing) sync_->unsettled().AppendPresumedWithin(run, &presumed);
+    if (presumed.empty()) return false;
+    piece->look_needed = sync_->unsettled().looks() + kLooksToTell;
+    piece->wait_until = sync_->scans() + kMostScansToWait;
+  }
+  return sync_->unsettled().looks() < piece->look_needed && sync_->scans() < piece->wait_until;
+}
+
 absl::StatusOr<bool> LiveComparison::Judge(Piece* piece) {
-  std::vector<PageRun> touched;
+  std::vector<PageRun> touched, unsettled;
   sync_->AppendTouched(piece->run, &touched);
   PieceSet differ(piece->run, false);
   differ.Add(piece->differing);
   differ.Remove(touched);
   const std::vector<PageRun> differing = differ.Runs();
-  if (goal_ == Goal::kVerify && !differing.empty() && !piece->looked_again) {
-    // A page that left the guest's memory became zero, and no dirty log says so. If it came back
-    // since, the next look at the log does.
-    if (absl::Status s = sync_->FindDiscarded(); !s.ok()) return s;
-    return false;
+  if (goal_ == Goal::kVerify && !differing.empty()) {
+    if (!piece->looked_again) {
+      // A page that left the guest's memory became zero, and no dirty log says so. If it came back
+      // since, the next look at the log does.
+      if (absl::Status s = sync_->FindDiscarded(); !s.ok()) return s;
+      return false;
+    }
+    if (MustWaitForLooks(piece, differing)) return false;
   }
+  sync_->unsettled().AppendUnsettledWithin(piece->run, &unsettled);
   sync_->Distrust(differing);
+  PieceSet equal(piece->run, goal_ != Goal::kSettle);
+  equal.Add(piece->asked);
+  equal.Remove(touched);
+  equal.Remove(differing);
   if (goal_ == Goal::kProve) {
-    PieceSet equal(piece->run, true);
-    equal.Remove(touched);
-    equal.Remove(differing);
     PieceSet zero(piece->run, false);
     zero.Add(piece->holes);
     zero.Keep(equal);
     sync_->MarkProven(equal.Runs(), zero.Runs());
   }
-  Record(*piece, CountPages(touched), differing);
+  if (goal_ == Goal::kSettle && piece->doubts == sync_->unsettled().doubts()) {
+    sync_->MarkSettled(equal.Runs());
+  }
+  // Nothing but a copy that is being proven is known to differ by itself; of pages that are
+  // unsettled it may be, and that is no fault.
+  PieceSet faults = differ;
+  if (goal_ != Goal::kProve) faults.Remove(unsettled);
+  const std::vector<PageRun> faulty = faults.Runs();
+  const PageCount repaired = CountPages(differing) - CountPages(faulty);
+  report_.repaired += repaired;
+  Record(*piece, CountPages(touched) + repaired, faulty);
   return true;
 }
 

@@ -30,13 +30,18 @@ namespace presync {
 struct ComparisonReport {
   static constexpr size_t kMostNamed = 16;
 
-  PageCount compared = 0;        // known to be equal, or to differ
-  PageCount aside = 0;           // stale, with the link, or written meanwhile
-  PageCount differing = 0;       // of those compared
+  PageCount compared = 0;   // known to be equal, or to differ
+  PageCount aside = 0;      // stale, with the link, written meanwhile, or repaired
+  PageCount differing = 0;  // of those compared
+  // Of those aside: unsettled, and found to be different. They are sent again, and no fault.
+  PageCount repaired = 0;
   std::vector<PageIndex> named;  // the first of these, at most kMostNamed
   uint64_t hash_bytes = 0;       // of the messages, both ways
   void Add(const ComparisonReport& other);
 };
+
+// Counts `*last_id` on and returns it. 0 is left out: a handover's requests have that.
+uint32_t NextHashId(uint32_t* last_id);
 
 // One thread at a time may use it: the session's. Pages that differ are stale from then on.
 class LiveComparison {
@@ -44,6 +49,7 @@ class LiveComparison {
   enum class Goal {
     kVerify,  // pages that should be equal: those that are synced
     kProve,   // pages of a copy of which nothing is known: those that are equal become synced
+    kSettle,  // pages that are ripe (unsettled_pages.h): those that are equal are settled
   };
 
   // Compares `run`, `piece_pages` at a time; hashing a piece here costs the caller of Step about
@@ -65,7 +71,7 @@ class LiveComparison {
   absl::Status OnReply(const wire::HashReply& reply);
 
   bool awaits_reply() const { return asked_.has_value(); }
-  bool done() const { return next_ == run_.end() && !asked_ && !again_ && unjudged_.empty(); }
+  bool done() const { return AtEnd() && !asked_ && !again_ && unjudged_.empty(); }
   // Pages of the run that were judged so far: report().compared + report().aside.
   const ComparisonReport& report() const { return report_; }
 
@@ -77,19 +83,27 @@ class LiveComparison {
   };
   struct Piece {
     PageRun run;
-    std::vector<PageRun> holes;      // kProve: before its bytes were hashed
-    std::vector<PageRun> differing;  // by hash
-    uint64_t judge_at = 0;           // SourceSync::scans()
+    std::vector<PageRun> holes = {};      // kProve: before its bytes were hashed
+    std::vector<PageRun> asked = {};      // kSettle: the pages that were ripe
+    std::vector<PageRun> differing = {};  // by hash
+    uint64_t judge_at = 0;                // SourceSync::scans()
+    uint64_t doubts = 0;                  // kSettle: UnsettledPages::doubts(), as it began
     bool looked_again = false;
+    uint64_t look_needed = 0;  // kVerify: UnsettledPages::looks()
+    uint64_t wait_until = 0;   // for that, SourceSync::scans()
   };
   using Send = absl::FunctionRef<absl::Status(const wire::ControlMessage&)>;
 
-  absl::Status BeginPiece();
+  bool AtEnd() const { return next_ == run_.end(); }
+  // False: nothing of the run is left for it.
+  absl::StatusOr<bool> BeginPiece(HashPlan* plan);
+  bool BeginRipePiece(HashPlan* plan);
   absl::Status Ask(HashPlan plan, Send send);
   void EndPiece(std::vector<PageRun> differing);
   absl::Status JudgeDue();
   // False: a closer look has to come first.
   absl::StatusOr<bool> Judge(Piece* piece);
+  bool MustWaitForLooks(Piece* piece, const std::vector<PageRun>& differing);
   void Record(const Piece& piece, PageCount aside, const std::vector<PageRun>& differing);
 
   const GuestMemory* const memory_;

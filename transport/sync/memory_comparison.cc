@@ -47,10 +47,7 @@ wire::ControlMessage MemoryComparison::Ask(HashPlan plan) {
   return MakeHashRequest(*asked_);
 }
 
-wire::ControlMessage MemoryComparison::HashAhead() {
-  sync_->NoteWrites();
-  return Ask(all_);
-}
+wire::ControlMessage MemoryComparison::HashAhead() { return Ask(all_); }
 
 absl::Status MemoryComparison::OnReply(const wire::HashReply& reply) {
   if (!awaits_reply()) return absl::InvalidArgumentError("the target sent hashes unasked");

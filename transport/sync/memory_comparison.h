@@ -29,7 +29,7 @@ absl::Status CheckHashReply(const wire::HashReply& reply, const HashPlan& plan);
 // One thread uses it. The calls come in the order in which they stand here.
 class MemoryComparison {
  public:
-  // Both must outlive it.
+  // Both must outlive it. Precondition: sync->NoteWrites() was called just now.
   MemoryComparison(const GuestMemory* memory, SourceSync* sync);
 
   // The order to hash ahead, to be sent at once. Its reply is due while the guest still runs.

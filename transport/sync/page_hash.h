@@ -7,6 +7,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "absl/types/span.h"
 #include "predictor/page.h"
 #include "transport/memory.h"
 
@@ -28,6 +29,9 @@ struct HashPlan {
   PageRun RangeOf(size_t index) const;
 };
 
+// The plan that asks for a hash of each page of `pages`, which is ascending and not empty.
+HashPlan PlanForPages(absl::Span<const PageIndex> pages);
+
 // The holes within `run`, by whichever way of asking costs less. Errors as GuestMemory::Holes.
 absl::StatusOr<std::vector<PageRun>> HolesOf(const GuestMemory& memory, PageRun run);
 
@@ -36,6 +40,12 @@ absl::StatusOr<std::vector<PageRun>> HolesOf(const GuestMemory& memory, PageRun 
 // INVALID_ARGUMENT: the run is empty or outside the memory, pages_per_hash is 0, or `only` is not
 // ascending or names ranges that are not there.
 absl::StatusOr<std::string> HashPages(const GuestMemory& memory, const HashPlan& plan);
+
+// Of `pages`, those whose bytes here do not have the hash that `hashes` gives, 16 bytes a page in
+// the same order; as ascending runs. Does not ask for holes: one of them would be allocated. Uses
+// up to four threads and blocks until done.
+std::vector<PageRun> DifferingPages(const GuestMemory& memory, absl::Span<const PageIndex> pages,
+                                    absl::string_view hashes);
 
 // The ranges of `plan` whose hashes differ. Precondition: both have plan.hashes() hashes.
 std::vector<PageRun> DifferingRanges(const HashPlan& plan, absl::string_view a,

@@ -74,6 +74,10 @@ void SessionComparisons::Begin(SourceSync* sync, bool may_begin, absl::Time now)
   if (sync->unproven()) return BeginOne(Kind::kProof, sync, all, kPiece);
   if (!may_begin) return;
   if (Ordered()) return BeginOne(Kind::kOrdered, sync, all, kPiece);
+  if (!sync->unsettled().ripe().empty() && now >= next_settling_) {
+    next_settling_ = now + options_.settle_every;
+    return BeginOne(Kind::kSettling, sync, all, LiveComparison::kMostPiecePages);
+  }
   if (options_.audit_bytes_per_s == 0 || now < next_audit_) return;
   const double rate = static_cast<double>(options_.audit_bytes_per_s) / kPageBytes;
   const PageCount most = std::clamp<PageCount>(
@@ -86,8 +90,9 @@ void SessionComparisons::Begin(SourceSync* sync, bool may_begin, absl::Time now)
 
 void SessionComparisons::BeginOne(Kind kind, SourceSync* sync, PageRun run, PageCount piece_pages) {
   kind_ = kind;
-  const auto goal =
-      kind == Kind::kProof ? LiveComparison::Goal::kProve : LiveComparison::Goal::kVerify;
+  const auto goal = kind == Kind::kProof      ? LiveComparison::Goal::kProve
+                    : kind == Kind::kSettling ? LiveComparison::Goal::kSettle
+                                              : LiveComparison::Goal::kVerify;
   current_ = std::make_unique<LiveComparison>(memory_, sync, goal, run, piece_pages, &last_id_);
 }
 
@@ -99,6 +104,8 @@ void SessionComparisons::Finish(SourceSync* sync, absl::Time now) {
   const ComparisonReport report = current_->report();
   current_.reset();
   status_.hash_bytes += report.hash_bytes;
+  status_.pages_repaired += report.repaired;
+  if (kind_ == Kind::kSettling) return;
   status_.pages_compared += report.compared;
   if (kind_ == Kind::kProof) {
     sync->set_proven();

@@ -23,6 +23,8 @@ struct ComparisonStatus {
   uint64_t pages_compared = 0;
   uint64_t pages_differing = 0;
   uint64_t hash_bytes = 0;  // on the control connection, both ways
+  // Unsettled pages (unsettled_pages.h) that were found to have changed unseen, and are sent again.
+  uint64_t pages_repaired = 0;
   // The audit: how often it went through all memory, and what the last time found.
   uint64_t audits = 0;
   absl::Time audited_at = absl::InfinitePast();
@@ -35,7 +37,8 @@ struct ComparisonStatus {
 class SessionComparisons {
  public:
   struct Options {
-    uint64_t audit_bytes_per_s = 0;  // of guest memory; 0: no audit
+    uint64_t audit_bytes_per_s = 0;                         // of guest memory; 0: no audit
+    absl::Duration settle_every = absl::Milliseconds(500);  // pages that are ripe
     std::function<void(bool problem, const std::string& line)> log;
     std::string guest;
     std::string peer;
@@ -57,11 +60,15 @@ class SessionComparisons {
   // channel's and the dirty log's.
   absl::Status Step(SourceSync* sync, ControlChannel* channel, bool may_begin, absl::Time now)
       ABSL_LOCKS_EXCLUDED(mutex_);
+  // An id for hash requests of somebody else: no other request of the session has had it.
+  uint32_t NewHashId() { return NextHashId(&last_id_); }
   // The target's answer. Errors as LiveComparison.
   absl::Status OnReply(const wire::HashReply& reply);
   bool awaits_reply() const { return current_ != nullptr && current_->awaits_reply(); }
-  // Whether somebody waits for its end: an audit has time.
-  bool hurried() const { return current_ != nullptr && kind_ != Kind::kAudit; }
+  // Whether somebody waits for its end: the others have time.
+  bool hurried() const {
+    return current_ != nullptr && (kind_ == Kind::kProof || kind_ == Kind::kOrdered);
+  }
   // The comparison under way ends without a result, and who waits for one is told `why`.
   void Drop(const absl::Status& why) ABSL_LOCKS_EXCLUDED(mutex_);
   // The same for ever.
@@ -70,7 +77,7 @@ class SessionComparisons {
   ComparisonStatus status() const;
 
  private:
-  enum class Kind { kProof, kOrdered, kAudit };
+  enum class Kind { kProof, kOrdered, kSettling, kAudit };
   struct Order {
     bool done = false;
     absl::StatusOr<ComparisonReport> result = absl::UnknownError("not compared");
@@ -93,6 +100,7 @@ class SessionComparisons {
   absl::Time asked_at_ = absl::InfinitePast();
   PageIndex audit_next_ = 0;
   absl::Time next_audit_ = absl::InfinitePast();
+  absl::Time next_settling_ = absl::InfinitePast();
   ComparisonReport audit_so_far_;
   ComparisonStatus status_;
 

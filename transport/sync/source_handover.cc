@@ -8,6 +8,7 @@
 #include "transport/sync/guest_switchover.h"
 #include "transport/sync/memory_comparison.h"
 #include "transport/sync/page_hash.h"
+#include "transport/sync/unsettled_comparison.h"
 
 namespace presync {
 namespace {
@@ -39,7 +40,9 @@ class Handover {
  private:
   absl::Status BeforeGivingUp();
   absl::Status Rounds(GuestSwitchover* guest);
-  absl::Status Drain();
+  absl::Status Drain(const RequestLook& last_look);
+  absl::Status Settle(const RequestLook& last_look);
+  absl::Status AskAboutUnsettled();
   absl::Status Take(const Body& message);
   absl::Status TakeReturn(const Body& message);
   absl::Status TakeWhatCame();
@@ -72,6 +75,7 @@ class Handover {
   bool loaded_ = false;  // likewise
   absl::Status refusal_;
   std::optional<MemoryComparison> comparison_;
+  std::optional<UnsettledComparison> unsettled_;
   HandoverReport report_;
 };
 
@@ -95,6 +99,11 @@ absl::Status Handover::BeforeGivingUp() {
   Body begin;
   begin.mutable_begin_handover();
   if (absl::Status s = SendBody(begin); !s.ok()) return s;
+  sync_->NoteWrites();
+  if (options_.hash_id != 0) {
+    unsettled_.emplace(&memory_, sync_, options_.hash_id);
+    if (absl::Status s = AskAboutUnsettled(); !s.ok()) return s;
+  }
   if (options_.verify) {
     comparison_.emplace(&memory_, sync_);
     if (absl::Status s = SendBody(comparison_->HashAhead()); !s.ok()) return s;
@@ -108,7 +117,7 @@ absl::Status Handover::BeforeGivingUp() {
     Mark("stopped");
     if (comparison_) comparison_->OnGuestStopped();
     // The residual travels while the device state is saved.
-    const absl::Status drained = Drain();
+    const absl::Status drained = Drain(guest.last_look());
     absl::StatusOr<uint64_t> state_bytes = guest.Finish();
     if (!state_bytes.ok()) return state_bytes.status();
     if (!drained.ok()) return drained;
@@ -139,7 +148,10 @@ absl::Status Handover::Rounds(GuestSwitchover* guest) {
   // Its manager has told it to stop already: there is nothing to wait for.
   const bool managed = guest_->managed() != nullptr;
   PageCount before = UINT32_MAX;
-  const auto target_ready = [&] { return ready_ && !(comparison_ && comparison_->awaits_reply()); };
+  const auto target_ready = [&] {
+    return ready_ && !(comparison_ && comparison_->awaits_reply()) &&
+           !(unsettled_ && !unsettled_->done());
+  };
   bool gone = false;
   while (!guest->stopped()) {
     if (absl::Now() >= deadline_) {
@@ -166,20 +178,57 @@ absl::Status Handover::Rounds(GuestSwitchover* guest) {
   return absl::OkStatus();
 }
 
-// The guest stands still: whatever is left goes over, and is confirmed.
-absl::Status Handover::Drain() {
+// The next question, if there is one and none is open.
+absl::Status Handover::AskAboutUnsettled() {
+  return unsettled_->Step([this](const Body& message) { return SendBody(message); });
+}
+
+// The guest stands still, and so do its devices: whatever is left goes over, and is confirmed.
+absl::Status Handover::Drain(const RequestLook& last_look) {
+  sync_->OnDrained();
   if (absl::Status s = sync_->Scan(); !s.ok()) return s;
   report_.residual_at_stop = sync_->residual();
   if (absl::Status s = sync_->PushAll(); !s.ok()) return s;
   if (absl::Status s = sync_->FindDiscarded(); !s.ok()) return s;
+  return Settle(last_look);
+}
+
+// What was read while a device may have been filling it is compared, and sent again where that is
+// so. Only now: a request that is in flight can still change it.
+absl::Status Handover::Settle(const RequestLook& last_look) {
+  const absl::Time began = absl::Now();
+  PageBitmap pages = sync_->UnsettledAtStandstill(last_look);
+  report_.unsettled_pages = pages.count();
+  if (unsettled_) unsettled_->OnStandstill(std::move(pages));
   if (absl::Status s = sync_->Flush(deadline_); !s.ok()) return s;
   Mark("residual confirmed");
+  std::vector<PageRun> differing;
+  if (unsettled_) {
+    unsettled_->AskForTheRest();
+    if (absl::Status s = AskAboutUnsettled(); !s.ok()) return s;
+    if (absl::Status s = TakeUntil([&] { return unsettled_->done(); }); !s.ok()) return s;
+    differing = unsettled_->Differing();
+  } else {
+    pages.AppendRunsWithin({0, memory_.pages()}, &differing);
+  }
+  report_.unsettled_differing = CountPages(differing);
+  if (!differing.empty()) {
+    sync_->Distrust(differing);
+    if (absl::Status s = sync_->Flush(deadline_); !s.ok()) return s;
+  }
+  report_.unsettled_took = absl::Now() - began;
+  Mark("unsettled compared");
   return absl::OkStatus();
 }
 
 // Takes note of one message; only those that the target may send before it is told to run the
 // guest.
 absl::Status Handover::Take(const Body& message) {
+  if (unsettled_ && message.body_case() == Body::kHashReply &&
+      message.hash_reply().id() == options_.hash_id) {
+    if (absl::Status s = unsettled_->OnReply(message.hash_reply()); !s.ok()) return s;
+    return AskAboutUnsettled();
+  }
   if (IsAside(message)) return absl::OkStatus();
   switch (message.body_case()) {
     case Body::kHandoverReady:

@@ -17,6 +17,9 @@
 namespace presync {
 
 struct HandoverOptions {
+  // For the hash requests that this handover needs to settle pages; no other request of the
+  // conversation has it. 0: the target is too old to be asked, and these pages are sent again.
+  uint32_t hash_id = 0;
   bool verify = false;  // hash all of the guest's memory on both sides before the target may run it
   // Longest that the guest may stand still before the handover is called off.
   absl::Duration switchover_timeout = absl::Seconds(10);
@@ -39,7 +42,12 @@ struct HandoverReport {
   bool managed = false;  // by the guest's manager, whose preparations are part of `launch`
   uint64_t state_bytes = 0;
   uint64_t wire_bytes = 0;  // memory sent after the order, as on the wire
-  PageCount pages_compared = 0;
+  // Of the memory whose last change the dirty log may not have seen (unsettled_pages.h): compared
+  // when the guest stood still, and sent again because it had changed.
+  PageCount unsettled_pages = 0;
+  PageCount unsettled_differing = 0;
+  absl::Duration unsettled_took = absl::ZeroDuration();
+  PageCount pages_compared = 0;  // with `verify`
   PageCount pages_differing = 0;
 };
 

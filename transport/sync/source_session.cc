@@ -76,6 +76,7 @@ SourceSession::SourceSession(SourceSessionOptions options, std::unique_ptr<Diale
       log_(std::make_unique<WriteRecorder>(std::move(log), &memory_)),
       guest_(std::move(guest)),
       comparisons_({.audit_bytes_per_s = options_.audit_bytes_per_s,
+                    .settle_every = options_.look_every,
                     .log = options_.log,
                     .guest = options_.guest,
                     .peer = dialer_->peer(),
@@ -207,6 +208,7 @@ void SourceSession::Run() {
       recording_.Step(log_.get(), absl::Now()).IgnoreError();
       if (absl::Status s = TickConnected(); !s.ok()) LoseLink(s);
     }
+    LookAtRequests();
     if (!connected_) comparisons_.Drop(NoComparison());
     if (absl::Now() >= next_publish_) Publish();
 

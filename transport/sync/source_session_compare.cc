@@ -10,6 +10,10 @@
 namespace presync {
 namespace {
 
+// A main loop that hangs, as with a disk that does, must not hold the sync up.
+constexpr absl::Duration kLookTimeout = absl::Milliseconds(100);
+constexpr absl::Duration kLookAfterFailure = absl::Seconds(5);
+
 absl::Status CannotBeCompared(const std::string& guest, SessionState state,
                               const std::string& problem) {
   return absl::FailedPreconditionError(absl::StrCat(
@@ -30,6 +34,17 @@ absl::StatusOr<ComparisonReport> SourceSession::Verify() {
 
 absl::Status SourceSession::NoComparison() const {
   return CannotBeCompared(options_.guest, state_, problem_);
+}
+
+// What is known of the requests of the guest's devices, now and then, so that pages get settled
+// (unsettled_pages.h). A look that fails is made up for by the next: it covers the time since the
+// last one that succeeded.
+void SourceSession::LookAtRequests() {
+  const absl::Time now = absl::Now();
+  if (Open() || Ended() || now < next_look_ || !sync_->wants_request_looks()) return;
+  const absl::StatusOr<RequestLook> look = guest_->LookAtRequests(now + kLookTimeout);
+  next_look_ = now + (look.ok() ? options_.look_every : kLookAfterFailure);
+  if (look.ok()) sync_->OnRequestLook(*look);
 }
 
 // An order that nothing can come of is answered at once.

@@ -5,6 +5,7 @@
 #include "absl/time/clock.h"
 #include "transport/sync/conversation.h"
 #include "transport/sync/source_session.h"
+#include "transport/wire/version.h"
 
 namespace presync {
 
@@ -67,6 +68,7 @@ void SourceSession::HandOver(LaunchOrder* order) {
     Answer(order, recorded);
     return;
   }
+  order->options.hash_id = connection_.version >= kHashesVersion ? comparisons_.NewHashId() : 0;
   HandoverEnd end = RunSourceHandover(connection_.channel.get(), sync_.get(), guest_.get(), memory_,
                                       record_.get(), order->options, order->ordered_at);
   switch (end.result) {

@@ -52,6 +52,7 @@ SourceSync::SourceSync(const GuestMemory* memory, DirtyLog* log, SourceSyncOptio
       policy_(std::move(policy)),
       pace_(options_.max_bytes_per_s, options_.scan_interval, options_.now()),
       ledger_(memory->pages(), /*target_is_zero=*/false),
+      unsettled_(memory->pages(), options_.settle_after),
       maybe_holes_(memory->pages(), true) {}
 
 void SourceSync::NoteContent(TargetContent content) {
@@ -93,7 +94,7 @@ void SourceSync::DetachLink() {
   wire_bytes_before_ += link_->stats().wire_bytes;
   pace_.End();
   link_ = nullptr;
-  held_ = false;
+  held_ = drained_ = false;
   pending_.clear();
   noted_writes_.reset();
   ledger_.OnLinkLost();
@@ -173,6 +174,7 @@ absl::Status SourceSync::Scan() {
   ++scans_;
   write_faults_ += CountPages(written_);
   ledger_.MarkStale(written_);
+  for (const PageRun& run : written_) unsettled_.Forget(run);
   policy_->OnScan(written_);
   chosen_.clear();
   policy_->AppendPagesToArm(&chosen_);
@@ -242,6 +244,7 @@ absl::Status SourceSync::Prepare(PageRun run) {
     if (!holes.ok()) return holes.status();
     for (const PageRun& hole : *holes) {
       if (hole.first > next) QueueNonHole({next, hole.first - next});
+      unsettled_.Forget(hole);  // a page that a request has pinned is no hole
       QueueZero(hole);
       next = hole.end();
     }
@@ -250,7 +253,12 @@ absl::Status SourceSync::Prepare(PageRun run) {
   return absl::OkStatus();
 }
 
+void SourceSync::NoteRead(PageRun run) {
+  drained_ ? unsettled_.Forget(run) : unsettled_.OnRead(run);
+}
+
 void SourceSync::QueueNonHole(PageRun run) {
+  NoteRead(run);
   const absl::Span<const std::byte> bytes = memory_->Bytes(run);
   PageCount done = 0;
   while (done < run.count) {
@@ -352,6 +360,18 @@ absl::Status SourceSync::Flush(absl::Time deadline) {
   }
 }
 
+PageBitmap SourceSync::Unsettled() const {
+  PageBitmap pages = unsettled_.All();
+  pages.AndNot(ledger_.stale());
+  return pages;
+}
+
+PageBitmap SourceSync::UnsettledAtStandstill(const RequestLook& last) {
+  PageBitmap pages = unsettled_.AtStandstill(last);
+  pages.AndNot(ledger_.stale());
+  return pages;
+}
+
 void SourceSync::UpdateMeters(absl::Time now) {
   const absl::Duration elapsed = now - meter_since_;
   if (elapsed < kMeterEvery) return;
@@ -372,6 +392,7 @@ SyncProgress SourceSync::progress() const {
       .pages = ledger_.pages(),
       .residual = residual,
       .set_point = SetPointPages(options_.max_launch_time, cost()),
+      .unsettled = unsettled_.count(),
       .first_pass_done = first_pass_done_,
       .predicted_launch = PredictLaunchTime(residual, cost()),
       .rate_bytes_per_s = rate_bytes_per_s_,

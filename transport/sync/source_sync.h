@@ -21,6 +21,7 @@
 #include "transport/memory.h"
 #include "transport/sync/link_pace.h"
 #include "transport/sync/page_ledger.h"
+#include "transport/sync/unsettled_pages.h"
 
 namespace presync {
 
@@ -30,6 +31,9 @@ struct SourceSyncOptions {
   absl::Duration fixed_cost = absl::Milliseconds(60);  // of a handover, until one was measured here
   uint64_t max_bytes_per_s = 0;                        // of the background sync; 0 = no cap
   std::string policy = "learned";
+  // How long a read of the guest's devices is given at least before the pages that were sent
+  // meanwhile are compared with their copies (unsettled_pages.h).
+  absl::Duration settle_after = absl::Seconds(2);
   std::function<absl::Time()> now = absl::Now;
 };
 
@@ -38,6 +42,7 @@ struct SyncProgress {
   PageCount pages = 0;
   PageCount residual = 0;
   PageCount set_point = 0;
+  PageCount unsettled = 0;  // synced, but a launch has to compare them: see unsettled_pages.h
   bool first_pass_done =
       false;  // every page was synced once, but for those that wait in the set-point
   absl::Duration predicted_launch = absl::InfiniteDuration();
@@ -105,6 +110,15 @@ class SourceSync {
   // Sends every stale page without waiting for completions.
   absl::Status PushAll();
 
+  // The guest stands still and every request of its devices has ended: what is read from now on is
+  // settled at once. Until the link is detached.
+  void OnDrained() { drained_ = true; }
+  // What would have to be compared then, as far as that is known now.
+  PageBitmap Unsettled() const;
+  // Then: the pages that have to be compared before the target's memory may be trusted. `last` is
+  // the look that followed; stale pages are not among them, for they are sent in any case.
+  PageBitmap UnsettledAtStandstill(const RequestLook& last);
+
   // From now on notes which pages of the target's memory are written, those that may be written yet
   // among them; see noted_writes. Begins anew at each call, and ends with the link.
   void NoteWrites();
@@ -131,6 +145,12 @@ class SourceSync {
   // These pages were watched by ArmAndWatch, not touched by the newest Scan, and their bytes were
   // found equal meanwhile: they are synced. `zero`: those of them that are zero on the target.
   void MarkProven(absl::Span<const PageRun> equal, absl::Span<const PageRun> zero);
+  // What the guest's devices said; and whether that is worth asking.
+  void OnRequestLook(const RequestLook& look) { unsettled_.OnLook(look, options_.now()); }
+  bool wants_request_looks() const { return unsettled_.wants_looks(); }
+  const UnsettledPages& unsettled() const { return unsettled_; }
+  // These were ripe, not touched by the newest Scan since, and their bytes were found equal.
+  void MarkSettled(absl::Span<const PageRun> equal) { unsettled_.OnEqual(equal); }
   // Whether the target's copy waits for its proof; set_proven ends that, whatever was proven.
   bool unproven() const { return unproven_; }
   void set_proven() { unproven_ = false; }
@@ -158,6 +178,7 @@ class SourceSync {
   absl::Status ArmChosen();
   absl::Status ProbeRate(absl::Time now);
   absl::Status Prepare(PageRun run);
+  void NoteRead(PageRun run);
   void QueueNonHole(PageRun run);
   void QueueZero(PageRun run);
   absl::Status PostPending();
@@ -174,6 +195,7 @@ class SourceSync {
   std::string link_kind_;                                // whose rate that is
   std::map<std::string, LinkRateEstimator> kind_rates_;  // of kinds that were used before
   PageLedger ledger_;
+  UnsettledPages unsettled_;
   std::optional<PageBitmap> noted_writes_;
   SourceLink* link_ = nullptr;
 
@@ -188,6 +210,7 @@ class SourceSync {
   bool held_ = false;
   bool urgent_ = false;
   bool unproven_ = false;
+  bool drained_ = false;
   uint64_t scans_ = 0;
 
   // The commit under way, and what it measures.

@@ -20,7 +20,10 @@ absl::Status SourceSync::ArmAndWatch(PageRun run) {
 void SourceSync::MarkProven(absl::Span<const PageRun> equal, absl::Span<const PageRun> zero) {
   std::vector<PageRun> newly;
   for (const PageRun& run : equal) ledger_.stale().AppendRunsWithin(run, &newly);
-  for (const PageRun& run : newly) ledger_.MarkSynced(run);
+  for (const PageRun& run : newly) {
+    ledger_.MarkSynced(run);
+    NoteRead(run);
+  }
   for (const PageRun& run : zero) ledger_.MarkTargetZero(run);
   // As good as sent: armed, and the target has it.
   policy_->OnSent(newly);

@@ -159,6 +159,10 @@ absl::StatusOr<RunState> ModelSourceGuest::State(absl::Time) {
   return world_->source_running() ? RunState::kRunning : RunState::kPaused;
 }
 
+absl::StatusOr<RequestLook> ModelSourceGuest::LookAtRequests(absl::Time) {
+  return RequestLook{.at = absl::Now(), .longest = memory_->longest_read()};
+}
+
 absl::StatusOr<UniqueFd> ModelTargetGuest::BeginLoad(absl::Time) {
   if (fails_ == "begin-load") return absl::UnavailableError("begin-load fails as scripted");
   int pair[2];

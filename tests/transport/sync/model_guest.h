@@ -25,6 +25,13 @@ class ModelMemory {
   // The guest writes a page: its bytes depend on `value` (0: the page becomes zero).
   void Write(PageIndex page, uint64_t value) ABSL_LOCKS_EXCLUDED(mutex_);
   uint64_t faults() const ABSL_LOCKS_EXCLUDED(mutex_);
+  // A device fills a page by a read that was under way: its dirty log does not hear of it.
+  void WriteUnseen(PageIndex page, uint64_t value) { scratch_->FillPage(page, value); }
+  // How long the guest's reads take, as its devices say; none by default.
+  void set_longest_read(absl::Duration longest) {
+    longest_read_ns_ = absl::ToInt64Nanoseconds(longest);
+  }
+  absl::Duration longest_read() const { return absl::Nanoseconds(longest_read_ns_.load()); }
 
   ScratchMemory& scratch() { return *scratch_; }
   const GuestMemory& memory() const { return scratch_->memory(); }
@@ -39,6 +46,7 @@ class ModelMemory {
   friend class ModelLog;
   std::unique_ptr<ScratchMemory> scratch_;
   std::atomic<bool> dead_ = false;
+  std::atomic<int64_t> longest_read_ns_ = 0;
   mutable Mutex mutex_;
   PageBitmap armed_ ABSL_GUARDED_BY(mutex_);
   PageBitmap written_ ABSL_GUARDED_BY(mutex_);
@@ -77,6 +85,7 @@ class ModelSourceGuest final : public SourceGuest {
   absl::Status Resume(absl::Time deadline) override;
   absl::Status Quit(absl::Time deadline) override;
   absl::StatusOr<RunState> State(absl::Time deadline) override;
+  absl::StatusOr<RequestLook> LookAtRequests(absl::Time deadline) override;
 
  private:
   absl::Status Step(const char* name);

@@ -47,6 +47,7 @@ class SyncRig {
     ASSERT_TRUE(link.ok());
     link_ = *std::move(link);
     sync_->AttachLink(link_.source.get(), content);
+    if (!has_disks_) sync_->OnDrained();
   }
 
   void Disconnect() {
@@ -74,6 +75,7 @@ class SyncRig {
 
   std::vector<PageIndex> Differences() { return source_.scratch().Differences(target_.scratch()); }
 
+  bool has_disks_ = false;  // whose reads may be under way
   absl::Time now_ = absl::UnixEpoch() + absl::Hours(1);
   ModelMemory source_;
   ModelMemory target_;
