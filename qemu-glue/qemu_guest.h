@@ -14,6 +14,7 @@
 #include "qemu-glue/qemu_guest_settings.h"
 #include "qemu-glue/qmp/peer_process.h"
 #include "qemu-glue/qmp/qmp_client.h"
+#include "qemu-glue/request_watch.h"
 #include "transport/guest.h"
 
 namespace presync {
@@ -35,6 +36,8 @@ struct GuestStep {
 // operator's own next migration.
 class QemuSourceGuest final : public SourceGuest {
  public:
+  ~QemuSourceGuest() override { requests_.Undo(*qmp_); }
+
   // Takes over the monitor connection. If that is lost while QEMU lives, PrepareSave, Resume and
   // State connect anew; a call that is under way then fails. Errors as PeerProcess::Identify.
   static absl::StatusOr<std::unique_ptr<QemuSourceGuest>> Create(std::unique_ptr<QmpClient> qmp,
@@ -60,6 +63,8 @@ class QemuSourceGuest final : public SourceGuest {
   absl::Status Quit(absl::Time deadline) override;
   absl::StatusOr<RunState> State(absl::Time deadline) override;
 
+  absl::StatusOr<RequestLook> LookAtRequests(absl::Time deadline) override;
+
   // Whether the guest ran when BeginSave was called; a target should be left paused if it did not.
   bool was_running() const { return was_running_; }
   pid_t pid() const { return process_.pid(); }
@@ -84,6 +89,7 @@ class QemuSourceGuest final : public SourceGuest {
   bool was_running_ = true;
   std::optional<MigrationSettings> settings_;  // set from PrepareSave until Resume
   UniqueFd stream_;                            // set from PrepareSave until BeginSave
+  RequestWatch requests_;
   std::vector<GuestStep> steps_;
 };
 

@@ -230,6 +230,11 @@ absl::Status QemuSourceGuest::Quit(absl::Time deadline) {
   return status;
 }
 
+absl::StatusOr<RequestLook> QemuSourceGuest::LookAtRequests(absl::Time deadline) {
+  if (absl::Status status = EnsureMonitor(deadline); !status.ok()) return status;
+  return requests_.Look(*qmp_, deadline);
+}
+
 absl::StatusOr<RunState> QemuSourceGuest::State(absl::Time deadline) {
   if (process_.HasEnded()) return RunState::kGone;
   if (absl::Status status = EnsureMonitor(deadline); !status.ok()) {

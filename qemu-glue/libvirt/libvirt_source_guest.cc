@@ -58,6 +58,7 @@ LibvirtSourceGuest::~LibvirtSourceGuest() {
   if (OrderUnderWay()) libvirt_.AbortJob(options_.uuid).IgnoreError();
   DropStream();
   Forget();
+  requests_.Undo(*qmp_);
   if (order_.joinable()) order_.join();
   if (listener_.valid()) ::unlink(options_.stream_path.c_str());
 }
@@ -285,6 +286,11 @@ absl::Status LibvirtSourceGuest::Quit(absl::Time deadline) {
   if (destroyed.ok()) return process_.AwaitEnd(deadline);
   // Without libvirt: it runs elsewhere, so this process has no use any more.
   return EndProcess(*qmp_, process_, deadline);
+}
+
+absl::StatusOr<RequestLook> LibvirtSourceGuest::LookAtRequests(absl::Time deadline) {
+  if (absl::Status s = ReviveMonitor(&qmp_, process_, deadline); !s.ok()) return s;
+  return requests_.Look(*qmp_, deadline);
 }
 
 absl::StatusOr<RunState> LibvirtSourceGuest::State(absl::Time deadline) {

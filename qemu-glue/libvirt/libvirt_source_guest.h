@@ -17,6 +17,7 @@
 #include "qemu-glue/libvirt/saved_stream.h"
 #include "qemu-glue/qmp/peer_process.h"
 #include "qemu-glue/qmp/qmp_client.h"
+#include "qemu-glue/request_watch.h"
 #include "transport/guest.h"
 #include "transport/mutex.h"
 #include "transport/unique_fd.h"
@@ -52,6 +53,7 @@ class LibvirtSourceGuest final : public SourceGuest, public ManagedLaunch {
   // it again.
   absl::Status Quit(absl::Time deadline) override;
   absl::StatusOr<RunState> State(absl::Time deadline) override;
+  absl::StatusOr<RequestLook> LookAtRequests(absl::Time deadline) override;
   ManagedLaunch* managed() override { return this; }
 
   absl::Status Expect(absl::Time deadline) override;
@@ -77,6 +79,7 @@ class LibvirtSourceGuest final : public SourceGuest, public ManagedLaunch {
 
   std::unique_ptr<QmpClient> qmp_;
   PeerProcess process_;
+  RequestWatch requests_;
   const LibvirtSourceOptions options_;
   const LibvirtClient libvirt_;
   UniqueFd listener_;                   // until the guest has moved
