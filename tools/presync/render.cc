@@ -145,6 +145,13 @@ std::string RenderLaunch(const Json& report) {
       Pages(report, "residual_pages_at_stop"),
       FormatBytes(static_cast<uint64_t>(NumberOr(report, "bytes_after_launch", 0))),
       FormatBytes(static_cast<uint64_t>(NumberOr(report, "bytes_before_launch", 0))));
+  if (const int64_t unsettled = NumberOr(report, "unsettled_pages", 0); unsettled > 0) {
+    absl::StrAppendFormat(
+        &text,
+        "\n  %d pages that a disk may have been filling were compared, %d of them "
+        "sent again",
+        unsettled, NumberOr(report, "unsettled_differing", 0));
+  }
   if (const int64_t compared = NumberOr(report, "pages_compared", 0); compared > 0) {
     absl::StrAppendFormat(&text, "\n  %d pages compared by hash, %d differ", compared,
                           NumberOr(report, "pages_differing", 0));
@@ -166,6 +173,12 @@ std::string RenderVerify(const Json& report) {
       differing == 0 ? "all equal" : absl::StrCat(differing, " DIFFER"),
       NumberOr(report, "pages_aside", 0),
       FormatBytes(static_cast<uint64_t>(NumberOr(report, "hash_bytes", 0))));
+  if (const int64_t repaired = NumberOr(report, "pages_repaired", 0); repaired > 0) {
+    absl::StrAppendFormat(&text,
+                          "\n  %d of those aside had been changed by a disk's read after they were "
+                          "sent: they are sent again, as they would have been at a launch",
+                          repaired);
+  }
   if (differing == 0) return text;
   std::vector<std::string> pages;
   for (const Json& page : report.value("differing", Json::array())) pages.push_back(page.dump());

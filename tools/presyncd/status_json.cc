@@ -12,6 +12,7 @@ Json MillisToJson(absl::Duration duration) {
 Json ComparisonToJson(const ComparisonReport& report) {
   return {{"pages_compared", report.compared},
           {"pages_aside", report.aside},
+          {"pages_repaired", report.repaired},
           {"pages_differing", report.differing},
           {"differing", report.named}};
 }
@@ -64,6 +65,7 @@ Json SourceStatusToJson(const SessionStatus& status) {
           {"pages", p.pages},
           {"residual_pages", p.residual},
           {"set_point_pages", p.set_point},
+          {"unsettled_pages", p.unsettled},
           {"first_pass_done", p.first_pass_done},
           {"rate_bytes_per_s", p.rate_bytes_per_s},
           {"allowed_bytes_per_s", p.allowed_bytes_per_s},
@@ -74,6 +76,7 @@ Json SourceStatusToJson(const SessionStatus& status) {
           {"write_faults", p.write_faults},
           {"dirty_pages_per_s", p.dirty_pages_per_s},
           {"pages_compared", c.pages_compared},
+          {"pages_repaired", c.pages_repaired},
           {"pages_differing", c.pages_differing},
           {"hash_bytes", c.hash_bytes},
           {"audit", AuditToJson(c)},
@@ -118,6 +121,9 @@ Json LaunchReportToJson(const HandoverReport& report, const SessionStatus& statu
           {"state_bytes", report.state_bytes},
           {"bytes_before_launch", status.progress.wire_bytes - report.wire_bytes},
           {"bytes_after_launch", report.wire_bytes + report.state_bytes},
+          {"unsettled_pages", report.unsettled_pages},
+          {"unsettled_differing", report.unsettled_differing},
+          {"unsettled_ms", MillisToJson(report.unsettled_took)},
           {"pages_compared", report.pages_compared},
           {"pages_differing", report.pages_differing},
           {"steps", std::move(steps)}};
