@@ -46,7 +46,7 @@ def image(workloads="text"):
 
 def image_for(workload):
     """The smallest image that has this workload."""
-    return image("text" if workload in ("idle", "text", "hammer") else "all")
+    return image("text" if workload in ("idle", "text", "hammer", "reads") else "all")
 
 
 def qemu10():
