@@ -1,8 +1,8 @@
-// reader MODE DEVICE - reads a disk of known content for ever and compares all that it got with what
-// the disk must hold, at once and again later.
+// reader MODE DEVICE - reads a disk of known content for ever and compares all that it got with
+// what the disk must hold, at once and again later.
 //
-// MODE direct: past the page cache (O_DIRECT), into a pool of buffers. MODE cached: through the page
-// cache, of which a quarter is dropped now and then.
+// MODE direct: past the page cache (O_DIRECT), into a pool of buffers. MODE cached: through the
+// page cache, of which a quarter is dropped now and then.
 //
 // The disk is one of tools/lab/slow_fs.c: its i-th 64-bit word is DiskWord(i). What is wrong, and
 // twice a second what was done so far, goes to the serial line, one JSON object a line.
@@ -174,9 +174,11 @@ int main(int argc, char** argv) {
       fprintf(progress, "%lu\n", atomic_load(&reads));
       fflush(progress);
     }
-    Tell("{\"round\": %d, \"reads\": %lu, \"wrong_at_once\": %lu, \"wrong_later\": %lu, \"looked_at\": %d, "
-         "\"errors\": %lu}",
-         round, atomic_load(&reads), atomic_load(&wrong_at_once), atomic_load(&wrong_later), looked,
-         atomic_load(&errors));
+    Tell(
+        "{\"round\": %d, \"reads\": %lu, \"wrong_at_once\": %lu, \"wrong_later\": %lu, "
+        "\"looked_at\": %d, "
+        "\"errors\": %lu}",
+        round, atomic_load(&reads), atomic_load(&wrong_at_once), atomic_load(&wrong_later), looked,
+        atomic_load(&errors));
   }
 }

@@ -3,7 +3,8 @@
 //
 // It speaks the kernel's FUSE protocol by itself (linux/fuse.h) and has its reads go past the page
 // cache, so that the kernel pins the reader's pages, waits for us, and fills them by its own copy:
-// just as it is with O_DIRECT on a block device, on NFS and on iSCSI, without any fault at that time.
+// just as it is with O_DIRECT on a block device, on NFS and on iSCSI, without any fault at that
+// time.
 //
 // Each line on standard input is a new delay in microseconds, for reads that come from then on. Its
 // end unmounts. A line with the first delay is printed when the file can be opened.
@@ -68,8 +69,7 @@ static void Read(uint64_t request, const struct fuse_read_in* in) {
 }
 
 static void Init(uint64_t request, const struct fuse_init_in* in) {
-  const uint32_t wanted =
-      FUSE_ASYNC_READ | FUSE_MAX_PAGES | FUSE_ASYNC_DIO | FUSE_PARALLEL_DIROPS;
+  const uint32_t wanted = FUSE_ASYNC_READ | FUSE_MAX_PAGES | FUSE_ASYNC_DIO | FUSE_PARALLEL_DIROPS;
   const struct fuse_init_out out = {.major = FUSE_KERNEL_VERSION,
                                     .minor = FUSE_KERNEL_MINOR_VERSION,
                                     .max_readahead = kMaxReadBytes,
@@ -85,43 +85,52 @@ static void Init(uint64_t request, const struct fuse_init_in* in) {
 static void Answer(const struct fuse_in_header* in, const void* argument) {
   switch (in->opcode) {
     case FUSE_INIT:
-      return Init(in->unique, argument);
+      Init(in->unique, argument);
+      break;
     case FUSE_LOOKUP: {
-      if (strcmp(argument, "disk") != 0) return Reply(in->unique, ENOENT, NULL, 0);
-      const struct fuse_entry_out out = {.nodeid = kDisk,
-                                         .entry_valid = 1000,
-                                         .attr_valid = 1000,
-                                         .attr = Attributes(kDisk)};
-      return Reply(in->unique, 0, &out, sizeof out);
+      if (strcmp(argument, "disk") != 0) {
+        Reply(in->unique, ENOENT, NULL, 0);
+        break;
+      }
+      const struct fuse_entry_out out = {
+          .nodeid = kDisk, .entry_valid = 1000, .attr_valid = 1000, .attr = Attributes(kDisk)};
+      Reply(in->unique, 0, &out, sizeof out);
+      break;
     }
     case FUSE_GETATTR:
     case FUSE_SETATTR: {
       const struct fuse_attr_out out = {.attr_valid = 1000, .attr = Attributes(in->nodeid)};
-      return Reply(in->unique, 0, &out, sizeof out);
+      Reply(in->unique, 0, &out, sizeof out);
+      break;
     }
     case FUSE_OPEN:
     case FUSE_OPENDIR: {
       const struct fuse_open_out out = {.fh = 1, .open_flags = FOPEN_DIRECT_IO};
-      return Reply(in->unique, 0, &out, sizeof out);
+      Reply(in->unique, 0, &out, sizeof out);
+      break;
     }
     case FUSE_READ:
-      return Read(in->unique, argument);
+      Read(in->unique, argument);
+      break;
     case FUSE_STATFS: {
       const struct fuse_statfs_out out = {.st = {.bsize = 4096, .frsize = 4096, .namelen = 255}};
-      return Reply(in->unique, 0, &out, sizeof out);
+      Reply(in->unique, 0, &out, sizeof out);
+      break;
     }
     case FUSE_FORGET:
     case FUSE_BATCH_FORGET:
     case FUSE_INTERRUPT:
-      return;  // these want no answer
+      break;  // these want no answer
     case FUSE_RELEASE:
     case FUSE_RELEASEDIR:
     case FUSE_FLUSH:
     case FUSE_FSYNC:
     case FUSE_ACCESS:
-      return Reply(in->unique, 0, NULL, 0);
+      Reply(in->unique, 0, NULL, 0);
+      break;
     default:
-      return Reply(in->unique, ENOSYS, NULL, 0);
+      Reply(in->unique, ENOSYS, NULL, 0);
+      break;
   }
 }
 
