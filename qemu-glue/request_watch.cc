@@ -51,9 +51,9 @@ absl::Duration RequestWatch::LongestBetween(const Reads& before, const Reads& af
   const bool uncounted = after.failed != before.failed && !after.counts_failed;
   if (after.total_ns < before.total_ns || uncounted) return absl::InfiniteDuration();
   uint64_t longest_ns = after.total_ns - before.total_ns;
-  if (after.bins.empty() || after.boundaries_ns != before.boundaries_ns) {
-    return absl::Nanoseconds(longest_ns);
-  }
+  if (after.bins.empty()) return absl::Nanoseconds(longest_ns);
+  // The sum alone would have everybody wait for what it may be made of.
+  if (after.boundaries_ns != before.boundaries_ns) return absl::InfiniteDuration();
   // Bin i counts what took less than boundary i; the last has no bound.
   for (size_t i = after.bins.size(); i > 0; --i) {
     if (after.bins[i - 1] == before.bins[i - 1]) continue;

@@ -80,6 +80,14 @@ TEST_F(RequestWatchTest, AHistogramBoundsManyReadsCloser) {
   EXPECT_EQ(Look(), absl::Milliseconds(500)) << "the last bin has no bound, the sum has";
 }
 
+TEST_F(RequestWatchTest, AHistogramThatHasJustBegunIsWaitedFor) {
+  blockstats_ = Json::array({Disk("a", 0)});
+  Look();
+  blockstats_ = Json::array({WithHistogram(Disk("a", 9000 * kMs), {0, 300, 0, 0})});
+  EXPECT_EQ(Look(), absl::InfiniteDuration());
+  EXPECT_EQ(Look(), absl::ZeroDuration());
+}
+
 TEST_F(RequestWatchTest, QemuKeepsAHistogramWhereThereIsNoneAndDropsItInTheEnd) {
   blockstats_ = Json::array({Disk("a", 0), WithHistogram(Disk("b", 0), {0, 0, 0, 0})});
   Look();
