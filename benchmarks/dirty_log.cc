@@ -12,11 +12,11 @@
 #include <string>
 #include <vector>
 
-#include "absl/time/clock.h"
 #include "qemu-glue/dirty_log/guest_maps.h"
 #include "qemu-glue/dirty_log/probe.h"
 #include "qemu-glue/plugin/kernel_abi.h"
 #include "tests/qemu-glue/dirty_log/guest_fixture.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -69,9 +69,9 @@ std::vector<PageRun> Scattered(PageCount runs, PageCount pages_each) {
 // others to serve as well.
 template <typename Body>
 void Time(benchmark::State& state, Body body) {
-  const absl::Time start = absl::Now();
+  const absl::Time start = MonotonicNow();
   body();
-  const absl::Duration took = absl::Now() - start;
+  const absl::Duration took = MonotonicNow() - start;
   state.SetIterationTime(absl::ToDoubleSeconds(took));
   const double took_us = absl::ToDoubleMicroseconds(took);
   benchmark::Counter& fastest = state.counters["min_us"];

@@ -13,6 +13,7 @@
 #include "qemu-glue/qemu_guest.h"
 #include "qemu-glue/qmp/peer_process.h"
 #include "qemu-glue/qmp/qmp_client.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -130,7 +131,7 @@ absl::StatusOr<OpenedGuest> OpenGuest(const OpenGuestOptions& options, absl::Tim
                      .notes = std::move(findings->notes),
                      .memory_may_be_discarded = findings->memory_may_be_discarded,
                      .stop_tracking = [glue_path, files = *std::move(files)] {
-                       return StopTracking(glue_path, files, absl::Now() + absl::Seconds(5));
+                       return StopTracking(glue_path, files, MonotonicNow() + absl::Seconds(5));
                      }};
 }
 

@@ -87,8 +87,9 @@ class QemuSourceGuest final : public SourceGuest {
   std::unique_ptr<QmpClient> qmp_;
   PeerProcess process_;
   bool was_running_ = true;
-  std::optional<MigrationSettings> settings_;  // set from PrepareSave until Resume
-  UniqueFd stream_;                            // set from PrepareSave until BeginSave
+  absl::Time save_begun_ = absl::InfinitePast();  // the guest ran until then, if it ran
+  std::optional<MigrationSettings> settings_;     // set from PrepareSave until Resume
+  UniqueFd stream_;                               // set from PrepareSave until BeginSave
   RequestWatch requests_;
   std::vector<GuestStep> steps_;
 };

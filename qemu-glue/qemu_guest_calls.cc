@@ -8,7 +8,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -40,7 +40,7 @@ absl::StatusOr<MigrationState> AskMigration(QmpClient& qmp, std::string_view ste
 absl::Status StillWaiting(const absl::Status& waited, std::string_view step,
                           const MigrationState& state, absl::Time deadline) {
   if (!absl::IsDeadlineExceeded(waited)) return waited;
-  if (absl::Now() < deadline) return absl::OkStatus();
+  if (MonotonicNow() < deadline) return absl::OkStatus();
   return absl::DeadlineExceededError(
       absl::StrCat(std::string(step), ": QEMU's migration is still '", state.status, "'"));
 }
@@ -92,7 +92,7 @@ absl::Status ReviveMonitor(std::unique_ptr<QmpClient>* qmp, const PeerProcess& p
   if ((*qmp)->health().ok()) return absl::OkStatus();
   const pid_t pid = process.pid();
   // A QEMU that is ending closes its monitor first.
-  const absl::Time end_known = std::min(deadline, absl::Now() + kEndAfterClose);
+  const absl::Time end_known = std::min(deadline, MonotonicNow() + kEndAfterClose);
   if (process.AwaitEnd(end_known).ok()) {
     return absl::UnavailableError(absl::StrCat("QEMU (process ", pid, ") has ended"));
   }
@@ -127,7 +127,7 @@ absl::StatusOr<MigrationState> AwaitMigration(QmpClient& qmp, std::string_view s
     if (!state.ok() || IsOneOf(state->status, wanted)) return state;
     // An event only says "look again": it may be an old one, of an earlier migration.
     absl::StatusOr<QmpEvent> event =
-        qmp.WaitEvent("MIGRATION", std::min(deadline, absl::Now() + kAskAgain));
+        qmp.WaitEvent("MIGRATION", std::min(deadline, MonotonicNow() + kAskAgain));
     if (event.ok()) continue;
     if (absl::Status s = StillWaiting(event.status(), step, *state, deadline); !s.ok()) return s;
   }
@@ -138,7 +138,7 @@ absl::StatusOr<MigrationState> FollowMigration(QmpClient& qmp, std::string_view 
                                                absl::Time deadline) {
   while (true) {
     absl::StatusOr<QmpEvent> event =
-        qmp.WaitEvent("MIGRATION", std::min(deadline, absl::Now() + kAskAgain));
+        qmp.WaitEvent("MIGRATION", std::min(deadline, MonotonicNow() + kAskAgain));
     if (event.ok()) {
       MigrationState told{StringAt(event->data, "status"), ""};
       if (IsOneOf(told.status, wanted)) return told;
@@ -168,7 +168,7 @@ QmpCommand PassEnd(const Stream& stream, const std::string& name) {
 
 absl::Status EndProcess(QmpClient& qmp, const PeerProcess& process, absl::Time deadline) {
   if (process.HasEnded()) return absl::OkStatus();
-  const absl::Time now = absl::Now();
+  const absl::Time now = MonotonicNow();
   const absl::Time patience = deadline == absl::InfiniteFuture()
                                   ? now + absl::Minutes(1)
                                   : now + std::max(absl::ZeroDuration(), deadline - now) / 2;

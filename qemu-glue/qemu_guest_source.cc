@@ -3,9 +3,9 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 #include "qemu-glue/qemu_guest.h"
 #include "qemu-glue/qemu_guest_calls.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -48,7 +48,7 @@ absl::Status QemuSourceGuest::EnsureMonitor(absl::Time deadline) {
 }
 
 absl::Status QemuSourceGuest::PrepareSave(absl::Time deadline) {
-  const absl::Time start = absl::Now();
+  const absl::Time start = MonotonicNow();
   if (absl::Status status = EnsureMonitor(deadline); !status.ok()) return status;
   absl::StatusOr<Stream> stream = MakeStream();
   if (!stream.ok()) return stream.status();
@@ -69,7 +69,7 @@ absl::Status QemuSourceGuest::PrepareSave(absl::Time deadline) {
   if (!set.ok()) return ExplainRefusal(set, deadline);
   settings_ = *std::move(settings);
   stream_ = std::move(stream->ours);
-  steps_.push_back({"prepare-save", absl::Now() - start});
+  steps_.push_back({"prepare-save", MonotonicNow() - start});
   return absl::OkStatus();
 }
 
@@ -77,13 +77,13 @@ absl::StatusOr<UniqueFd> QemuSourceGuest::BeginSave(absl::Time deadline) {
   if (!stream_.valid()) {
     if (absl::Status status = PrepareSave(deadline); !status.ok()) return status;
   }
-  const absl::Time start = absl::Now();
+  const absl::Time start = save_begun_ = MonotonicNow();
   UniqueFd stream = std::move(stream_);
   for (const char* event : {"MIGRATION", "STOP"}) qmp_->DropEvents(event);
   const absl::StatusOr<Json> started =
       qmp_->Execute("migrate", {{"uri", absl::StrCat("fd:", kStreamName)}}, deadline);
   if (started.ok()) {
-    steps_.push_back({"begin-save", absl::Now() - start});
+    steps_.push_back({"begin-save", MonotonicNow() - start});
     return stream;
   }
   if (absl::IsFailedPrecondition(started.status())) {
@@ -118,12 +118,13 @@ absl::Status QemuSourceGuest::ExplainRefusal(absl::Status refusal, absl::Time de
 
 // From here to the migration's end nobody can run the guest: QEMU refuses `cont`.
 absl::StatusOr<absl::Time> QemuSourceGuest::Stop(absl::Time deadline) {
-  const absl::Time start = absl::Now();
+  const absl::Time start = MonotonicNow();
   absl::StatusOr<MigrationState> state =
       FollowMigration(*qmp_, "stop the guest", {"pre-switchover"}, deadline);
   if (!state.ok()) return state.status();
-  steps_.push_back({"stop", absl::Now() - start});
-  return std::min(TakeStopTime().value_or(absl::Now()), absl::Now());
+  steps_.push_back({"stop", MonotonicNow() - start});
+  const absl::Time now = MonotonicNow();
+  return std::max(save_begun_, TakeStopTime().value_or(now));
 }
 
 // When QEMU last said that it stopped the guest, which is some time before its migration waits;
@@ -131,21 +132,21 @@ absl::StatusOr<absl::Time> QemuSourceGuest::Stop(absl::Time deadline) {
 std::optional<absl::Time> QemuSourceGuest::TakeStopTime() {
   std::optional<absl::Time> last;
   while (true) {
-    const absl::StatusOr<QmpEvent> stop = qmp_->WaitEvent("STOP", absl::Now());
+    const absl::StatusOr<QmpEvent> stop = qmp_->WaitEvent("STOP", MonotonicNow());
     if (!stop.ok()) return last;
     last = stop->at;
   }
 }
 
 absl::Status QemuSourceGuest::FinishSave(absl::Time deadline) {
-  const absl::Time start = absl::Now();
+  const absl::Time start = MonotonicNow();
   absl::StatusOr<Json> go =
       qmp_->Execute("migrate-continue", {{"state", "pre-switchover"}}, deadline);
   if (!go.ok()) return go.status();
   absl::StatusOr<MigrationState> state =
       FollowMigration(*qmp_, "save the device state", {"completed"}, deadline);
   if (!state.ok()) return state.status();
-  steps_.push_back({"finish-save", absl::Now() - start});
+  steps_.push_back({"finish-save", MonotonicNow() - start});
   return absl::OkStatus();
 }
 
@@ -162,7 +163,7 @@ absl::Status QemuSourceGuest::Resume(absl::Time deadline) {
 }
 
 absl::Status QemuSourceGuest::TryResume(absl::Time deadline) {
-  const absl::Time start = absl::Now();
+  const absl::Time start = MonotonicNow();
   if (absl::Status status = EndMigration(deadline); !status.ok()) return status;
   absl::StatusOr<std::string> run_state = QueryRunState(*qmp_, deadline);
   if (!run_state.ok()) return run_state.status();
@@ -172,7 +173,7 @@ absl::Status QemuSourceGuest::TryResume(absl::Time deadline) {
   if (was_running_ && (settings_.has_value() || left_behind)) {
     if (absl::Status status = RunAgain(deadline); !status.ok()) return status;
   }
-  steps_.push_back({"resume", absl::Now() - start});
+  steps_.push_back({"resume", MonotonicNow() - start});
   return RestoreSettings(deadline);
 }
 
@@ -208,7 +209,7 @@ absl::Status QemuSourceGuest::RunAgain(absl::Time deadline) {
     absl::StatusOr<std::string> run_state = QueryRunState(*qmp_, deadline);
     if (!run_state.ok()) return run_state.status();
     if (*run_state == "running") return absl::OkStatus();
-    if (absl::Now() >= deadline) {
+    if (MonotonicNow() >= deadline) {
       return absl::DeadlineExceededError(
           absl::StrCat("resume the guest: QEMU is still '", *run_state, "'"));
     }
@@ -218,15 +219,15 @@ absl::Status QemuSourceGuest::RunAgain(absl::Time deadline) {
       continue;
     }
     absl::StatusOr<QmpEvent> event =
-        qmp_->WaitEvent("RESUME", std::min(deadline, absl::Now() + kAskAgain));
+        qmp_->WaitEvent("RESUME", std::min(deadline, MonotonicNow() + kAskAgain));
     if (!event.ok() && !absl::IsDeadlineExceeded(event.status())) return event.status();
   }
 }
 
 absl::Status QemuSourceGuest::Quit(absl::Time deadline) {
-  const absl::Time start = absl::Now();
+  const absl::Time start = MonotonicNow();
   absl::Status status = EndProcess(*qmp_, process_, deadline);
-  if (status.ok()) steps_.push_back({"quit", absl::Now() - start});
+  if (status.ok()) steps_.push_back({"quit", MonotonicNow() - start});
   return status;
 }
 

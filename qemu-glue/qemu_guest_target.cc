@@ -2,10 +2,10 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 #include "qemu-glue/discovery_devices.h"
 #include "qemu-glue/qemu_guest.h"
 #include "qemu-glue/qemu_guest_calls.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -47,7 +47,7 @@ absl::StatusOr<std::unique_ptr<QemuTargetGuest>> QemuTargetGuest::Create(
 }
 
 absl::Status QemuTargetGuest::PrepareLoad(absl::Time deadline) {
-  const absl::Time start = absl::Now();
+  const absl::Time start = MonotonicNow();
   if (settings_.has_value()) {
     return absl::FailedPreconditionError(
         "begin to load the guest: already begun; discard this QEMU");
@@ -71,7 +71,7 @@ absl::Status QemuTargetGuest::PrepareLoad(absl::Time deadline) {
                        deadline);
   if (!begun.ok()) return begun.status();
   stream_ = std::move(stream->ours);
-  steps_.push_back({"prepare-load", absl::Now() - start});
+  steps_.push_back({"prepare-load", MonotonicNow() - start});
   return absl::OkStatus();
 }
 
@@ -83,7 +83,7 @@ absl::StatusOr<UniqueFd> QemuTargetGuest::BeginLoad(absl::Time deadline) {
 }
 
 absl::Status QemuTargetGuest::AwaitLoaded(absl::Time deadline) {
-  const absl::Time start = absl::Now();
+  const absl::Time start = MonotonicNow();
   absl::StatusOr<MigrationState> state =
       FollowMigration(*qmp_, "load the device state", {"completed"}, deadline);
   if (absl::IsUnavailable(state.status())) {
@@ -102,12 +102,12 @@ absl::Status QemuTargetGuest::AwaitLoaded(absl::Time deadline) {
     return absl::FailedPreconditionError(
         absl::StrCat("load the device state: the guest arrived '", *run_state, "', not 'paused'"));
   }
-  steps_.push_back({"load", absl::Now() - start});
+  steps_.push_back({"load", MonotonicNow() - start});
   return absl::OkStatus();
 }
 
 absl::Status QemuTargetGuest::Run(absl::Time deadline) {
-  const absl::Time start = absl::Now();
+  const absl::Time start = MonotonicNow();
   if (process_.HasEnded()) {
     return absl::FailedPreconditionError(
         absl::StrCat("QEMU (process ", pid(), ") had ended before it was told to run the guest"));
@@ -117,7 +117,7 @@ absl::Status QemuTargetGuest::Run(absl::Time deadline) {
   absl::StatusOr<bool> resumed = qmp_->ExecuteUntil("cont", nullptr, "RESUME", deadline);
   if (!resumed.ok()) {
     // A QEMU that was killed may take a while to end.
-    const absl::Time ended_by = std::min(deadline, absl::Now() + kEndAfterClose);
+    const absl::Time ended_by = std::min(deadline, MonotonicNow() + kEndAfterClose);
     if (qmp_->command_unread() && process_.AwaitEnd(ended_by).ok()) {
       return absl::FailedPreconditionError(absl::StrCat(
           "QEMU (process ", pid(), ") ended before it read the order to run the guest"));
@@ -133,7 +133,7 @@ absl::Status QemuTargetGuest::Run(absl::Time deadline) {
           run_state.ok() ? absl::StrCat("is '", *run_state, "'") : run_state.status().message()));
     }
   }
-  steps_.push_back({"run", absl::Now() - start});
+  steps_.push_back({"run", MonotonicNow() - start});
   // The guest runs: neither of these may turn that into an error or keep anyone waiting.
   (void)qmp_->Post("announce-self", Announcement(), deadline);
   if (settings_.has_value()) (void)settings_->PostRestore(*qmp_, deadline);

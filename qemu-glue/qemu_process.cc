@@ -17,9 +17,9 @@
 #include "absl/status/status.h"
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 #include "qemu-glue/process_identity.h"
 #include "qemu-glue/qmp/wait.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -111,7 +111,7 @@ absl::StatusOr<QemuProcess> QemuProcess::Start(const Options& options, absl::Tim
   if (options.on_started != nullptr) options.on_started(process.pid_, process.start_ticks_);
   absl::Status status = process.ConnectMonitor(options.qmp_path, deadline);
   if (status.ok()) return process;
-  (void)process.Kill(absl::Now() + absl::Seconds(5));
+  (void)process.Kill(MonotonicNow() + absl::Seconds(5));
   return status;
 }
 
@@ -130,12 +130,13 @@ absl::Status QemuProcess::ConnectMonitor(const std::string& path, absl::Time dea
     // No socket yet, or the one that an earlier QEMU left behind.
     const bool not_yet =
         absl::IsNotFound(monitor.status()) || absl::IsUnavailable(monitor.status());
-    if (WaitReady(pidfd_.get(), POLLIN, not_yet ? absl::Now() + kTryAgain : absl::InfinitePast())) {
+    if (WaitReady(pidfd_.get(), POLLIN,
+                  not_yet ? MonotonicNow() + kTryAgain : absl::InfinitePast())) {
       return absl::FailedPreconditionError(absl::StrCat(
           "start QEMU: it ended at once; its last words (", log_path_, "): ", LastWords()));
     }
     if (!not_yet) return monitor.status();
-    if (absl::Now() >= deadline) {
+    if (MonotonicNow() >= deadline) {
       return absl::DeadlineExceededError(absl::StrCat(
           "start QEMU: its monitor does not answer in time: ", monitor.status().message(),
           "; its last words (", log_path_, "): ", LastWords()));

@@ -22,6 +22,7 @@
 #include "qemu-glue/qemu_target_place.h"
 #include "qemu-glue/qmp/qmp_client.h"
 #include "qemu-glue/target_files.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -74,7 +75,7 @@ absl::StatusOr<std::unique_ptr<QemuSourceGuest>> OpenOrphan(const std::string& f
     absl::StatusOr<std::unique_ptr<QmpClient>> qmp = QmpClient::Connect(qmp_path, deadline);
     // One that is just starting has no monitor yet, and is no QEMU that has ended.
     while ((absl::IsNotFound(qmp.status()) || absl::IsUnavailable(qmp.status())) && IsAlive(note)) {
-      if (absl::Now() >= deadline) return absl::DeadlineExceededError(qmp.status().message());
+      if (MonotonicNow() >= deadline) return absl::DeadlineExceededError(qmp.status().message());
       absl::SleepFor(absl::Milliseconds(10));
       qmp = QmpClient::Connect(qmp_path, deadline);
     }
@@ -136,7 +137,7 @@ absl::StatusOr<std::unique_ptr<TargetPlace>> QemuTargetHost::MakePlace(
 }
 
 absl::Status QemuTargetHost::EndOrphan(const std::string& address) {
-  const absl::Time deadline = absl::Now() + kQmpTimeout;
+  const absl::Time deadline = MonotonicNow() + kQmpTimeout;
   absl::StatusOr<std::unique_ptr<QemuSourceGuest>> guest =
       OpenOrphan(options_.run_folder, address, deadline);
   if (absl::IsNotFound(guest.status())) return absl::OkStatus();
@@ -151,7 +152,7 @@ absl::Status QemuTargetHost::EndOrphan(const std::string& address) {
 }
 
 absl::Status QemuTargetHost::RunOrphan(const std::string& address) {
-  const absl::Time deadline = absl::Now() + kQmpTimeout;
+  const absl::Time deadline = MonotonicNow() + kQmpTimeout;
   absl::StatusOr<std::unique_ptr<QemuSourceGuest>> guest =
       OpenOrphan(options_.run_folder, address, deadline);
   if (!guest.ok()) return guest.status();
@@ -177,11 +178,11 @@ absl::Status QemuTargetHost::RunOrphan(const std::string& address) {
 void QemuTargetHost::EndWaitingLeftovers() {
   for (const GuestNote& note : ReadGuestNotes(options_.run_folder)) {
     absl::StatusOr<std::unique_ptr<QemuSourceGuest>> guest =
-        OpenOrphan(options_.run_folder, note.qmp, absl::Now() + kQmpTimeout);
+        OpenOrphan(options_.run_folder, note.qmp, MonotonicNow() + kQmpTimeout);
     if (!guest.ok()) continue;
-    const absl::StatusOr<RunState> state = (*guest)->State(absl::Now() + kQmpTimeout);
+    const absl::StatusOr<RunState> state = (*guest)->State(MonotonicNow() + kQmpTimeout);
     if (state.ok() && *state == RunState::kIncoming) {
-      (*guest)->Quit(absl::Now() + kQmpTimeout).IgnoreError();
+      (*guest)->Quit(MonotonicNow() + kQmpTimeout).IgnoreError();
     }
   }
   RemoveLeftovers();
@@ -234,8 +235,8 @@ std::vector<KeptPlace> QemuTargetHost::TakeKept(
 // The place, which is destroyed with the memory. Errors leave the memory's files alone unless they
 // are certainly this copy's, and nobody uses them.
 absl::StatusOr<std::unique_ptr<TargetPlace>> QemuTargetHost::TakeUp(const CopyNote& note) {
-  const absl::Time deadline = absl::Now() + kEndingTimeout;
-  while (IsAlive(note.holder_pid, note.holder_start_ticks) && absl::Now() < deadline) {
+  const absl::Time deadline = MonotonicNow() + kEndingTimeout;
+  while (IsAlive(note.holder_pid, note.holder_start_ticks) && MonotonicNow() < deadline) {
     absl::SleepFor(absl::Milliseconds(10));
   }
   if (IsAlive(note.holder_pid, note.holder_start_ticks)) {
@@ -250,7 +251,7 @@ absl::StatusOr<std::unique_ptr<TargetPlace>> QemuTargetHost::TakeUp(const CopyNo
     RemoveLeftovers();
     if (!std::filesystem::exists(paths.note)) break;
     absl::SleepFor(absl::Milliseconds(10));
-  } while (absl::Now() < deadline);
+  } while (MonotonicNow() < deadline);
   if (std::filesystem::exists(paths.note)) {
     return absl::FailedPreconditionError("a QEMU lives that uses its memory");
   }

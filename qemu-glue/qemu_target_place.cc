@@ -8,7 +8,6 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "absl/time/clock.h"
 #include "predictor/bitmap.h"
 #include "qemu-glue/copy_note.h"
 #include "qemu-glue/discovery.h"
@@ -18,6 +17,7 @@
 #include "qemu-glue/qemu_target_host.h"
 #include "qemu-glue/qmp/qmp_client.h"
 #include "qemu-glue/target_files.h"
+#include "transport/clock.h"
 #include "transport/mutex.h"
 
 namespace presync {
@@ -59,7 +59,7 @@ absl::StatusOr<std::unique_ptr<QemuTargetGuest>> AttachTo(std::unique_ptr<QmpCli
 // Whether `guest`, if there is one, still waits; UNAVAILABLE with `otherwise` if not.
 absl::Status CheckWaits(QemuTargetGuest* guest, absl::string_view otherwise) {
   if (guest == nullptr) return absl::OkStatus();
-  const absl::StatusOr<RunState> state = guest->State(absl::Now() + kQmpTimeout);
+  const absl::StatusOr<RunState> state = guest->State(MonotonicNow() + kQmpTimeout);
   if (state.ok() && *state == RunState::kIncoming) return absl::OkStatus();
   return absl::UnavailableError(otherwise);
 }
@@ -94,7 +94,7 @@ class AttachedPlace final : public TargetPlace {
 
   absl::Status EndWaiting() override {
     if (guest_ == nullptr) return absl::OkStatus();
-    const absl::Status ended = guest_->Discard(absl::Now() + kQmpTimeout);
+    const absl::Status ended = guest_->Discard(MonotonicNow() + kQmpTimeout);
     if (ended.ok()) guest_.reset();
     return ended;
   }
@@ -178,10 +178,10 @@ class StartedPlace final : public TargetPlace {
   }
 
   absl::Status EndWaiting() override {
-    if (guest_ != nullptr) guest_->Discard(absl::Now() + kQmpTimeout).IgnoreError();
+    if (guest_ != nullptr) guest_->Discard(MonotonicNow() + kQmpTimeout).IgnoreError();
     guest_.reset();
     if (!process_) return absl::OkStatus();
-    const absl::Status killed = process_->Kill(absl::Now() + kQmpTimeout);
+    const absl::Status killed = process_->Kill(MonotonicNow() + kQmpTimeout);
     if (!killed.ok()) return killed;
     process_.reset();
     // The note speaks of a process that is gone, and would have the memory files taken for
@@ -317,7 +317,7 @@ std::unique_ptr<TargetPlace> MakeStartedPlace(QemuTargetHost* host, std::string 
 
 absl::StatusOr<std::unique_ptr<TargetPlace>> MakeAttachedPlace(
     const std::string& qmp_path, const std::vector<RegionRequest>& regions) {
-  const absl::Time deadline = absl::Now() + kQmpTimeout;
+  const absl::Time deadline = MonotonicNow() + kQmpTimeout;
   absl::StatusOr<std::unique_ptr<QmpClient>> qmp = QmpClient::Connect(qmp_path, deadline);
   if (!qmp.ok()) return qmp.status();
   GuestInfo info;

@@ -4,7 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -82,7 +82,7 @@ absl::Status RequestWatch::Meet(QmpClient& qmp, const std::string& id, Device* d
 }
 
 absl::StatusOr<RequestLook> RequestWatch::Look(QmpClient& qmp, absl::Time deadline) {
-  RequestLook look = {.at = absl::Now(), .longest = absl::ZeroDuration()};
+  RequestLook look = {.at = MonotonicNow(), .longest = absl::ZeroDuration()};
   const absl::StatusOr<Json> answer = qmp.Execute("query-blockstats", nullptr, deadline);
   if (!answer.ok()) return answer.status();
   if (!answer->is_array()) return absl::InvalidArgumentError("query-blockstats: not a list");
@@ -116,7 +116,7 @@ void RequestWatch::Undo(QmpClient& qmp) {
   for (const auto& [id, device] : devices_) {
     if (!device.histogram_is_ours) continue;
     // One that QEMU keeps for reads alone can only be dropped together with all others.
-    qmp.Post("block-latency-histogram-set", {{"id", id}}, absl::Now() + absl::Seconds(1))
+    qmp.Post("block-latency-histogram-set", {{"id", id}}, MonotonicNow() + absl::Seconds(1))
         .IgnoreError();
   }
   devices_.clear();

@@ -9,8 +9,8 @@
 #include <mutex>
 
 #include "absl/base/thread_annotations.h"
-#include "absl/time/clock.h"
 #include "absl/time/time.h"
+#include "transport/clock.h"
 
 namespace presync {
 
@@ -37,7 +37,7 @@ class ABSL_LOCKABLE Mutex {
   template <typename Predicate>
   bool AwaitWithTimeout(const Predicate& is_true, absl::Duration longest)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(this) {
-    return AwaitWithDeadline(is_true, absl::Now() + longest);
+    return AwaitWithDeadline(is_true, MonotonicNow() + longest);
   }
   template <typename Predicate>
   bool AwaitWithDeadline(const Predicate& is_true, absl::Time deadline)
@@ -68,8 +68,7 @@ class ABSL_LOCKABLE Mutex {
     if (deadline == absl::InfiniteFuture()) {
       condition->wait(lock);
     } else {
-      in_time =
-          condition->wait_until(lock, absl::ToChronoTime(deadline)) != std::cv_status::timeout;
+      in_time = condition->wait_until(lock, ToSteadyTime(deadline)) != std::cv_status::timeout;
     }
     lock.release();  // the caller goes on holding it
     return in_time;

@@ -11,6 +11,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "transport/clock.h"
 #include "transport/unix_address.h"
 
 namespace presync {
@@ -34,13 +35,13 @@ presync_glue_request NewRequest(presync_glue_type type) {
 
 absl::Status WaitFor(int socket, short events, const std::string& path, absl::Time deadline) {
   while (true) {
-    const int64_t left_ms = absl::ToInt64Milliseconds(deadline - absl::Now());
+    const int64_t left_ms = absl::ToInt64Milliseconds(deadline - MonotonicNow());
     pollfd entry = {socket, events, 0};
     const int ready =
         ::poll(&entry, 1, static_cast<int>(std::clamp<int64_t>(left_ms, 0, 3'600'000)));
     if (ready > 0) return absl::OkStatus();
     if (ready < 0 && errno != EINTR) return absl::ErrnoToStatus(errno, "poll on the glue socket");
-    if (absl::Now() >= deadline) {
+    if (MonotonicNow() >= deadline) {
       return absl::DeadlineExceededError(
           absl::StrCat("the library inside QEMU at ", path, " did not answer in time"));
     }
@@ -75,7 +76,7 @@ absl::Status ConnectSocket(int socket, const std::string& path, absl::Time deadl
   if (!address.ok()) return address.status();
   while (::connect(socket, Raw(*address), sizeof(*address)) != 0) {
     if (errno != EAGAIN && errno != EINTR) return ConnectError(errno, path);
-    if (absl::Now() >= deadline) {
+    if (MonotonicNow() >= deadline) {
       return absl::DeadlineExceededError(
           absl::StrCat("the library inside QEMU at ", path, " does not accept connections"));
     }

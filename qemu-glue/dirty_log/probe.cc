@@ -9,12 +9,12 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 #include "qemu-glue/dirty_log/glue_client.h"
 #include "qemu-glue/dirty_log/guest_process.h"
 #include "qemu-glue/dirty_log/tracked_space.h"
 #include "qemu-glue/dirty_log/uffd_async_log.h"
 #include "qemu-glue/dirty_log/uffd_handler_log.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -219,7 +219,7 @@ absl::StatusOr<std::vector<RegionFile>> DescribeRegions(const GuestMemory& memor
 }
 
 absl::StatusOr<ProbedLog> ProbeDirtyLog(const ProbeOptions& options) {
-  const absl::Time deadline = absl::Now() + options.timeout;
+  const absl::Time deadline = MonotonicNow() + options.timeout;
   const absl::Status regions_ok = CheckRegions(options.regions);
   if (!regions_ok.ok()) return regions_ok;
   absl::StatusOr<GlueClient> client = GlueClient::Connect(options.glue_socket, deadline);

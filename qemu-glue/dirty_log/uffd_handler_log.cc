@@ -14,6 +14,7 @@
 #include "absl/memory/memory.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -72,7 +73,7 @@ absl::Status SharedBitmap::AwaitBatch(absl::Time deadline) const {
   const uint32_t seen = batches.load();
   if (seen % 2 == 0) return absl::OkStatus();
   while (batches.load() == seen) {
-    if (absl::Now() >= deadline) {
+    if (MonotonicNow() >= deadline) {
       return absl::DeadlineExceededError(
           "the thread that handles write faults inside QEMU stands still");
     }
@@ -119,7 +120,7 @@ UffdHandlerLog::UffdHandlerLog(TrackedSpace space, std::vector<SharedBitmap> bit
     : space_(std::move(space)), bitmaps_(std::move(bitmaps)) {}
 
 absl::Status UffdHandlerLog::AwaitBatches() const {
-  const absl::Time deadline = absl::Now() + kStandstill;
+  const absl::Time deadline = MonotonicNow() + kStandstill;
   for (const SharedBitmap& bitmap : bitmaps_) {
     const absl::Status status = bitmap.AwaitBatch(deadline);
     if (absl::IsDeadlineExceeded(status)) return absl::UnavailableError(status.message());

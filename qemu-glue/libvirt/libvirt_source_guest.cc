@@ -14,6 +14,7 @@
 #include "absl/time/clock.h"
 #include "qemu-glue/libvirt/unix_socket.h"
 #include "qemu-glue/qemu_guest_calls.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -83,7 +84,7 @@ absl::Status LibvirtSourceGuest::Expect(absl::Time deadline) {
         absl::StrCat("a migration of it is under way already (", migration->status, ")"));
   }
   if (absl::Status s = SetIgnoreShared(true, deadline); !s.ok()) return s;
-  expected_until_ = absl::Now() + kExpectFor;
+  expected_until_ = MonotonicNow() + kExpectFor;
   return absl::OkStatus();
 }
 
@@ -91,7 +92,7 @@ absl::Status LibvirtSourceGuest::Expect(absl::Time deadline) {
 // lose the RAM. So the capability goes as soon as no launch is to come.
 void LibvirtSourceGuest::Forget() {
   if (!expected() || stream_.valid()) return;
-  const absl::Status off = SetIgnoreShared(false, absl::Now() + absl::Seconds(5));
+  const absl::Status off = SetIgnoreShared(false, MonotonicNow() + absl::Seconds(5));
   // QEMU refuses while a migration is under way, and then the next call comes.
   if (off.ok() || process_.HasEnded()) expected_until_ = absl::InfinitePast();
 }
@@ -125,14 +126,14 @@ std::optional<absl::Status> LibvirtSourceGuest::TakeOrderEnd() {
 
 bool LibvirtSourceGuest::Begun() {
   if (stream_.valid()) return true;
-  if (expected() && absl::Now() > expected_until_) Forget();
+  if (expected() && MonotonicNow() > expected_until_) Forget();
   if (!listener_.valid()) return false;
   UniqueFd stream(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
   if (!stream.valid()) return false;
   // The target was not asked: its hook is missing there, or another one writes to us. Closing the
   // connection makes the migration fail and the guest go on here.
   if (!expected() || !IsFromQemu(stream.get(), process_.pid())) return false;
-  begun_at_ = absl::Now();
+  begun_at_ = MonotonicNow();
   stream_ = std::move(stream);
   return true;
 }
@@ -166,7 +167,7 @@ absl::Status LibvirtSourceGuest::AwaitSaved(std::string_view step,
     absl::StatusOr<MigrationState> state = AwaitMigration(*qmp_, step, wanted, deadline);
     if (state.ok()) return absl::OkStatus();
     const bool settling = absl::IsFailedPrecondition(state.status()) && !StreamBroken() &&
-                          absl::Now() < begun_at_ + kSettling;
+                          MonotonicNow() < begun_at_ + kSettling;
     if (!settling) return state.status();
     absl::SleepFor(absl::Milliseconds(2));
   }
@@ -177,9 +178,9 @@ absl::StatusOr<absl::Time> LibvirtSourceGuest::Stop(absl::Time deadline) {
   absl::Status stopped =
       AwaitSaved("stop the guest", {"pre-switchover", "device", "completed"}, deadline);
   if (!stopped.ok()) return stopped;
-  absl::Time at = absl::Now();
+  absl::Time at = MonotonicNow();
   while (true) {
-    const absl::StatusOr<QmpEvent> stop = qmp_->WaitEvent("STOP", absl::Now());
+    const absl::StatusOr<QmpEvent> stop = qmp_->WaitEvent("STOP", MonotonicNow());
     if (!stop.ok()) break;
     if (stop->at >= begun_at_ - kSettling) at = std::min(at, stop->at);
   }
@@ -189,15 +190,15 @@ absl::StatusOr<absl::Time> LibvirtSourceGuest::Stop(absl::Time deadline) {
 absl::Status LibvirtSourceGuest::FinishSave(absl::Time deadline) {
   if (saved_ == nullptr) return absl::FailedPreconditionError("its saving was not begun");
   while (true) {
-    const absl::Status whole = saved_->AwaitWhole(std::min(deadline, absl::Now() + kLookAgain));
+    const absl::Status whole = saved_->AwaitWhole(std::min(deadline, MonotonicNow() + kLookAgain));
     if (!absl::IsDeadlineExceeded(whole)) return whole;
-    if (absl::Now() >= deadline) return whole;
+    if (MonotonicNow() >= deadline) return whole;
     if (absl::Status s = AwaitSaved("save the device state", {"device", "completed"}, deadline);
         !s.ok()) {
       return s;
     }
     // A machine that does not describe its state: what has come then is all.
-    if (absl::Now() - saved_->quiet_since() > kQuiet) saved_->TakeAsWhole();
+    if (MonotonicNow() - saved_->quiet_since() > kQuiet) saved_->TakeAsWhole();
   }
 }
 
@@ -229,12 +230,12 @@ absl::StatusOr<bool> LibvirtSourceGuest::IsBack(absl::Time deadline) {
 
 absl::Status LibvirtSourceGuest::Resume(absl::Time deadline) {
   DropStream();
-  absl::Time libvirts_turn = absl::Now() + kLibvirtsTurn;
+  absl::Time libvirts_turn = MonotonicNow() + kLibvirtsTurn;
   while (true) {
     const absl::StatusOr<bool> back = IsBack(deadline);
     if (!back.ok() && !absl::IsDeadlineExceeded(back.status())) return back.status();
     if (back.ok() && *back) break;
-    const absl::Time now = absl::Now();
+    const absl::Time now = MonotonicNow();
     if (now >= deadline) {
       return absl::DeadlineExceededError("libvirt did not take its migration back in time");
     }
@@ -274,9 +275,10 @@ absl::Status LibvirtSourceGuest::HoldStill(absl::Time deadline) {
 absl::Status LibvirtSourceGuest::Quit(absl::Time deadline) {
   listener_.reset();
   ::unlink(options_.stream_path.c_str());
-  const absl::Time libvirts_turn = std::min(deadline, absl::Now() + kLibvirtsTurn);
+  const absl::Time libvirts_turn = std::min(deadline, MonotonicNow() + kLibvirtsTurn);
   bool ran = false;
-  while (!ran && absl::Now() < libvirts_turn && !process_.AwaitEnd(absl::Now() + kLookAgain).ok()) {
+  while (!ran && MonotonicNow() < libvirts_turn &&
+         !process_.AwaitEnd(MonotonicNow() + kLookAgain).ok()) {
     ran = absl::IsAborted(HoldStill(deadline));
   }
   DropStream();

@@ -15,6 +15,7 @@
 #include "qemu-glue/libvirt/libvirt_client.h"
 #include "qemu-glue/libvirt/unix_socket.h"
 #include "qemu-glue/qemu_guest_calls.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -88,7 +89,7 @@ absl::Status HeldBackStream::Pass() {
 
 absl::Status HeldBackStream::AwaitPassed(absl::Time deadline) {
   while (!passed_) {
-    if (absl::Now() >= deadline) {
+    if (MonotonicNow() >= deadline) {
       return absl::DeadlineExceededError("QEMU does not take its device state in time");
     }
     absl::SleepFor(kLookAgain);
@@ -98,7 +99,7 @@ absl::Status HeldBackStream::AwaitPassed(absl::Time deadline) {
   bool gone = false;
   while (!HasReadAll(to_.get(), &gone)) {
     if (gone) return Gone();
-    if (absl::Now() >= deadline) {
+    if (MonotonicNow() >= deadline) {
       return absl::DeadlineExceededError("QEMU does not read its device state");
     }
     absl::SleepFor(kLookAgain);
@@ -167,7 +168,7 @@ absl::Status LibvirtTargetGuest::AwaitLoaded(absl::Time deadline) {
 }
 
 // Whether QEMU has said that it runs the guest, if only for a moment.
-bool LibvirtTargetGuest::HasRun() { return qmp_->WaitEvent("RESUME", absl::Now()).ok(); }
+bool LibvirtTargetGuest::HasRun() { return qmp_->WaitEvent("RESUME", MonotonicNow()).ok(); }
 
 // libvirt says `cont` when the source's QEMU has heard that all is loaded. When that does not come
 // it never will, for the source has lost us: then this QEMU is ended, so that it is certain.
@@ -176,7 +177,7 @@ absl::Status LibvirtTargetGuest::Run(absl::Time deadline) {
     return absl::FailedPreconditionError(s.message());  // without it QEMU can't have run anything
   }
   const absl::StatusOr<QmpEvent> resumed =
-      qmp_->WaitEvent("RESUME", std::min(deadline, absl::Now() + kLibvirtRuns));
+      qmp_->WaitEvent("RESUME", std::min(deadline, MonotonicNow() + kLibvirtRuns));
   if (resumed.ok()) return absl::OkStatus();
   if (absl::IsDeadlineExceeded(resumed.status())) {
     absl::Status ended = Discard(deadline);
@@ -194,7 +195,7 @@ absl::Status LibvirtTargetGuest::Run(absl::Time deadline) {
 
 absl::Status LibvirtTargetGuest::Discard(absl::Time deadline) {
   stream_.reset();
-  const absl::Time libvirts_turn = std::min(deadline, absl::Now() + kLibvirtsTurn);
+  const absl::Time libvirts_turn = std::min(deadline, MonotonicNow() + kLibvirtsTurn);
   if (process_.AwaitEnd(libvirts_turn).ok()) return absl::OkStatus();
   if (LibvirtClient(uri_).Destroy(uuid_).ok()) return process_.AwaitEnd(deadline);
   return EndProcess(*qmp_, process_, deadline);

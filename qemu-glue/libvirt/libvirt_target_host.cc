@@ -17,12 +17,12 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/strip.h"
-#include "absl/time/clock.h"
 #include "qemu-glue/discovery.h"
 #include "qemu-glue/libvirt/domain_xml.h"
 #include "qemu-glue/libvirt/libvirt_target_guest.h"
 #include "qemu-glue/qmp/qmp_client.h"
 #include "qemu-glue/target_files.h"
+#include "transport/clock.h"
 
 namespace presync {
 
@@ -136,7 +136,7 @@ class LibvirtPlace final : public TargetPlace {
   absl::StatusOr<TargetGuest*> Waiting(absl::Time) override { return &guest_; }
   // Before a launch there is nothing that could have ended, and in one its end is noticed.
   absl::Status Check() override { return absl::OkStatus(); }
-  absl::Status EndWaiting() override { return guest_.Discard(absl::Now() + 2 * kQmpTimeout); }
+  absl::Status EndWaiting() override { return guest_.Discard(MonotonicNow() + 2 * kQmpTimeout); }
   void Keep() override { kept_ = true; }
   std::string address() const override { return absl::StrCat(kScheme, arrival_->uuid); }
 
@@ -164,7 +164,7 @@ absl::Status CheckFiles(const GuestInfo& info, const std::vector<MirroredFile>& 
 
 absl::StatusOr<std::unique_ptr<LibvirtTargetGuest>> LookAtWaiting(
     const LibvirtArrival& arrival, const LibvirtHostOptions& options) {
-  const absl::Time deadline = absl::Now() + kQmpTimeout;
+  const absl::Time deadline = MonotonicNow() + kQmpTimeout;
   const DomainSockets sockets = SocketsOf(options.socket_folder, arrival.uuid);
   absl::StatusOr<std::unique_ptr<QmpClient>> qmp = QmpClient::Connect(sockets.qmp, deadline);
   if (!qmp.ok()) return qmp.status();

@@ -11,8 +11,8 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 #include "qemu-glue/libvirt/unix_socket.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -50,7 +50,7 @@ SavedStream::SavedStream(UniqueFd qemu, UniqueFd out)
     : qemu_(std::move(qemu)),
       out_(std::move(out)),
       wake_(::eventfd(0, EFD_CLOEXEC)),
-      quiet_since_(absl::Now()),
+      quiet_since_(MonotonicNow()),
       thread_([this] { Pass(); }) {}
 
 SavedStream::~SavedStream() {
@@ -85,7 +85,7 @@ bool SavedStream::PassSome(StreamEnd* end, std::string* buffer) {
     }
     {
       MutexLock lock(&mutex_);
-      quiet_since_ = absl::Now();
+      quiet_since_ = MonotonicNow();
     }
     if (end->Take(piece)) {
       End(absl::OkStatus());

@@ -12,6 +12,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "transport/clock.h"
 #include "transport/unix_address.h"
 
 namespace presync {
@@ -46,7 +47,7 @@ absl::StatusOr<UniqueFd> ConnectUnix(const std::string& path, absl::Time deadlin
     if (errno != ENOENT && errno != ECONNREFUSED && errno != EAGAIN) {
       return Failed("connect to", path);
     }
-    if (absl::Now() >= deadline) {
+    if (MonotonicNow() >= deadline) {
       return absl::DeadlineExceededError(absl::StrCat("nobody listens at ", path));
     }
     absl::SleepFor(absl::Milliseconds(2));

@@ -72,10 +72,10 @@ struct presync_result presync_scratch_write(struct presync_scratch* scratch,
   if (result.error != 0) return result;
 
   struct timespec deadline;
-  clock_gettime(CLOCK_REALTIME, &deadline);
+  clock_gettime(CLOCK_MONOTONIC, &deadline);
   deadline.tv_sec += PRESYNC_SCRATCH_PATIENCE_S;
   result.step = PRESYNC_GLUE_STEP_WRITE;
-  if (pthread_timedjoin_np(writer, NULL, &deadline) != 0) {
+  if (pthread_clockjoin_np(writer, NULL, CLOCK_MONOTONIC, &deadline) != 0) {
     presync_range_close(&scratch->range); /* wakes the writer */
     pthread_join(writer, NULL);
     result.error = ETIME;

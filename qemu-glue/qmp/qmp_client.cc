@@ -12,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "qemu-glue/qmp/wait.h"
+#include "transport/clock.h"
 #include "transport/json.h"
 #include "transport/unix_address.h"
 
@@ -53,7 +54,7 @@ absl::StatusOr<UniqueFd> OpenSocket(const std::string& path, absl::Time deadline
   while (::connect(fd.get(), Raw(*address), sizeof(*address)) != 0) {
     if (errno == EINTR) continue;
     if (errno != EAGAIN) return ConnectError(path, errno);
-    if (absl::Now() >= deadline) {
+    if (MonotonicNow() >= deadline) {
       return absl::DeadlineExceededError(
           absl::StrCat("QMP: connect to ", path,
                        ": other clients are waiting for this monitor already, and QEMU serves one "
@@ -98,9 +99,9 @@ ssize_t SendSome(int socket, const char* data, size_t size, int fd_to_pass) {
 absl::Time EventTime(const Json& message) {
   const Json* time = FindMember(message, "timestamp");
   const std::optional<uint64_t> seconds = time ? UintAt(*time, "seconds") : std::nullopt;
-  if (!seconds) return absl::Now();
-  return absl::FromUnixSeconds(static_cast<int64_t>(*seconds)) +
-         absl::Microseconds(UintAt(*time, "microseconds").value_or(0));
+  if (!seconds) return MonotonicNow();
+  return FromWallTime(absl::FromUnixSeconds(static_cast<int64_t>(*seconds)) +
+                      absl::Microseconds(UintAt(*time, "microseconds").value_or(0)));
 }
 
 // What QEMU sends to a client that has been greeted.

@@ -40,7 +40,7 @@ struct QmpCommand {
 struct QmpEvent {
   std::string name;  // "MIGRATION", "STOP", ...
   Json data;         // an object; null if the event has none
-  absl::Time at;     // by QEMU's, so by this host's clock
+  absl::Time at;     // monotonic; made of QEMU's date, which may have been set: bound it
 };
 
 // One connection. One thread at a time may use it; it has no threads of its own. Calls block until

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cerrno>
 
-#include "absl/time/clock.h"
+#include "transport/clock.h"
 
 namespace presync {
 
@@ -12,12 +12,12 @@ bool WaitReady(int fd, short events, absl::Time deadline) {
   while (true) {
     // An hour at most in one wait, so that a deadline in the infinite future fits poll's argument.
     const absl::Duration left =
-        std::clamp(deadline - absl::Now(), absl::ZeroDuration(), absl::Hours(1));
+        std::clamp(deadline - MonotonicNow(), absl::ZeroDuration(), absl::Hours(1));
     const timespec timeout = absl::ToTimespec(left);
     const int ready = ::ppoll(&entry, 1, &timeout, nullptr);
     if (ready > 0) return true;
     if (ready < 0 && errno != EINTR) return true;  // let the caller's own call name the error
-    if (ready == 0 && absl::Now() >= deadline) return false;
+    if (ready == 0 && MonotonicNow() >= deadline) return false;
   }
 }
 

@@ -12,8 +12,8 @@
 #include <thread>
 #include <vector>
 
-#include "absl/time/clock.h"
 #include "tests/faults/scenario.h"
+#include "transport/clock.h"
 #include "transport/mutex.h"
 
 namespace presync {
@@ -46,7 +46,7 @@ void OnAbort(int) {
 
 class Campaign {
  public:
-  explicit Campaign(const Options& options) : options_(options), began_(absl::Now()) {}
+  explicit Campaign(const Options& options) : options_(options), began_(MonotonicNow()) {}
 
   int Run() {
     std::vector<std::thread> workers;
@@ -100,8 +100,8 @@ class Campaign {
       std::printf("run %llu: %s: %s\n", static_cast<unsigned long long>(run),
                   PlanText(plan).c_str(), outcome.what.c_str());
     }
-    if (!options_.quiet && absl::Now() - said_ > absl::Seconds(2)) {
-      said_ = absl::Now();
+    if (!options_.quiet && MonotonicNow() - said_ > absl::Seconds(2)) {
+      said_ = MonotonicNow();
       std::printf("%llu of %llu runs, %zu violations\n", static_cast<unsigned long long>(done_),
                   static_cast<unsigned long long>(Total()), violations_.size());
     }
@@ -110,7 +110,7 @@ class Campaign {
 
   int Report() {
     MutexLock lock(&mutex_);
-    const double seconds = absl::ToDoubleSeconds(absl::Now() - began_);
+    const double seconds = absl::ToDoubleSeconds(MonotonicNow() - began_);
     nlohmann::json rows = nlohmann::json::object();
     for (const auto& [fault, row] : by_fault_) {
       rows[fault] = {{"runs", row.runs}, {"struck", row.struck}, {"at", row.struck_at}};
@@ -141,7 +141,7 @@ class Campaign {
   const absl::Time began_;
   std::atomic<uint64_t> next_ = 0;
   Mutex mutex_;
-  absl::Time said_ ABSL_GUARDED_BY(mutex_) = absl::Now();
+  absl::Time said_ ABSL_GUARDED_BY(mutex_) = MonotonicNow();
   uint64_t done_ ABSL_GUARDED_BY(mutex_) = 0;
   uint64_t lost_ ABSL_GUARDED_BY(mutex_) = 0;
   uint64_t doubled_ ABSL_GUARDED_BY(mutex_) = 0;

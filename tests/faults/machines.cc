@@ -9,6 +9,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "predictor/check.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -255,7 +256,7 @@ class FaultySource final : public SourceGuest {
                                                                            : Alive();
     });
     if (!status.ok()) return status;
-    return absl::Now();
+    return MonotonicNow();
   }
 
   absl::Status FinishSave(absl::Time) override {

@@ -11,6 +11,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "predictor/check.h"
+#include "transport/clock.h"
 #include "transport/wire/control.pb.h"
 
 namespace presync {
@@ -103,7 +104,7 @@ class Network::SourceEnd final : public SourceLink {
   }
   absl::Status Wait(absl::Time deadline) override {
     if (network_->silent_) {
-      absl::SleepFor(std::min(kLook, deadline - absl::Now()));
+      absl::SleepFor(std::min(kLook, deadline - MonotonicNow()));
       return absl::OkStatus();
     }
     return link_ == nullptr ? absl::OkStatus() : link_->Wait(deadline);
@@ -162,7 +163,7 @@ absl::StatusOr<std::unique_ptr<SourceLink>> Network::MeetAtSource(const SessionI
   MutexLock lock(&mutex_);
   const uint64_t epoch = epoch_;
   while (meetings_[token].target_memory == nullptr) {
-    if (absl::Now() >= deadline || epoch != epoch_ || down_ || life->crashed()) {
+    if (MonotonicNow() >= deadline || epoch != epoch_ || down_ || life->crashed()) {
       meetings_[token].over = true;
       return Gone();
     }
@@ -188,7 +189,7 @@ absl::StatusOr<std::unique_ptr<TargetLink>> Network::MeetAtTarget(const SessionI
   const uint64_t epoch = epoch_;
   meetings_[token].target_memory = memory;
   while (meetings_[token].target_end == nullptr) {
-    if (absl::Now() >= deadline || epoch != epoch_ || down_ || life->crashed() ||
+    if (MonotonicNow() >= deadline || epoch != epoch_ || down_ || life->crashed() ||
         meetings_[token].over) {
       meetings_.erase(token);
       return Gone();

@@ -15,10 +15,12 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/time/clock.h"
 #include "predictor/check.h"
 #include "tests/faults/machines.h"
 #include "tests/faults/network.h"
 #include "tests/faults/side.h"
+#include "transport/clock.h"
 #include "transport/mutex.h"
 #include "transport/sync/recovery.h"
 #include "transport/sync/source_session.h"
@@ -178,7 +180,7 @@ void Scenario::StartSource(const std::string& folder) {
   Life* const life = source_.life.get();
   const auto ask = [this, life](const HandoverEntry& entry) {
     const std::unique_ptr<Dialer> dialer = network_.MakeDialer(life);
-    return AskOutcome(dialer.get(), entry.session, entry.guest, absl::Now() + kSwitchover);
+    return AskOutcome(dialer.get(), entry.session, entry.guest, MonotonicNow() + kSwitchover);
   };
   source_.recovery_host = MakeRecoveryHost(&machines_, &source_monitor_, life, ask);
   source_.recovery = std::make_unique<Recovery>(
@@ -268,16 +270,16 @@ void Scenario::StrikeAtMoments(bool in_sync, absl::Time begin) {
   for (size_t i = 0; i < plan_.strikes.size(); ++i) {
     const Strike& strike = plan_.strikes[i];
     if (!strike.step.empty() || strike.in_sync != in_sync) continue;
-    Later(begin + strike.at - absl::Now(), [this, i] { Hit(i); });
+    Later(begin + strike.at - MonotonicNow(), [this, i] { Hit(i); });
   }
 }
 
 void Scenario::Later(absl::Duration after, std::function<void()> what) {
   MutexLock lock(&later_mutex_);
   later_.emplace_back([this, after, what = std::move(what)] {
-    const absl::Time at = absl::Now() + after;
-    while (absl::Now() < at && !healed_) {
-      absl::SleepFor(std::min(absl::Milliseconds(2), at - absl::Now()));
+    const absl::Time at = MonotonicNow() + after;
+    while (MonotonicNow() < at && !healed_) {
+      absl::SleepFor(std::min(absl::Milliseconds(2), at - MonotonicNow()));
     }
     what();
   });
@@ -379,9 +381,9 @@ bool Scenario::RestartCrashed() {
 
 // Waits until no session is in a handover and nothing is open, as RecoveryLoop does in presyncd.
 bool Scenario::AwaitSettled() {
-  const absl::Time deadline = absl::Now() + kPatience;
+  const absl::Time deadline = MonotonicNow() + kPatience;
   std::string what;
-  while (absl::Now() < deadline) {
+  while (MonotonicNow() < deadline) {
     const bool live = source_.session != nullptr && !IsOver(source_.session->status().state);
     source_.recovery->Pass([&](const std::string&) { return live; });
     target_.recovery->Pass([&](const std::string& guest) {
@@ -431,9 +433,9 @@ void Scenario::Judge(const char* when) {
 
 // presync works again: a guest that is still here can be launched, now that nothing is broken.
 void Scenario::MoveOnce() {
-  const absl::Time deadline = absl::Now() + kPatience;
+  const absl::Time deadline = MonotonicNow() + kPatience;
   absl::Status last;
-  while (absl::Now() < deadline && !machines_.target_runs()) {
+  while (MonotonicNow() < deadline && !machines_.target_runs()) {
     if (source_.session == nullptr || IsOver(source_.session->status().state)) {
       last = StartSession();
       if (!last.ok()) {
@@ -468,13 +470,13 @@ Outcome Scenario::Run() {
   StartSource(folder_ + "/source");
   network_.SetLinkFaults(link_faults);
   armed_ = true;
-  StrikeAtMoments(/*in_sync=*/true, absl::Now());
+  StrikeAtMoments(/*in_sync=*/true, MonotonicNow());
   // presync start is refused while something is broken; a person types it again.
   for (int i = 0; i < 3 && !StartSession().ok() && !source_.life->crashed(); ++i) {
     absl::SleepFor(absl::Milliseconds(5));
   }
   if (source_.session != nullptr && !source_.life->crashed()) {
-    StrikeAtMoments(/*in_sync=*/false, absl::Now());
+    StrikeAtMoments(/*in_sync=*/false, MonotonicNow());
     Launch().status().IgnoreError();
   }
   outcome_.struck = hit_[0] || plan_.strikes[0].fault == Fault::kNone;

@@ -14,6 +14,7 @@
 #include "absl/status/status.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
+#include "transport/clock.h"
 
 namespace presync {
 
@@ -49,10 +50,10 @@ class Life {
 
   // As SIGSTOP, with SIGCONT after `how_long`.
   void Stop(absl::Duration how_long) {
-    stopped_until_us_ = absl::ToUnixMicros(absl::Now() + how_long);
+    stopped_until_us_ = absl::ToUnixMicros(MonotonicNow() + how_long);
   }
   void AwaitRunning() const {
-    while (!crashed_ && absl::ToUnixMicros(absl::Now()) < stopped_until_us_) {
+    while (!crashed_ && absl::ToUnixMicros(MonotonicNow()) < stopped_until_us_) {
       absl::SleepFor(absl::Milliseconds(1));
     }
   }

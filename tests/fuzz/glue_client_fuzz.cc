@@ -17,6 +17,7 @@
 #include "qemu-glue/dirty_log/glue_client.h"
 #include "qemu-glue/dirty_log/uffd_handler_log.h"
 #include "tests/fuzz/fuzz_input.h"
+#include "transport/clock.h"
 #include "transport/unique_fd.h"
 
 namespace presync {
@@ -127,11 +128,11 @@ void TryRange(const absl::StatusOr<GlueRange>& range, GlueMode mode) {
   FUZZ_REQUIRE(::ftruncate(range->bitmap.get(), 0) != 0);
   FUZZ_REQUIRE(bitmap->words() == 1);
   (void)bitmap->health();
-  (void)bitmap->AwaitBatch(absl::Now());
+  (void)bitmap->AwaitBatch(MonotonicNow());
 }
 
 void Ask(const std::string& path, uint8_t which) {
-  const absl::Time deadline = absl::Now() + absl::Seconds(2);
+  const absl::Time deadline = MonotonicNow() + absl::Seconds(2);
   absl::StatusOr<GlueClient> client = GlueClient::Connect(path, deadline);
   if (!client.ok()) return;
   const GlueMode mode = which % 2 == 0 ? GlueMode::kAsync : GlueMode::kHandler;

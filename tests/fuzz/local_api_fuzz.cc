@@ -8,6 +8,7 @@
 #include "tests/fuzz/fuzz_input.h"
 #include "tools/common/local_api.h"
 #include "tools/presyncd/daemon.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -37,7 +38,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   fuzz::SocketPair pair = fuzz::MakeSocketPair();
   fuzz::SendAtOnce(pair.peer.get(), {reinterpret_cast<const char*>(data), size});
   ::shutdown(pair.peer.get(), SHUT_WR);
-  absl::StatusOr<Json> request = ReadJsonLine(pair.product.get(), absl::Now() + absl::Seconds(2));
+  absl::StatusOr<Json> request =
+      ReadJsonLine(pair.product.get(), MonotonicNow() + absl::Seconds(2));
   const absl::Status told = request.ok() ? JsonToStatus(*request) : request.status();
   if (!request.ok()) {
     FUZZ_REQUIRE(JsonToStatus(StatusToJson(told)).code() == told.code());

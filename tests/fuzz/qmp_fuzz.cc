@@ -13,6 +13,7 @@
 #include "qemu-glue/qemu_guest_calls.h"
 #include "qemu-glue/qmp/qmp_client.h"
 #include "tests/fuzz/fuzz_input.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -59,7 +60,7 @@ class FuzzMonitor {
 };
 
 void Ask(const std::string& path, uint8_t which) {
-  const absl::Time deadline = absl::Now() + absl::Seconds(2);
+  const absl::Time deadline = MonotonicNow() + absl::Seconds(2);
   absl::StatusOr<std::unique_ptr<QmpClient>> qmp = QmpClient::Connect(path, deadline);
   if (!qmp.ok()) return;
   switch (which % 5) {

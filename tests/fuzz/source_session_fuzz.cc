@@ -16,6 +16,7 @@
 #include "tests/fuzz/control_peer.h"
 #include "tests/fuzz/fuzz_input.h"
 #include "tests/transport/sync/model_guest.h"
+#include "transport/clock.h"
 #include "transport/sync/source_connection.h"
 #include "transport/sync/source_handover.h"
 #include "transport/tcp/tcp_target_link.h"
@@ -126,7 +127,7 @@ void HandOver(FuzzTarget* target, SourceConnection* connection, bool verify) {
   options.rounds_timeout = absl::Milliseconds(500);
   options.switchover_timeout = absl::Milliseconds(200);
   const HandoverEnd end = RunSourceHandover(connection->channel.get(), sync.get(), &guest,
-                                            memory.memory(), &record, options, absl::Now());
+                                            memory.memory(), &record, options, MonotonicNow());
   const HandoverPhase phase = PhaseOnDisk(record);
   switch (end.result) {
     case HandoverResult::kMoved:
@@ -164,7 +165,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   FuzzTarget target(std::move(script), (flags & 4) != 0);
   const SessionRequest request = Request();
   const GuestMemory* const memory = &TheMemories().source.memory();
-  const absl::Time deadline = absl::Now() + absl::Milliseconds(500);
+  const absl::Time deadline = MonotonicNow() + absl::Milliseconds(500);
   if ((flags & 32) != 0) {
     AskOutcome(&target, request.session, request.guest, deadline).IgnoreError();
     return 0;

@@ -10,6 +10,7 @@
 
 #include "tests/fuzz/fuzz_input.h"
 #include "tests/transport/scratch_memory.h"
+#include "transport/clock.h"
 #include "transport/tcp/tcp_source_link.h"
 #include "transport/tcp/tcp_target_link.h"
 
@@ -89,7 +90,7 @@ void TrySource(fuzz::FuzzInput* input, size_t count) {
   LinkEvents events;
   absl::Status status;
   while (status.ok()) {
-    status = (*link)->Wait(absl::Now() + absl::Seconds(1));
+    status = (*link)->Wait(MonotonicNow() + absl::Seconds(1));
     if (status.ok()) status = (*link)->Poll(&events);
     FUZZ_REQUIRE(events.committed <= newest);
   }

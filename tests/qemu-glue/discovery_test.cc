@@ -8,10 +8,10 @@
 #include <map>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 #include "qemu-glue/discovery_devices.h"
 #include "tests/qemu-glue/fake_qmp_server.h"
 #include "tests/qemu-glue/test_qemu.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -21,7 +21,7 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 
-absl::Time Soon() { return absl::Now() + absl::Seconds(60); }
+absl::Time Soon() { return MonotonicNow() + absl::Seconds(60); }
 
 std::vector<std::string> Texts(const Findings& findings) {
   std::vector<std::string> texts;

@@ -17,14 +17,14 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 #include "qemu-glue/qemu_guest.h"
 #include "tests/qemu-glue/test_qemu.h"
+#include "transport/clock.h"
 
 namespace presync {
 
 // Only a hang reaches this.
-inline absl::Time Soon() { return absl::Now() + absl::Seconds(60); }
+inline absl::Time Soon() { return MonotonicNow() + absl::Seconds(60); }
 // For what must not happen: how long a test waits to see that it doesn't.
 inline constexpr absl::Duration kWhile = absl::Milliseconds(100);
 inline constexpr absl::Duration kPatience = absl::Seconds(60);

@@ -10,8 +10,8 @@
 
 #include <functional>
 
-#include "absl/time/clock.h"
 #include "tests/qemu-glue/qemu_guest_fixture.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -230,7 +230,7 @@ TEST_P(QemuGuestTest, StopGivesUpWhenNobodyReads) {
   auto guest = Source(*qemu);
   absl::StatusOr<UniqueFd> stream = guest->BeginSave(Soon());
   ASSERT_TRUE(stream.ok()) << stream.status();
-  absl::Status stopped = guest->Stop(absl::Now() + kWhile).status();
+  absl::Status stopped = guest->Stop(MonotonicNow() + kWhile).status();
   EXPECT_TRUE(absl::IsDeadlineExceeded(stopped)) << stopped;
   EXPECT_TRUE(qemu->CounterMoves(kPatience));
   absl::Status resumed = guest->Resume(Soon());
@@ -289,7 +289,7 @@ TEST_P(QemuGuestTest, KillsAQemuThatDoesNotQuit) {
   auto qemu = StartSource();
   auto guest = Source(*qemu);
   ASSERT_EQ(::kill(guest->pid(), SIGSTOP), 0);
-  absl::Status quit = guest->Quit(absl::Now() + absl::Seconds(2));
+  absl::Status quit = guest->Quit(MonotonicNow() + absl::Seconds(2));
   EXPECT_TRUE(quit.ok()) << quit;
   EXPECT_EQ(guest->State(Soon()).value(), RunState::kGone);
 }

@@ -9,16 +9,16 @@
 #include <filesystem>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 #include "tests/qemu-glue/fake_qmp_server.h"
 #include "tests/qemu-glue/test_qemu.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
 
 using ::testing::HasSubstr;
 
-absl::Time Soon() { return absl::Now() + absl::Seconds(60); }
+absl::Time Soon() { return MonotonicNow() + absl::Seconds(60); }
 
 QemuProcess::Options Program(const TestFolder& folder, std::vector<std::string> argv) {
   return {std::move(argv), folder.Path("qmp"), folder.Path("log")};
@@ -38,7 +38,7 @@ TEST(QemuProcess, KillsAProgramThatNeverAnswers) {
   TestFolder folder;
   absl::Status status =
       QemuProcess::Start(Program(folder, {"sh", "-c", "echo my pid is $$; exec sleep 1000"}),
-                         absl::Now() + absl::Seconds(2))
+                         MonotonicNow() + absl::Seconds(2))
           .status();
   EXPECT_TRUE(absl::IsDeadlineExceeded(status)) << status;
   const std::string text(status.message());

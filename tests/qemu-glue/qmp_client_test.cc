@@ -10,8 +10,8 @@
 #include <future>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 #include "tests/qemu-glue/fake_qmp_server.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -19,8 +19,8 @@ namespace {
 using ::testing::HasSubstr;
 
 // Long enough that only a hang reaches it; short for the tests that wait for it on purpose.
-absl::Time Soon() { return absl::Now() + absl::Seconds(30); }
-absl::Time AtOnce() { return absl::Now() + absl::Milliseconds(50); }
+absl::Time Soon() { return MonotonicNow() + absl::Seconds(30); }
+absl::Time AtOnce() { return MonotonicNow() + absl::Milliseconds(50); }
 
 std::unique_ptr<QmpClient> ConnectTo(const FakeQmpServer& server) {
   absl::StatusOr<std::unique_ptr<QmpClient>> client = QmpClient::Connect(server.path(), Soon());

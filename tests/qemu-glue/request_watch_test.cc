@@ -7,8 +7,8 @@
 #include <string>
 #include <vector>
 
-#include "absl/time/clock.h"
 #include "tests/qemu-glue/fake_qmp_server.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -19,13 +19,13 @@ class RequestWatchTest : public ::testing::Test {
  protected:
   RequestWatchTest() {
     absl::StatusOr<std::unique_ptr<QmpClient>> qmp =
-        QmpClient::Connect(server_.path(), absl::Now() + absl::Seconds(60));
+        QmpClient::Connect(server_.path(), MonotonicNow() + absl::Seconds(60));
     EXPECT_TRUE(qmp.ok()) << qmp.status();
     qmp_ = *std::move(qmp);
   }
 
   absl::Duration Look() {
-    const absl::StatusOr<RequestLook> look = watch_.Look(*qmp_, absl::Now() + absl::Seconds(60));
+    const absl::StatusOr<RequestLook> look = watch_.Look(*qmp_, MonotonicNow() + absl::Seconds(60));
     EXPECT_TRUE(look.ok()) << look.status();
     return look.ok() ? look->longest : absl::ZeroDuration();
   }
@@ -143,7 +143,7 @@ TEST_F(RequestWatchTest, AnswersOfTheWrongShapeAreErrors) {
        {Json("?"), Json({{"a", 1}}),
         Json::array({{{"qdev", "a"}, {"stats", {{"rd_total_time_ns", -1}}}}})}) {
     blockstats_ = answer;
-    EXPECT_FALSE(watch_.Look(*qmp_, absl::Now() + absl::Seconds(60)).ok()) << answer;
+    EXPECT_FALSE(watch_.Look(*qmp_, MonotonicNow() + absl::Seconds(60)).ok()) << answer;
   }
 }
 

@@ -13,6 +13,7 @@
 #include "qemu-glue/dirty_log/probe.h"
 #include "tests/qemu-glue/synthetic_pair.h"
 #include "tests/transport/rdma/rdma_fixture.h"
+#include "transport/clock.h"
 #include "transport/sync/source_session.h"
 #include "transport/sync/target_service.h"
 #include "transport/tcp/socket.h"
@@ -74,7 +75,7 @@ class SyntheticHandoverTest : public ::testing::Test {
 
   template <typename Condition>
   bool Await(Condition condition) {
-    for (const absl::Time end = absl::Now() + absl::Seconds(100); absl::Now() < end;) {
+    for (const absl::Time end = MonotonicNow() + absl::Seconds(100); MonotonicNow() < end;) {
       if (condition(session_->status())) return true;
       std::this_thread::sleep_for(std::chrono::milliseconds(10));
     }

@@ -6,8 +6,8 @@
 #include <cstring>
 #include <utility>
 
-#include "absl/time/clock.h"
 #include "predictor/check.h"
+#include "transport/clock.h"
 
 namespace presync::testing {
 namespace {
@@ -60,7 +60,7 @@ absl::StatusOr<UniqueFd> SyntheticSourceGuest::BeginSave(absl::Time) {
 absl::StatusOr<absl::Time> SyntheticSourceGuest::Stop(absl::Time) {
   StopVcpus(guest_);
   running_ = false;
-  return absl::Now();
+  return MonotonicNow();
 }
 
 absl::Status SyntheticSourceGuest::FinishSave(absl::Time) {

@@ -20,6 +20,7 @@
 #include "qemu-glue/copy_note.h"
 #include "qemu-glue/guest_notes.h"
 #include "qemu-glue/qemu_target_host.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -142,7 +143,7 @@ TEST_F(TargetCopyTest, AQemuThatDidNotStartLeavesNoNote) {
   ASSERT_TRUE(host.ok()) << host.status();
   auto place = (*host)->MakePlace("g1", kRegions);
   ASSERT_TRUE(place.ok()) << place.status();
-  EXPECT_FALSE((*place)->Waiting(absl::Now() + absl::Seconds(20)).ok());
+  EXPECT_FALSE((*place)->Waiting(MonotonicNow() + absl::Seconds(20)).ok());
   (*host)->RemoveLeftovers();
   EXPECT_THAT(FilesIn("ram"), ElementsAre("g1.ram0.ram", "g1.ram1.ram"));
 }

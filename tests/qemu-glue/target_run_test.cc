@@ -7,9 +7,9 @@
 #include <memory>
 #include <string>
 
-#include "absl/time/clock.h"
 #include "qemu-glue/qemu_guest.h"
 #include "tests/qemu-glue/fake_qmp_server.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -38,7 +38,7 @@ class TargetRunTest : public ::testing::Test {
         }));
   }
   absl::Status Run() {
-    const absl::Time deadline = absl::Now() + absl::Seconds(20);
+    const absl::Time deadline = MonotonicNow() + absl::Seconds(20);
     auto qmp = QmpClient::Connect(server_->path(), deadline);
     if (!qmp.ok()) return qmp.status();
     auto guest = QemuTargetGuest::Create(*std::move(qmp), deadline);

@@ -13,6 +13,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -108,14 +109,15 @@ TestQemu::TestQemu(const TestFolder& folder, const QemuVersionUnderTest& version
   if (options.target) add({"-incoming", "defer"});
   if (options.stopped) add({"-S"});
   start.argv.insert(start.argv.end(), options.more.begin(), options.more.end());
-  absl::StatusOr<QemuProcess> process = QemuProcess::Start(start, absl::Now() + absl::Seconds(60));
+  absl::StatusOr<QemuProcess> process =
+      QemuProcess::Start(start, MonotonicNow() + absl::Seconds(60));
   if (!process.ok()) GiveUp(std::string(process.status().message()));
   process_ = std::make_unique<QemuProcess>(*std::move(process));
   ram_ = UniqueFd(::open(ram_path_.c_str(), O_RDWR | O_CLOEXEC));
 }
 
 TestQemu::~TestQemu() {
-  absl::Status killed = process_->Kill(absl::Now() + absl::Seconds(30));
+  absl::Status killed = process_->Kill(MonotonicNow() + absl::Seconds(30));
   EXPECT_TRUE(killed.ok()) << killed;
 }
 
@@ -128,7 +130,7 @@ uint32_t TestQemu::ReadRam(size_t offset) const {
 
 bool TestQemu::CounterMoves(absl::Duration patience) const {
   const uint32_t before = RegisterCounter();
-  for (const absl::Time end = absl::Now() + patience; absl::Now() < end;) {
+  for (const absl::Time end = MonotonicNow() + patience; MonotonicNow() < end;) {
     if (RegisterCounter() != before) return true;
     absl::SleepFor(absl::Milliseconds(1));
   }

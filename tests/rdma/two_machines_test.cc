@@ -15,9 +15,9 @@
 #include <vector>
 
 #include "absl/strings/str_split.h"
-#include "absl/time/clock.h"
 #include "tools/bench/bench_target_host.h"
 #include "tools/common/units.h"
+#include "transport/clock.h"
 #include "transport/sync/conversation.h"
 #include "transport/sync/memory_comparison.h"
 #include "transport/sync/page_hash.h"
@@ -44,7 +44,7 @@ class TwoMachines : public ::testing::TestWithParam<std::string> {
     dialer_ = std::make_unique<TcpDialer>(target.host, target.port,
                                           PeerSecurity{.plain = PlainPeers::kAnyone});
     // The other machine may still be booting.
-    for (const absl::Time end = absl::Now() + absl::Seconds(120); absl::Now() < end;) {
+    for (const absl::Time end = MonotonicNow() + absl::Seconds(120); MonotonicNow() < end;) {
       absl::StatusOr<SourceConnection> connection = Connect();
       status_ = connection.status();
       if (status_.ok()) {
@@ -65,7 +65,7 @@ class TwoMachines : public ::testing::TestWithParam<std::string> {
     request.rdma.queue_pairs = 2;
     request.rdma.queue_bytes = uint64_t{1} << 20;
     request.rdma.stall_timeout = absl::Seconds(30);
-    return ConnectSource(dialer_.get(), &memory_, request, absl::Now() + absl::Seconds(60));
+    return ConnectSource(dialer_.get(), &memory_, request, MonotonicNow() + absl::Seconds(60));
   }
 
   // Posts `writes` one after another, each as soon as the link takes it, and a commit.
@@ -87,7 +87,7 @@ class TwoMachines : public ::testing::TestWithParam<std::string> {
 
   void Collect(LinkEvents* events, size_t* completed) {
     events->Clear();
-    ASSERT_TRUE(connection_.link->Wait(absl::Now() + absl::Milliseconds(200)).ok());
+    ASSERT_TRUE(connection_.link->Wait(MonotonicNow() + absl::Milliseconds(200)).ok());
     const absl::Status polled = connection_.link->Poll(events);
     ASSERT_TRUE(polled.ok()) << polled;
     *completed += events->completed.size();
@@ -95,7 +95,7 @@ class TwoMachines : public ::testing::TestWithParam<std::string> {
 
   // Pages whose hashes differ between here and there.
   std::vector<PageRun> Differences() {
-    const absl::Time deadline = absl::Now() + absl::Seconds(60);
+    const absl::Time deadline = MonotonicNow() + absl::Seconds(60);
     const HashPlan plan = {.run = {0, kPages}};
     EXPECT_TRUE(connection_.channel->Send(MakeHashRequest(plan), deadline).ok());
     const absl::StatusOr<wire::ControlMessage> there =

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "tools/bench/bench_target_host.h"
+#include "transport/clock.h"
 #include "transport/sync/source_connection.h"
 #include "transport/sync/target_service.h"
 #include "transport/tcp/socket.h"
@@ -125,7 +126,7 @@ class BenchServerTest : public ::testing::Test {
     request.session = RandomId();
     request.guest = "bench";
     request.transport = Transport::kTcp;
-    return ConnectSource(dialer_.get(), &memory, request, absl::Now() + absl::Seconds(20));
+    return ConnectSource(dialer_.get(), &memory, request, MonotonicNow() + absl::Seconds(20));
   }
 
   const std::unique_ptr<TemporaryFolder> records_ = *TemporaryFolder::Create();
@@ -158,7 +159,7 @@ TEST_F(BenchServerTest, TakesNoHandover) {
   const GuestMemory memory = *MakeScratchMemory("/dev/shm", kMemoryBytes);
   absl::StatusOr<SourceConnection> connection = Connect(memory);
   ASSERT_TRUE(connection.ok()) << connection.status();
-  const absl::Time deadline = absl::Now() + absl::Seconds(20);
+  const absl::Time deadline = MonotonicNow() + absl::Seconds(20);
   wire::ControlMessage begin;
   begin.mutable_begin_handover();
   ASSERT_TRUE(connection->channel->Send(begin, deadline).ok());

@@ -10,9 +10,9 @@
 #include <filesystem>
 #include <string>
 
-#include "absl/time/clock.h"
 #include "tools/common/local_api.h"
 #include "tools/presyncd/local_server.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -55,7 +55,7 @@ class LocalAccessTest : public ::testing::Test {
     const pid_t child = ::fork();
     if (child == 0) {
       if (::setgroups(1, &extra) != 0 || ::setgid(gid) != 0 || ::setuid(uid) != 0) ::_exit(9);
-      const auto answer = CallLocal(path_, {{"command", "x"}}, absl::Now() + absl::Seconds(20));
+      const auto answer = CallLocal(path_, {{"command", "x"}}, MonotonicNow() + absl::Seconds(20));
       const std::string text =
           std::string((answer.ok() ? JsonToStatus(*answer) : answer.status()).message());
       ::_exit(::write(pipes[1], text.data(), text.size()) >= 0 ? 0 : 9);

@@ -20,6 +20,7 @@
 #include "tools/presyncd/local_access.h"
 #include "tools/presyncd/local_server.h"
 #include "tools/presyncd/recording_api.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -59,7 +60,7 @@ class RecordedGuest {
   RecordedGuest()
       : memory_(kRegions), recorder_(memory_.MakeLog(), &memory_.memory()), thread_([this] {
           while (!ends_) {
-            recording_.Step(&recorder_, absl::Now()).IgnoreError();
+            recording_.Step(&recorder_, MonotonicNow()).IgnoreError();
             absl::SleepFor(absl::Milliseconds(1));
           }
         }) {}

@@ -17,6 +17,7 @@
 
 #include "absl/time/clock.h"
 #include "tests/transport/scratch_memory.h"
+#include "transport/clock.h"
 #include "transport/link.h"
 
 namespace presync {
@@ -24,7 +25,7 @@ namespace presync {
 struct LinkPair {
   std::unique_ptr<SourceLink> source;
   std::unique_ptr<TargetLink> target;
-  std::function<absl::Time()> now = absl::Now;  // the clock of its deadlines
+  std::function<absl::Time()> now = MonotonicNow;  // the clock of its deadlines
 };
 
 struct LinkKind {
@@ -316,8 +317,8 @@ TEST_P(LinkContract, ATargetWhoseSourceIsGoneSaysSo) {
   EXPECT_TRUE(link_.target->health().ok()) << link_.target->health();
   ASSERT_TRUE(PostAll(EveryPage(700)).ok());
   link_.source.reset();
-  const absl::Time deadline = absl::Now() + kPatience;
-  while (link_.target->health().ok() && absl::Now() < deadline)
+  const absl::Time deadline = MonotonicNow() + kPatience;
+  while (link_.target->health().ok() && MonotonicNow() < deadline)
     absl::SleepFor(absl::Milliseconds(1));
   EXPECT_EQ(link_.target->health().code(), absl::StatusCode::kUnavailable);
   link_.target->Close();

@@ -2,13 +2,13 @@
 
 #include <utility>
 
-#include "absl/time/clock.h"
+#include "transport/clock.h"
 #include "transport/tcp/socket.h"
 
 namespace presync {
 
 absl::StatusOr<SocketPairs> ConnectLoopback(size_t count) {
-  const absl::Time deadline = absl::Now() + absl::Seconds(30);
+  const absl::Time deadline = MonotonicNow() + absl::Seconds(30);
   auto listener = Listen("127.0.0.1", 0);
   if (!listener.ok()) return listener.status();
   auto port = BoundPort(listener->get());

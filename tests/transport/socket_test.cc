@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "absl/time/clock.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -16,7 +16,7 @@ namespace {
 using ::testing::AllOf;
 using ::testing::HasSubstr;
 
-absl::Time Soon() { return absl::Now() + absl::Seconds(30); }
+absl::Time Soon() { return MonotonicNow() + absl::Seconds(30); }
 
 class SocketTest : public ::testing::TestWithParam<const char*> {};
 
@@ -65,9 +65,9 @@ TEST(SocketErrors, APortInUseIsNamed) {
 TEST(SocketErrors, AcceptEndsAtItsDeadline) {
   auto listener = Listen("127.0.0.1", 0);
   ASSERT_TRUE(listener.ok());
-  const absl::Time deadline = absl::Now() + absl::Milliseconds(20);
+  const absl::Time deadline = MonotonicNow() + absl::Milliseconds(20);
   EXPECT_EQ(Accept(listener->get(), deadline).status().code(), absl::StatusCode::kDeadlineExceeded);
-  EXPECT_GE(absl::Now(), deadline);
+  EXPECT_GE(MonotonicNow(), deadline);
 }
 
 TEST(SocketErrors, ConnectEndsAtItsDeadlineWhenNobodyAnswers) {
@@ -79,7 +79,7 @@ TEST(SocketErrors, ConnectEndsAtItsDeadlineWhenNobodyAnswers) {
   std::vector<UniqueFd> fill;
   absl::Status status;
   for (int i = 0; i < 20 && status.ok(); ++i) {
-    auto fd = Connect("127.0.0.1", port, absl::Now() + absl::Milliseconds(200));
+    auto fd = Connect("127.0.0.1", port, MonotonicNow() + absl::Milliseconds(200));
     status = fd.status();
     if (fd.ok()) fill.push_back(*std::move(fd));
   }

@@ -10,6 +10,7 @@
 #include "tests/transport/link_contract.h"
 #include "tests/transport/loopback.h"
 #include "tests/transport/tls/certificates.h"
+#include "transport/clock.h"
 #include "transport/tcp/frame.h"
 #include "transport/tcp/tcp_source_link.h"
 #include "transport/tcp/tcp_target_link.h"
@@ -92,7 +93,7 @@ absl::StatusOr<LinkPair> ConnectTls(size_t streams, const GuestMemory& source,
   const auto& certificates = TestCertificates::Shared();
   const auto one = certificates.Identity("one");
   const auto two = certificates.Identity("two");
-  const absl::Time deadline = absl::Now() + absl::Seconds(20);
+  const absl::Time deadline = MonotonicNow() + absl::Seconds(20);
   std::vector<Connection> dialled, accepted;
   for (size_t i = 0; i < streams; ++i) {
     std::unique_ptr<TlsSession> theirs;
@@ -170,8 +171,8 @@ class HostilePeer : public TcpLinkTest {
     send(peer_[stream].get(), bytes.data(), bytes.size(), MSG_NOSIGNAL);
   }
   absl::Status Ended() {
-    const absl::Time deadline = absl::Now() + absl::Seconds(60);
-    while (link_->health().ok() && absl::Now() < deadline) absl::SleepFor(absl::Milliseconds(1));
+    const absl::Time deadline = MonotonicNow() + absl::Seconds(60);
+    while (link_->health().ok() && MonotonicNow() < deadline) absl::SleepFor(absl::Milliseconds(1));
     return link_->health();
   }
   // Every page but those of `named` is as it was.
@@ -311,7 +312,7 @@ TEST_F(TcpLinkTest, ASourceSurvivesAndEndsWithAPeerThatReadsNothing) {
     auto posted = (*link)->Post(std::vector<PageWrite>{{{0, 500}}});
     ASSERT_TRUE(posted.ok()) << posted.status();
     refused = *posted == 0 ? refused + 1 : 0;
-    ASSERT_TRUE((*link)->Wait(absl::Now() + absl::Milliseconds(50)).ok());
+    ASSERT_TRUE((*link)->Wait(MonotonicNow() + absl::Milliseconds(50)).ok());
     ASSERT_TRUE((*link)->Poll(&events).ok());
   }
   link->reset();
@@ -324,13 +325,13 @@ TEST_F(TcpLinkTest, APeerThatAcknowledgesNothingIsGoneAfterTheTimeout) {
   options.peer_timeout = absl::Seconds(1);
   auto link = TcpSourceLink::Create(&ram_->memory(), std::move(sockets->source), {}, options);
   ASSERT_TRUE(link.ok()) << link.status();
-  const absl::Time deadline = absl::Now() + absl::Seconds(60);
+  const absl::Time deadline = MonotonicNow() + absl::Seconds(60);
   LinkEvents events;
   absl::Status status;
-  while (status.ok() && absl::Now() < deadline) {
+  while (status.ok() && MonotonicNow() < deadline) {
     status = (*link)->Post(std::vector<PageWrite>{{{0, 500}}}).status();
     if (status.ok()) status = (*link)->Poll(&events);
-    ASSERT_TRUE((*link)->Wait(absl::Now() + absl::Milliseconds(50)).ok());
+    ASSERT_TRUE((*link)->Wait(MonotonicNow() + absl::Milliseconds(50)).ok());
   }
   EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable) << status;
 }
@@ -350,7 +351,7 @@ TEST_F(TcpLinkTest, ASourceBelievesNoAnswerItDidNotAskFor) {
     std::array<std::byte, kFrameHeaderBytes> header;
     EncodeFrame(ack, header.data());
     ASSERT_EQ(send(sockets->target[0].get(), header.data(), header.size(), 0), 24);
-    ASSERT_TRUE((*link)->Wait(absl::Now() + absl::Seconds(60)).ok());
+    ASSERT_TRUE((*link)->Wait(MonotonicNow() + absl::Seconds(60)).ok());
     LinkEvents events;
     EXPECT_EQ((*link)->Poll(&events).code(), absl::StatusCode::kUnavailable);
     EXPECT_EQ(events.committed, 0u);
@@ -376,7 +377,7 @@ TEST_F(TcpLinkTest, CompressionShrinksWhatCanBeAndNothingElse) {
       ASSERT_TRUE(pair->source->PostCommit().ok());
       LinkEvents events;
       while (events.committed == 0) {
-        ASSERT_TRUE(pair->source->Wait(absl::Now() + absl::Seconds(60)).ok());
+        ASSERT_TRUE(pair->source->Wait(MonotonicNow() + absl::Seconds(60)).ok());
         ASSERT_TRUE(pair->source->Poll(&events).ok());
       }
       const LinkStats stats = pair->source->stats();

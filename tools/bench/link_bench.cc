@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -103,7 +103,7 @@ absl::Status Run::Go(uint64_t messages, absl::Time until) {
   while (posted_ < messages) {
     const uint64_t room = std::min(depth_ - (posted_ - completed_), messages - posted_);
     const absl::Span<const PageWrite> next = lap_->Next(room);
-    const absl::Time now = absl::Now();
+    const absl::Time now = MonotonicNow();
     if (now >= until) break;
     size_t taken = 0;
     if (!next.empty()) {
@@ -126,7 +126,7 @@ absl::Status Run::Collect() {
   events_.Clear();
   if (absl::Status s = link_->Poll(&events_); !s.ok()) return s;
   if (events_.completed.empty()) return absl::OkStatus();
-  const absl::Time now = absl::Now();
+  const absl::Time now = MonotonicNow();
   for (const PageWrite& write : events_.completed) latencies_.push_back(lap_->Complete(write, now));
   completed_ += events_.completed.size();
   return absl::OkStatus();
@@ -137,9 +137,9 @@ absl::Status Run::AwaitNews() {
   const CommitId committed = events_.committed;
   if (absl::Status s = Collect(); !s.ok()) return s;
   if (completed_ != completed || events_.committed != committed) return absl::OkStatus();
-  const absl::Time deadline = absl::Now() + timeout_;
+  const absl::Time deadline = MonotonicNow() + timeout_;
   if (absl::Status s = link_->Wait(deadline); !s.ok()) return s;
-  if (absl::Now() >= deadline) {
+  if (MonotonicNow() >= deadline) {
     return absl::DeadlineExceededError(absl::StrCat("the link made no progress for ",
                                                     absl::FormatDuration(timeout_), ", with ",
                                                     posted_ - completed_, " messages under way"));
@@ -171,11 +171,11 @@ absl::StatusOr<LinkBenchResult> MeasureLink(SourceLink* link, const GuestMemory&
   }
   Run run(link, &lap, depth, options.timeout);
   const absl::Duration cpu = CpuTime();
-  const absl::Time start = absl::Now();
+  const absl::Time start = MonotonicNow();
   const absl::Time until = options.messages > 0 ? absl::InfiniteFuture() : start + options.duration;
   if (absl::Status s = run.Go(messages, until); !s.ok()) return s;
   LinkBenchResult result;
-  result.elapsed = absl::Now() - start;
+  result.elapsed = MonotonicNow() - start;
   result.cpu = CpuTime() - cpu;
   result.message_bytes = bytes;
   result.depth = depth;

@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "absl/strings/str_cat.h"
+#include "transport/clock.h"
 #include "transport/json.h"
 #include "transport/unique_fd.h"
 #include "transport/unix_address.h"
@@ -57,7 +58,7 @@ absl::StatusOr<Json> ReadJsonLine(int fd, absl::Time deadline) {
   while (line.find('\n') == std::string::npos) {
     if (line.size() > kMaxLocalLineBytes) return absl::InvalidArgumentError("the line is too long");
     const int64_t left_ms = std::clamp<int64_t>(
-        absl::ToInt64Milliseconds(absl::Ceil(deadline - absl::Now(), absl::Milliseconds(1))), 0,
+        absl::ToInt64Milliseconds(absl::Ceil(deadline - MonotonicNow(), absl::Milliseconds(1))), 0,
         1 << 30);
     pollfd p = {.fd = fd, .events = POLLIN, .revents = 0};
     const int ready = ::poll(&p, 1, static_cast<int>(left_ms));

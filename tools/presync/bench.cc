@@ -15,6 +15,7 @@
 #include "tools/bench/link_bench.h"
 #include "tools/common/local_api.h"
 #include "tools/common/units.h"
+#include "transport/clock.h"
 #include "transport/rdma/rdma_options.h"
 #include "transport/sync/dialer.h"
 #include "transport/sync/source_connection.h"
@@ -245,7 +246,7 @@ absl::StatusOr<std::vector<Way>> ConnectWays(const BenchLinkCommand& command, co
     plan.request.guest = "bench-" + IdToHex(plan.request.session);
     if (both) plan.request.transport = Transport::kTcp;  // RDMA knows no encryption
     absl::StatusOr<SourceConnection> connection =
-        ConnectSource(&dialer, &memory, plan.request, absl::Now() + kConnectTimeout);
+        ConnectSource(&dialer, &memory, plan.request, MonotonicNow() + kConnectTimeout);
     if (!connection.ok()) return connection.status();
     ways.push_back({encryption, *std::move(connection)});
   }
@@ -270,7 +271,7 @@ int Measure(const BenchLinkCommand& command) {
   wire::ControlMessage close;
   close.mutable_close_session();
   for (const Way& way : *ways) {
-    way.connection.channel->Send(close, absl::Now() + absl::Seconds(5)).IgnoreError();
+    way.connection.channel->Send(close, MonotonicNow() + absl::Seconds(5)).IgnoreError();
   }
   return measured.ok() ? kOk : Fail(measured, command.json, kFailed);
 }

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "tools/common/local_api.h"
+#include "transport/clock.h"
 
 namespace presync {
 
@@ -15,7 +16,8 @@ int Fail(const absl::Status& status, const CommandContext& context, ExitCode cod
 }
 
 Answer Ask(const CommandContext& context, const nlohmann::json& request, absl::Duration longest) {
-  absl::StatusOr<nlohmann::json> json = CallLocal(context.socket, request, absl::Now() + longest);
+  absl::StatusOr<nlohmann::json> json =
+      CallLocal(context.socket, request, MonotonicNow() + longest);
   if (!json.ok()) return {{}, Fail(json.status(), context, kNoDaemon)};
   if (absl::Status s = JsonToStatus(*json); !s.ok()) return {{}, Fail(s, context)};
   return {*std::move(json)};

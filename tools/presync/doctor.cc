@@ -19,6 +19,7 @@
 #include "qemu-glue/qmp/qmp_client.h"
 #include "tools/common/local_api.h"
 #include "tools/common/units.h"
+#include "transport/clock.h"
 #include "transport/rdma/rdma_devices.h"
 #include "transport/rdma/rdma_link.h"
 #include "transport/unique_fd.h"
@@ -117,7 +118,7 @@ Finding ExamineShm() {
 
 Finding ExamineDaemon(const std::string& socket) {
   const absl::StatusOr<nlohmann::json> answer =
-      CallLocal(socket, {{"command", "status"}}, absl::Now() + kTimeout);
+      CallLocal(socket, {{"command", "status"}}, MonotonicNow() + kTimeout);
   if (answer.ok() && JsonToStatus(*answer).ok()) return Good("presyncd", "answers at " + socket);
   return Bad("presyncd", std::string(answer.status().message()),
              "systemctl start presyncd; journalctl -u presyncd says why it does not start");
@@ -155,7 +156,7 @@ std::vector<Finding> ExamineHost(const std::string& socket) {
 }
 
 std::vector<Finding> ExamineGuest(const std::string& qmp_path, const std::string& glue) {
-  const absl::Time deadline = absl::Now() + kTimeout;
+  const absl::Time deadline = MonotonicNow() + kTimeout;
   absl::StatusOr<std::unique_ptr<QmpClient>> qmp = QmpClient::Connect(qmp_path, deadline);
   if (!qmp.ok()) {
     return {Bad(
@@ -181,7 +182,7 @@ std::vector<Finding> ExamineGuest(const std::string& qmp_path, const std::string
 
   qmp->reset();  // a monitor serves one client at a time
   absl::StatusOr<OpenedGuest> opened =
-      OpenGuest({.qmp_path = qmp_path, .glue_path = glue}, absl::Now() + kTimeout);
+      OpenGuest({.qmp_path = qmp_path, .glue_path = glue}, MonotonicNow() + kTimeout);
   if (opened.ok()) {
     findings.push_back(
         Good("dirty log", absl::StrCat(std::string(opened->log->name()), ", proved")));

@@ -16,6 +16,7 @@
 #include "qemu-glue/libvirt/libvirt_target_host.h"
 #include "tools/common/local_api.h"
 #include "tools/presync/doctor.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -217,7 +218,7 @@ std::vector<Finding> ExamineLibvirtHost(const Json& host) {
 }
 
 std::vector<Finding> ExamineLibvirt(const std::string& socket, const std::string& domain) {
-  const absl::Time deadline = absl::Now() + absl::Seconds(10);
+  const absl::Time deadline = MonotonicNow() + absl::Seconds(10);
   const absl::StatusOr<Json> host = CallLocal(socket, {{"command", "libvirt"}}, deadline);
   if (!host.ok()) return {};  // what is wrong with presyncd is said already
   if (absl::Status s = JsonToStatus(*host); !s.ok()) {

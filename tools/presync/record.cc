@@ -19,6 +19,7 @@
 #include "tools/common/units.h"
 #include "tools/presync/render.h"
 #include "tools/presync/scan_source.h"
+#include "transport/clock.h"
 #include "transport/sync/session_recording.h"
 
 namespace presync {
@@ -43,7 +44,7 @@ int Fail(const absl::Status& status, const RecordOptions& options, ExitCode code
 // A guest has one tracker at a time.
 absl::Status CheckNotInSync(const RecordOptions& options) {
   const absl::StatusOr<nlohmann::json> status =
-      CallLocal(options.socket, {{"command", "status"}}, absl::Now() + absl::Seconds(5));
+      CallLocal(options.socket, {{"command", "status"}}, MonotonicNow() + absl::Seconds(5));
   if (!status.ok()) return absl::OkStatus();  // no presyncd here
   std::error_code error;
   const auto wanted = std::filesystem::weakly_canonical(options.qmp, error);

@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "qemu-glue/open_guest.h"
 #include "tools/common/local_api.h"
+#include "transport/clock.h"
 #include "transport/sync/write_recorder.h"
 
 namespace presync {
@@ -24,19 +25,19 @@ class LogSource final : public ScanSource {
       : recorder_(std::move(log), memory), pages_(memory->pages()), interval_(interval) {}
 
   absl::Status Start() {
-    next_scan_ = absl::Now() + interval_;
+    next_scan_ = MonotonicNow() + interval_;
     return recorder_.StartRecording();
   }
 
   PageCount pages() const override { return pages_; }
 
   absl::Status Next(absl::Duration longest, std::vector<std::vector<PageRun>>* scans) override {
-    const absl::Time until = absl::Now() + longest;
-    absl::SleepFor(std::min(until, next_scan_) - absl::Now());
-    if (absl::Now() < next_scan_) return absl::OkStatus();
+    const absl::Time until = MonotonicNow() + longest;
+    absl::SleepFor(std::min(until, next_scan_) - MonotonicNow());
+    if (MonotonicNow() < next_scan_) return absl::OkStatus();
     std::vector<PageRun> written;
     if (absl::Status s = recorder_.TakeScan(&written); !s.ok()) return s;
-    for (next_scan_ += interval_; next_scan_ <= absl::Now(); next_scan_ += interval_) {
+    for (next_scan_ += interval_; next_scan_ <= MonotonicNow(); next_scan_ += interval_) {
       scans->emplace_back();
       ++missed_;
     }
@@ -122,7 +123,7 @@ class SyncSource final : public ScanSource {
  private:
   absl::StatusOr<Json> Ask(const std::string& action, Json request) {
     request.update({{"command", "record"}, {"name", name_}, {"action", action}});
-    absl::StatusOr<Json> answer = CallLocal(socket_, request, absl::Now() + kAnswerWithin);
+    absl::StatusOr<Json> answer = CallLocal(socket_, request, MonotonicNow() + kAnswerWithin);
     if (!answer.ok()) return answer.status();
     if (absl::Status s = JsonToStatus(*answer); !s.ok()) return s;
     return answer;
@@ -180,7 +181,7 @@ absl::StatusOr<std::unique_ptr<ScanSource>> RecordQemu(const std::string& qmp_pa
                                                        const std::string& glue_path,
                                                        absl::Duration interval) {
   absl::StatusOr<OpenedGuest> guest =
-      OpenGuest({.qmp_path = qmp_path, .glue_path = glue_path}, absl::Now() + absl::Seconds(20));
+      OpenGuest({.qmp_path = qmp_path, .glue_path = glue_path}, MonotonicNow() + absl::Seconds(20));
   if (!guest.ok()) return guest.status();
   auto source = std::make_unique<QemuSource>(*std::move(guest));
   if (absl::Status s = source->Start(interval); !s.ok()) return s;

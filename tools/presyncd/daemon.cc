@@ -17,6 +17,7 @@
 #include "tools/presyncd/recording_api.h"
 #include "tools/presyncd/session_options.h"
 #include "tools/presyncd/status_json.h"
+#include "transport/clock.h"
 #include "transport/tcp/socket.h"
 
 namespace presync {
@@ -146,7 +147,7 @@ void Daemon::Tick() {
   host_->qemu()->RemoveLeftovers();
   ForgetEnded();
   for (const SessionStatus& status : Sources()) {
-    history_.Sample(status, absl::Now());
+    history_.Sample(status, MonotonicNow());
     metrics_->NoteLink(status);
   }
 }
@@ -247,7 +248,7 @@ void Daemon::NoteManagedLaunch(const std::string& name, absl::Time ordered_at,
 
 void Daemon::NoteLaunch(const SessionStatus& status, absl::Time ordered_at,
                         const absl::StatusOr<HandoverReport>& report, bool verified) {
-  history_.Sample(status, absl::Now());
+  history_.Sample(status, MonotonicNow());
   history_.NoteLaunch(status, ordered_at, report);
   metrics_->NoteLaunch(report);
   if (!report.ok()) return;
@@ -273,7 +274,7 @@ absl::StatusOr<Json> Daemon::Launch(const Json& request) {
   HandoverOptions options;
   options.verify = FlagOr(request, "verify", false);
   spdlog::info("{}: launch to {}", name, session->status().peer);
-  const absl::Time ordered_at = absl::Now();
+  const absl::Time ordered_at = MonotonicNow();
   history_.Sample(session->status(), ordered_at);
   absl::StatusOr<HandoverReport> report = session->Launch(options, wait);
   const SessionStatus status = session->status();

@@ -11,6 +11,7 @@
 #include "tools/presyncd/libvirt_api.h"
 #include "tools/presyncd/session_options.h"
 #include "tools/presyncd/status_json.h"
+#include "transport/clock.h"
 #include "transport/sync/handover_record.h"
 #include "transport/tcp/socket.h"
 
@@ -161,7 +162,7 @@ void Daemon::Unclaim(const std::string& name) {
 
 // Of a guest whose name is claimed.
 Daemon::SessionOr Daemon::Begin(const Asked& asked, SourceSessionOptions options) {
-  absl::StatusOr<OpenedGuest> opened = OpenGuest(asked.open, absl::Now() + kOpenTimeout);
+  absl::StatusOr<OpenedGuest> opened = OpenGuest(asked.open, MonotonicNow() + kOpenTimeout);
   if (!opened.ok()) return opened.status();
   for (const std::string& note : opened->notes) spdlog::info("{}: {}", asked.name, note);
   options.rdma.memory_may_be_discarded = opened->memory_may_be_discarded;
@@ -301,8 +302,8 @@ GoingOn::Try Daemon::GiveUp(const SyncNote& note, const std::string& why) {
 
 // A command that finds a guest whose sync is just being started again can wait for that.
 void Daemon::AwaitGoingOn(const std::string& name, absl::Duration longest) const {
-  const absl::Time until = absl::Now() + std::min(longest, kLongestStart);
-  while (Find(name) == nullptr && going_on_.Wants(name) && absl::Now() < until) {
+  const absl::Time until = MonotonicNow() + std::min(longest, kLongestStart);
+  while (Find(name) == nullptr && going_on_.Wants(name) && MonotonicNow() < until) {
     absl::SleepFor(absl::Milliseconds(20));
   }
 }

@@ -4,13 +4,16 @@
 
 #include "absl/strings/str_cat.h"
 #include "tools/presyncd/status_json.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
 
 using Json = nlohmann::json;
 
-double UnixSeconds(absl::Time time) { return absl::ToDoubleSeconds(time - absl::UnixEpoch()); }
+double UnixSeconds(absl::Time monotonic) {
+  return absl::ToDoubleSeconds(ToWallTime(monotonic) - absl::UnixEpoch());
+}
 
 // Nothing changes any more.
 bool Over(SessionState state) {
@@ -73,7 +76,7 @@ void History::NoteLaunch(const SessionStatus& status, absl::Time ordered_at,
   launch["ordered_at"] = UnixSeconds(ordered_at);
   launch["promised_ms"] = MillisToJson(status.promise);
   MutexLock lock(&mutex_);
-  std::deque<Json>* launches = &Find(status, absl::Now())->launches;
+  std::deque<Json>* launches = &Find(status, MonotonicNow())->launches;
   launches->push_back(std::move(launch));
   if (launches->size() > kMostLaunches) launches->pop_front();
 }

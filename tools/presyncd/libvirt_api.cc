@@ -9,11 +9,11 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_replace.h"
-#include "absl/time/clock.h"
 #include "qemu-glue/libvirt/domain_xml.h"
 #include "qemu-glue/libvirt/libvirt_client.h"
 #include "qemu-glue/libvirt/libvirt_source_guest.h"
 #include "tools/common/local_api.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -67,7 +67,7 @@ absl::StatusOr<Json> OnStart(const std::string& uuid, LibvirtTargetHost* host,
   if (!files.ok()) return files.status();
   absl::StatusOr<std::string> guest = host->OnMigrate(uuid);
   if (!guest.ok()) return guest.status();
-  if (absl::Status s = service->AnnounceLaunch(*guest, absl::Now() + kSourceTimeout); !s.ok()) {
+  if (absl::Status s = service->AnnounceLaunch(*guest, MonotonicNow() + kSourceTimeout); !s.ok()) {
     return s;
   }
   Json answer = {{"known", true}, {"folder", host->domains_folder()}, {"files", Json::array()}};

@@ -11,6 +11,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "tools/common/local_api.h"
+#include "transport/clock.h"
 #include "transport/unix_address.h"
 
 namespace presync {
@@ -81,7 +82,7 @@ void LocalServer::Accept() {
 
 void LocalServer::Serve(UniqueFd socket) {
   absl::StatusOr<nlohmann::json> request =
-      ReadJsonLine(socket.get(), absl::Now() + kRequestTimeout);
+      ReadJsonLine(socket.get(), MonotonicNow() + kRequestTimeout);
   if (absl::Status s = access_.Check(socket.get()); !s.ok()) request = s;
   const nlohmann::json answer = request.ok() ? handler_(*request) : StatusToJson(request.status());
   WriteJsonLine(socket.get(), answer).IgnoreError();

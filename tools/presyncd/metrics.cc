@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "predictor/page.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -104,7 +105,7 @@ constexpr GuestNumber kGuestNumbers[] = {
      [](const SessionStatus& s) {
        return s.comparisons.audits == 0
                   ? std::numeric_limits<double>::infinity()
-                  : absl::ToDoubleSeconds(s.comparisons.audited_at - absl::UnixEpoch());
+                  : absl::ToDoubleSeconds(ToWallTime(s.comparisons.audited_at) - absl::UnixEpoch());
      }},
     {"presync_guest_hash_bytes_total", "Bytes of hashes on the control connection, both ways.",
      MetricType::Counter,

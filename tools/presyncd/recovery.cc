@@ -9,6 +9,7 @@
 #include "qemu-glue/qmp/listener.h"
 #include "tools/common/units.h"
 #include "tools/presyncd/config.h"
+#include "transport/clock.h"
 #include "transport/sync/dialer.h"
 #include "transport/sync/source_connection.h"
 
@@ -19,7 +20,7 @@ constexpr absl::Duration kTimeout = absl::Seconds(10);
 constexpr absl::Duration kAgainEvery = absl::Seconds(3);
 
 absl::StatusOr<std::unique_ptr<QemuSourceGuest>> TryOpenQemu(const std::string& qmp_path) {
-  const absl::Time deadline = absl::Now() + kTimeout;
+  const absl::Time deadline = MonotonicNow() + kTimeout;
   absl::StatusOr<std::unique_ptr<QmpClient>> qmp = QmpClient::Connect(qmp_path, deadline);
   if (!qmp.ok()) return qmp.status();
   return QemuSourceGuest::Create(*std::move(qmp), deadline);
@@ -46,7 +47,7 @@ absl::StatusOr<std::unique_ptr<QemuSourceGuest>> OpenQemu(const std::string& qmp
 absl::Status QemuRecoveryHost::ResumeSource(const HandoverEntry& entry) {
   absl::StatusOr<std::unique_ptr<QemuSourceGuest>> guest = OpenQemu(entry.detail);
   if (IsGone(guest.status())) return absl::OkStatus();
-  return guest.ok() ? (*guest)->Resume(absl::Now() + kTimeout) : guest.status();
+  return guest.ok() ? (*guest)->Resume(MonotonicNow() + kTimeout) : guest.status();
 }
 
 // A QEMU that was started anew at the same socket is somebody else's.
@@ -54,21 +55,21 @@ absl::Status QemuRecoveryHost::QuitSource(const HandoverEntry& entry) {
   absl::StatusOr<std::unique_ptr<QemuSourceGuest>> guest = OpenQemu(entry.detail);
   if (IsGone(guest.status())) return absl::OkStatus();
   if (!guest.ok()) return guest.status();
-  absl::StatusOr<GuestInfo> info = DescribeGuest((*guest)->qmp(), absl::Now() + kTimeout);
+  absl::StatusOr<GuestInfo> info = DescribeGuest((*guest)->qmp(), MonotonicNow() + kTimeout);
   if (!info.ok()) return info.status();
   if (info->run_state != "postmigrate") {
     return absl::FailedPreconditionError(absl::StrCat("the guest has moved to ", entry.peer,
                                                       ", but the QEMU at ", entry.detail, " is ",
                                                       info->run_state));
   }
-  return (*guest)->Quit(absl::Now() + kTimeout);
+  return (*guest)->Quit(MonotonicNow() + kTimeout);
 }
 
 absl::StatusOr<wire::Outcome> QemuRecoveryHost::AskTarget(const HandoverEntry& entry) {
   absl::StatusOr<HostAndPort> peer = ParseHostPort(entry.peer, kDefaultPort);
   if (!peer.ok()) return peer.status();
   TcpDialer dialer(peer->host, peer->port, security_);
-  return AskOutcome(&dialer, entry.session, entry.guest, absl::Now() + kTimeout);
+  return AskOutcome(&dialer, entry.session, entry.guest, MonotonicNow() + kTimeout);
 }
 
 RecoveryLoop::RecoveryLoop(const std::string& folder, GuestHost* host, PeerSecurity security,

@@ -1,5 +1,7 @@
 #include "tools/presyncd/status_json.h"
 
+#include "transport/clock.h"
+
 namespace presync {
 
 using Json = nlohmann::json;
@@ -19,10 +21,10 @@ Json ComparisonToJson(const ComparisonReport& report) {
 
 namespace {
 
-// Seconds since 1970; null: never.
+// Seconds since 1970, of a monotonic time; null: never.
 Json TimeToJson(absl::Time time) {
   if (time == absl::InfinitePast()) return nullptr;
-  return absl::ToDoubleSeconds(time - absl::UnixEpoch());
+  return absl::ToDoubleSeconds(ToWallTime(time) - absl::UnixEpoch());
 }
 
 Json ResumptionToJson(const ResumptionStatus& status) {

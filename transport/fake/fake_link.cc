@@ -12,6 +12,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "transport/clock.h"
 #include "transport/mutex.h"
 #include "transport/zero_run.h"
 
@@ -49,9 +50,9 @@ class FakeWire {
  public:
   FakeWire(const GuestMemory* source, const GuestMemory* target, FakeLinkOptions options)
       : source_(source), target_(target), options_(std::move(options)), random_(options_.seed) {
-    if (!options_.now) options_.now = absl::Now;
+    if (!options_.now) options_.now = MonotonicNow;
     if (!options_.wait_until) {
-      options_.wait_until = [](absl::Time until) { absl::SleepFor(until - absl::Now()); };
+      options_.wait_until = [](absl::Time until) { absl::SleepFor(until - MonotonicNow()); };
     }
   }
 

@@ -12,7 +12,7 @@
 
 #include "absl/cleanup/cleanup.h"
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -41,7 +41,7 @@ bool IsLoopback(const sockaddr_storage& address) {
 }
 
 int MillisUntil(absl::Time deadline) {
-  const absl::Duration left = absl::Ceil(deadline - absl::Now(), absl::Milliseconds(1));
+  const absl::Duration left = absl::Ceil(deadline - MonotonicNow(), absl::Milliseconds(1));
   return static_cast<int>(std::clamp<int64_t>(absl::ToInt64Milliseconds(left), 0, 1 << 30));
 }
 
@@ -121,7 +121,7 @@ absl::StatusOr<CmEvent> CmChannel::Next(absl::Time deadline) const {
     const int ms = MillisUntil(deadline);
     pollfd p = {.fd = channel_->fd, .events = POLLIN, .revents = 0};
     if (ms == 0 || ::poll(&p, 1, ms) == 0) {
-      if (absl::Now() >= deadline) return absl::DeadlineExceededError("no event");
+      if (MonotonicNow() >= deadline) return absl::DeadlineExceededError("no event");
     }
   }
 }

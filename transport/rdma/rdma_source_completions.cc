@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
+#include "transport/clock.h"
 #include "transport/rdma/rdma_source_link.h"
 #include "transport/rdma/work_request_id.h"
 
@@ -100,7 +100,7 @@ void RdmaSourceLink::Drain(Device* device) {
     count = ibv_poll_cq(device->adapter.cq.get(), kPollBatch, completions);
     if (count < 0) return Fail(absl::UnavailableError("rdma link: its completions can't be read"));
     if (count == 0) return;
-    const int64_t now_ns = absl::GetCurrentTimeNanos();
+    const int64_t now_ns = absl::ToUnixNanos(MonotonicNow());
     last_progress_ns_ = now_ns;
     for (int i = 0; i < count && status_.ok(); ++i) OnCompletion(completions[i], now_ns);
   }
@@ -132,7 +132,7 @@ void RdmaSourceLink::CheckStall(int64_t now_ns) {
 absl::Status RdmaSourceLink::Poll(LinkEvents* events) {
   if (!Alive()) return status_;
   Progress();
-  if (news_.completed.empty()) CheckStall(absl::GetCurrentTimeNanos());
+  if (news_.completed.empty()) CheckStall(absl::ToUnixNanos(MonotonicNow()));
   if (!status_.ok()) return status_;
   events->completed.insert(events->completed.end(), news_.completed.begin(), news_.completed.end());
   events->committed = news_.committed;
@@ -144,8 +144,8 @@ absl::Status RdmaSourceLink::Poll(LinkEvents* events) {
 absl::Status RdmaSourceLink::Wait(absl::Time deadline) {
   while (Alive()) {
     Progress();
-    CheckStall(absl::GetCurrentTimeNanos());
-    if (!status_.ok() || HasNews() || absl::Now() >= deadline) break;
+    CheckStall(absl::ToUnixNanos(MonotonicNow()));
+    if (!status_.ok() || HasNews() || MonotonicNow() >= deadline) break;
     bool armed_now = false;
     for (Device& device : devices_) {
       if (device.armed) continue;
@@ -169,7 +169,7 @@ void RdmaSourceLink::Sleep(absl::Time deadline) {
     fds[count++] = {.fd = device.adapter.channel->fd, .events = POLLIN, .revents = 0};
   }
   fds[count++] = {.fd = wake_.get(), .events = POLLIN, .revents = 0};
-  absl::Duration longest = deadline - absl::Now();
+  absl::Duration longest = deadline - MonotonicNow();
   if (Outstanding()) longest = std::min(longest, options_.stall_timeout / 4);
   longest = std::clamp(longest, absl::ZeroDuration(), absl::Hours(1));
   const timespec timeout = absl::ToTimespec(longest);

@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
+#include "transport/clock.h"
 #include "transport/rdma/rdma_devices.h"
 #include "transport/rdma/work_request_id.h"
 
@@ -164,7 +164,7 @@ void RdmaSourceLink::RingDoorbells() {
 
 void RdmaSourceLink::RingDoorbell(Queue* queue) {
   if (!Alive()) return;
-  const int64_t now_ns = absl::GetCurrentTimeNanos();
+  const int64_t now_ns = absl::ToUnixNanos(MonotonicNow());
   const uint32_t count = queue->chained;
   for (uint32_t i = 0; i < count; ++i) {
     queue->bytes_since_signal += queue->parts[i].length;
@@ -226,7 +226,7 @@ void RdmaSourceLink::SendCommits() {
 
 absl::StatusOr<size_t> RdmaSourceLink::Post(absl::Span<const PageWrite> writes) {
   if (!Alive()) return status_;
-  if (!Outstanding()) last_progress_ns_ = absl::GetCurrentTimeNanos();
+  if (!Outstanding()) last_progress_ns_ = absl::ToUnixNanos(MonotonicNow());
   GoOnWithPartial();
   size_t taken = 0;
   for (; taken < writes.size(); ++taken) {
@@ -250,7 +250,7 @@ absl::StatusOr<CommitId> RdmaSourceLink::PostCommit() {
     return absl::ResourceExhaustedError(
         absl::StrCat("rdma link: ", kMaxCommits, " commits are under way"));
   }
-  if (!Outstanding()) last_progress_ns_ = absl::GetCurrentTimeNanos();
+  if (!Outstanding()) last_progress_ns_ = absl::ToUnixNanos(MonotonicNow());
   ++newest_;
   SendCommits();
   if (!status_.ok()) return status_;
@@ -261,7 +261,7 @@ LinkStats RdmaSourceLink::stats() const {
   LinkStats stats = stats_;
   stats.completion_latency = latencies_.Median();
   stats.network_latency = idle_latencies_.Median();
-  const absl::Time now = absl::Now();
+  const absl::Time now = MonotonicNow();
   if (now >= next_marks_) {
     next_marks_ = now + kMarksEvery;
     marks_ = 0;

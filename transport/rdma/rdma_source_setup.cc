@@ -8,7 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "absl/time/clock.h"
+#include "transport/clock.h"
 #include "transport/rdma/rdma_devices.h"
 #include "transport/rdma/rdma_source_link.h"
 #include "transport/rdma/work_request_id.h"
@@ -275,7 +275,7 @@ RdmaSourceLink::RdmaSourceLink(const GuestMemory* memory, const RdmaSourceOption
       stop_(::eventfd(0, EFD_CLOEXEC)) {}
 
 void RdmaSourceLink::Start() {
-  last_progress_ns_ = absl::GetCurrentTimeNanos();
+  last_progress_ns_ = absl::ToUnixNanos(MonotonicNow());
   watcher_ = std::thread(&RdmaSourceLink::Watch, this);
 }
 

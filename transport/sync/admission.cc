@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "transport/clock.h"
 #include "transport/tcp/socket.h"
 
 namespace presync {
@@ -78,7 +79,7 @@ absl::StatusOr<Preamble> ReadPreamble(Connection* connection, absl::Time deadlin
     if (!n.ok()) return n.status();
     have += *n;
     if (*n == 0 && !AwaitSocket(connection->fd(), events, deadline).ok()) return Slow();
-    if (absl::Now() >= deadline) return Slow();  // who trickles is slow, too
+    if (MonotonicNow() >= deadline) return Slow();  // who trickles is slow, too
   }
   return DecodePreamble({reinterpret_cast<const uint8_t*>(bytes), sizeof(bytes)});
 }

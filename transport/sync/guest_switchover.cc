@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "transport/clock.h"
 
 namespace presync {
 
@@ -15,7 +16,7 @@ absl::Status StateRelay::Relay(ControlChannel* channel, absl::Time deadline) {
   std::vector<char> buffer(kMaxStateChunkBytes);
   while (true) {
     if (cancelled_) return absl::CancelledError("the relay was cancelled");
-    if (absl::Now() >= deadline) {
+    if (MonotonicNow() >= deadline) {
       return absl::DeadlineExceededError("the device state did not come to its end in time");
     }
     pollfd p = {.fd = stream_.get(), .events = POLLIN, .revents = 0};
@@ -45,7 +46,7 @@ absl::Status GuestSwitchover::Run(absl::Time rounds_deadline) {
     });
     if (cancelled_) return absl::CancelledError("the switchover was called off");
   }
-  const absl::Time deadline = absl::Now() + timeout_;
+  const absl::Time deadline = MonotonicNow() + timeout_;
   absl::StatusOr<UniqueFd> stream = guest_->BeginSave(deadline);
   if (!stream.ok()) return stream.status();
   // A manager stops the guest when it likes: what it saves may be of then from the first byte on.

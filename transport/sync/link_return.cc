@@ -3,7 +3,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
+#include "transport/clock.h"
 #include "transport/sync/conversation.h"
 #include "transport/sync/link_messages.h"
 
@@ -17,13 +17,13 @@ LinkReturn::LinkReturn(const GuestMemory* memory, RdmaSourceOptions options, uin
       options_(std::move(options)),
       number_(number),
       peer_(channel->peer()),
-      deadline_(absl::Now() + RdmaTimeout(*memory)) {
+      deadline_(MonotonicNow() + RdmaTimeout(*memory)) {
   options_.progress = [this](uint64_t, uint64_t) { return !abandoned_; };
   Body message;
   message.mutable_open_link()->set_link(number);
   message.mutable_open_link()->set_kind(wire::OpenLink::RDMA);
   message.mutable_open_link()->set_queue_pairs(options_.queue_pairs);
-  absl::Status sent = channel->Send(message, absl::Now() + absl::Seconds(1));
+  absl::Status sent = channel->Send(message, MonotonicNow() + absl::Seconds(1));
   if (!sent.ok()) Fail(sent);
 }
 
@@ -73,7 +73,7 @@ void LinkReturn::Fail(const absl::Status& why) {
 
 absl::Status LinkReturn::status() const {
   MutexLock lock(&mutex_);
-  if (status_.ok() && (link_.link == nullptr || !target_ready_) && absl::Now() > deadline_) {
+  if (status_.ok() && (link_.link == nullptr || !target_ready_) && MonotonicNow() > deadline_) {
     return absl::DeadlineExceededError("the RDMA link did not come up in time");
   }
   return status_;

@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -54,7 +55,7 @@ absl::Status SessionComparisons::Step(SourceSync* sync, ControlChannel* channel,
   if (current_ == nullptr) Begin(sync, may_begin, now);
   if (current_ == nullptr) return absl::OkStatus();
   const auto send = [channel](const wire::ControlMessage& message) {
-    return channel->Send(message, absl::Now() + absl::Seconds(5));
+    return channel->Send(message, MonotonicNow() + absl::Seconds(5));
   };
   const bool waited = current_->awaits_reply();
   if (absl::Status s = current_->Step(send); !s.ok()) return s;

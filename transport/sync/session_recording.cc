@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -28,7 +29,7 @@ absl::Status SessionRecording::Start(absl::Duration interval) {
   }
   state_ = State::kAsked;
   interval_ = interval;
-  last_taken_ = absl::Now();
+  last_taken_ = MonotonicNow();
   kept_ = {};
   return absl::OkStatus();
 }
@@ -36,7 +37,7 @@ absl::Status SessionRecording::Start(absl::Duration interval) {
 absl::StatusOr<RecordedPart> SessionRecording::Take(size_t max_runs) {
   MutexLock lock(&mutex_);
   if (state_ == State::kNone) return absl::NotFoundError("this guest is not being recorded");
-  last_taken_ = absl::Now();
+  last_taken_ = MonotonicNow();
   RecordedPart part;
   part.missed = kept_.missed;
   const size_t count = std::min(max_runs, kept_.runs.size());

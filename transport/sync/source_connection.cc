@@ -5,7 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "absl/time/clock.h"
+#include "transport/clock.h"
 #include "transport/rdma/rdma_link.h"
 #include "transport/sync/conversation.h"
 #include "transport/sync/link_messages.h"
@@ -85,7 +85,7 @@ class LinkOpening {
     number_ = ++connection_->links_opened;
     absl::Status status = TryOpen(kind, deadline);
     if (status.ok()) return status;
-    connection_->channel->Send(MakeCloseLink(number_), absl::Now() + absl::Seconds(1))
+    connection_->channel->Send(MakeCloseLink(number_), MonotonicNow() + absl::Seconds(1))
         .IgnoreError();
     return status;
   }
@@ -140,14 +140,14 @@ absl::Status OpenFirstLink(Dialer* dialer, const GuestMemory* memory, const Sess
     return opening.Open(wire::OpenLink::TCP, deadline);
   }
   absl::Status rdma = CheckRdma(request.rdma.devices);
-  if (rdma.ok()) rdma = opening.Open(wire::OpenLink::RDMA, absl::Now() + RdmaTimeout(*memory));
+  if (rdma.ok()) rdma = opening.Open(wire::OpenLink::RDMA, MonotonicNow() + RdmaTimeout(*memory));
   if (rdma.ok()) {
     connection->why = absl::StrCat("RDMA works, over ", absl::StrJoin(connection->devices, ", "));
     return rdma;
   }
   if (request.transport == Transport::kRdma) return rdma;
   connection->why = absl::StrCat("TCP, for RDMA can't be used: ", rdma.message());
-  return opening.Open(wire::OpenLink::TCP, std::max(deadline, absl::Now() + absl::Seconds(10)));
+  return opening.Open(wire::OpenLink::TCP, std::max(deadline, MonotonicNow() + absl::Seconds(10)));
 }
 
 // Version 1: the session comes with one TCP link.

@@ -4,6 +4,7 @@
 
 #include "absl/functional/function_ref.h"
 #include "absl/strings/str_cat.h"
+#include "transport/clock.h"
 #include "transport/sync/conversation.h"
 #include "transport/sync/guest_switchover.h"
 #include "transport/sync/memory_comparison.h"
@@ -59,7 +60,7 @@ class Handover {
 
   absl::Status SendBody(const Body& message) { return channel_->Send(message, deadline_); }
   void Mark(absl::string_view step) {
-    report_.steps.emplace_back(std::string(step), absl::Now() - start_);
+    report_.steps.emplace_back(std::string(step), MonotonicNow() - start_);
   }
 
   ControlChannel* const channel_;
@@ -80,7 +81,7 @@ class Handover {
 };
 
 HandoverEnd Handover::Run() {
-  deadline_ = absl::Now() + options_.rounds_timeout;
+  deadline_ = MonotonicNow() + options_.rounds_timeout;
   report_.managed = guest_->managed() != nullptr;
   const uint64_t wire_bytes_before = sync_->progress().wire_bytes;
   if (absl::Status s = BeforeGivingUp(); !s.ok()) return CallOff(std::move(s));
@@ -113,7 +114,7 @@ absl::Status Handover::BeforeGivingUp() {
     if (absl::Status s = Rounds(&guest); !s.ok()) return s;
     if (!guest.stopped_at()) return guest.Finish().status();
     stopped_at_ = *guest.stopped_at();
-    deadline_ = absl::Now() + options_.switchover_timeout;
+    deadline_ = MonotonicNow() + options_.switchover_timeout;
     Mark("stopped");
     if (comparison_) comparison_->OnGuestStopped();
     // The residual travels while the device state is saved.
@@ -154,7 +155,7 @@ absl::Status Handover::Rounds(GuestSwitchover* guest) {
   };
   bool gone = false;
   while (!guest->stopped()) {
-    if (absl::Now() >= deadline_) {
+    if (MonotonicNow() >= deadline_) {
       return absl::DeadlineExceededError(target_ready() ? "the memory could not be sent in time"
                                                         : "the target did not get ready in time");
     }
@@ -173,7 +174,7 @@ absl::Status Handover::Rounds(GuestSwitchover* guest) {
       before = unsent;
     }
     const absl::Duration step = gone ? kRoundStep : kBusyStep;
-    if (absl::Status s = sync_->AwaitLink(absl::Now() + step); !s.ok()) return s;
+    if (absl::Status s = sync_->AwaitLink(MonotonicNow() + step); !s.ok()) return s;
   }
   return absl::OkStatus();
 }
@@ -196,7 +197,7 @@ absl::Status Handover::Drain(const RequestLook& last_look) {
 // What was read while a device may have been filling it is compared, and sent again where that is
 // so. Only now: a request that is in flight can still change it.
 absl::Status Handover::Settle(const RequestLook& last_look) {
-  const absl::Time began = absl::Now();
+  const absl::Time began = MonotonicNow();
   PageBitmap pages = sync_->UnsettledAtStandstill(last_look);
   report_.unsettled_pages = pages.count();
   if (unsettled_) unsettled_->OnStandstill(std::move(pages));
@@ -216,7 +217,7 @@ absl::Status Handover::Settle(const RequestLook& last_look) {
     sync_->Distrust(differing);
     if (absl::Status s = sync_->Flush(deadline_); !s.ok()) return s;
   }
-  report_.unsettled_took = absl::Now() - began;
+  report_.unsettled_took = MonotonicNow() - began;
   Mark("unsettled compared");
   return absl::OkStatus();
 }
@@ -263,7 +264,7 @@ absl::Status Handover::TakeReturn(const Body& message) {
 // Takes note of what has come, without waiting.
 absl::Status Handover::TakeWhatCame() {
   while (true) {
-    absl::StatusOr<Body> message = channel_->Receive(absl::Now());
+    absl::StatusOr<Body> message = channel_->Receive(MonotonicNow());
     if (absl::IsDeadlineExceeded(message.status())) return absl::OkStatus();
     if (!message.ok()) return message.status();
     if (absl::Status s = Take(*message); !s.ok()) return s;
@@ -322,7 +323,7 @@ absl::Status Handover::CountDiffering(const std::vector<PageRun>& ranges) {
 }
 
 HandoverEnd Handover::AfterGivingUp() {
-  deadline_ = absl::Now() + options_.switchover_timeout;
+  deadline_ = MonotonicNow() + options_.switchover_timeout;
   Body run;
   run.mutable_run();
   absl::Status sent = SendBody(run);
@@ -348,8 +349,8 @@ HandoverEnd Handover::AfterGivingUp() {
         absl::InvalidArgumentError(absl::StrCat(
             channel_->peer(), " answered the order to run with message ", answer->body_case())));
   }
-  report_.launch = absl::Now() - start_;
-  report_.downtime = absl::Now() - stopped_at_;
+  report_.launch = MonotonicNow() - start_;
+  report_.downtime = MonotonicNow() - stopped_at_;
   Mark("running on target");
   return End(HandoverResult::kMoved, absl::OkStatus());
 }
@@ -358,7 +359,7 @@ HandoverEnd Handover::AfterGivingUp() {
 // gone too; whichever is noticed first.
 absl::Status Handover::TargetsReason(absl::Status why) {
   if (!absl::IsUnavailable(why)) return why;
-  deadline_ = absl::Now() + kReasonTimeout;
+  deadline_ = MonotonicNow() + kReasonTimeout;
   (void)TakeUntil([&] { return !refusal_.ok(); });
   return refusal_.ok() ? why : refusal_;
 }
@@ -366,7 +367,7 @@ absl::Status Handover::TargetsReason(absl::Status why) {
 void Handover::TellAborted(const absl::Status& why) {
   Body abort;
   abort.mutable_abort_handover()->set_reason(std::string(why.message()));
-  channel_->Send(abort, absl::Now() + absl::Seconds(1)).IgnoreError();
+  channel_->Send(abort, MonotonicNow() + absl::Seconds(1)).IgnoreError();
 }
 
 // Gives the guest back to its vCPUs first, then tells the target. But a manager resumes its guest
@@ -377,7 +378,7 @@ HandoverEnd Handover::CallOff(absl::Status why) {
     why = TargetsReason(std::move(why));
     TellAborted(why);
   }
-  const absl::Status resumed = guest_->Resume(absl::Now() + absl::Seconds(30));
+  const absl::Status resumed = guest_->Resume(MonotonicNow() + absl::Seconds(30));
   Mark("called off");
   if (!managed) why = TargetsReason(std::move(why));
   if (!resumed.ok()) {

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "transport/clock.h"
 #include "transport/sync/conversation.h"
 #include "transport/sync/link_messages.h"
 
@@ -70,7 +71,7 @@ SourceSession::SourceSession(SourceSessionOptions options, std::unique_ptr<Diale
                              std::unique_ptr<SourceGuest> guest)
     : options_(std::move(options)),
       id_(RandomId()),
-      started_(absl::Now()),
+      started_(MonotonicNow()),
       dialer_(std::move(dialer)),
       memory_(std::move(memory)),
       log_(std::make_unique<WriteRecorder>(std::move(log), &memory_)),
@@ -143,7 +144,7 @@ absl::StatusOr<HandoverReport> SourceSession::Launch(const HandoverOptions& opti
         published_.problem.empty() ? "" : ": ", published_.problem,
         first_pass ? "; its memory was not copied once yet. Wait for it (launch --wait)" : ""));
   }
-  order.ordered_at = absl::Now();
+  order.ordered_at = MonotonicNow();
   order_ = &order;
   const auto done = [&order] { return order.done; };
   mutex_.Await(done);
@@ -199,18 +200,18 @@ void SourceSession::Run() {
       ResolveDoubt();
     } else if (state_ == SessionState::kStuck) {
       ResumeHere(problem_);
-    } else if (!connected_ && absl::Now() >= next_connect_) {
-      next_connect_ = absl::Now() + options_.reconnect_every;
+    } else if (!connected_ && MonotonicNow() >= next_connect_) {
+      next_connect_ = MonotonicNow() + options_.reconnect_every;
       if (absl::Status s = Connect(); !s.ok()) problem_ = std::string(s.message());
     }
     if (!Open()) {
       // A log that fails here fails in the sync's own look too.
-      recording_.Step(log_.get(), absl::Now()).IgnoreError();
+      recording_.Step(log_.get(), MonotonicNow()).IgnoreError();
       if (absl::Status s = TickConnected(); !s.ok()) LoseLink(s);
     }
     LookAtRequests();
     if (!connected_) comparisons_.Drop(NoComparison());
-    if (absl::Now() >= next_publish_) Publish();
+    if (MonotonicNow() >= next_publish_) Publish();
 
     const bool busy = connected_ && sync_->busy();
     LaunchOrder* order = WaitForOrder(busy ? absl::ZeroDuration() : IdleStep());
@@ -229,7 +230,7 @@ void SourceSession::Run() {
     if (connected_ && ForgetRequested()) {
       Body close;
       close.mutable_close_session();
-      connection_.channel->Send(close, absl::Now() + absl::Seconds(1)).IgnoreError();
+      connection_.channel->Send(close, MonotonicNow() + absl::Seconds(1)).IgnoreError();
     }
     state_ = SessionState::kStopped;
   }
@@ -252,7 +253,7 @@ absl::Status SourceSession::TickConnected() {
   if (absl::Status s = sync_->Tick(); !s.ok()) return s;
   if (!connected_) return absl::OkStatus();
   if (sync_->busy()) {
-    if (absl::Status s = connection_.link->Wait(absl::Now() + kBusyStep); !s.ok()) return s;
+    if (absl::Status s = connection_.link->Wait(MonotonicNow() + kBusyStep); !s.ok()) return s;
   }
   if (state_ == SessionState::kFirstPass && sync_->progress().first_pass_done) {
     state_ = SessionState::kSyncing;
@@ -269,7 +270,7 @@ absl::Status SourceSession::TickConnected() {
 }
 
 absl::Status SourceSession::PollControl() {
-  const absl::Time now = absl::Now();
+  const absl::Time now = MonotonicNow();
   // What a manager is about to do can't wait for the next ping.
   const bool in_haste = comparisons_.awaits_reply() || guest_->managed() != nullptr;
   if (now < next_ping_) return in_haste ? TakeMessages() : absl::OkStatus();
@@ -283,7 +284,7 @@ absl::Status SourceSession::PollControl() {
 // What has come, without waiting.
 absl::Status SourceSession::TakeMessages() {
   while (true) {
-    absl::StatusOr<Body> message = connection_.channel->Receive(absl::Now());
+    absl::StatusOr<Body> message = connection_.channel->Receive(MonotonicNow());
     if (absl::IsDeadlineExceeded(message.status())) return absl::OkStatus();
     if (!message.ok()) return message.status();
     if (message->body_case() == Body::kRefused) {
@@ -321,22 +322,22 @@ absl::Status SourceSession::Connect() {
   SessionRequest request = Request();
   request.on_content = [this](SourceSync::TargetContent content) { sync_->NoteContent(content); };
   // What failed a moment ago is not tried again with every reconnection.
-  const bool spare = request.transport == Transport::kAuto && absl::Now() < next_rdma_;
+  const bool spare = request.transport == Transport::kAuto && MonotonicNow() < next_rdma_;
   if (spare) request.transport = Transport::kTcp;
   absl::StatusOr<SourceConnection> connection =
-      ConnectSource(dialer_.get(), &memory_, request, absl::Now() + options_.connect_timeout);
+      ConnectSource(dialer_.get(), &memory_, request, MonotonicNow() + options_.connect_timeout);
   if (!connection.ok()) return connection.status();
   connection_ = *std::move(connection);
   if (spare) connection_.why = absl::StrCat("TCP, for RDMA failed: ", rdma_problem_);
   sync_->AttachLink(connection_.link.get(), connection_.content);
-  resumption_.OnAttached(connection_.content, attached_before_, *sync_, 0, absl::Now());
+  resumption_.OnAttached(connection_.content, attached_before_, *sync_, 0, MonotonicNow());
   resumption_.Look(*sync_, 0);
   attached_before_ = true;
   connected_ = true;
   problem_.clear();
   state_ = SessionState::kFirstPass;  // the next Tick says if that is already over
   if (connection_.link->name() == "rdma") {
-    rdma_since_ = absl::Now();
+    rdma_since_ = MonotonicNow();
   } else if (!spare) {
     rdma_problem_ = connection_.why;
     PostponeRdma();
@@ -365,7 +366,7 @@ void SourceSession::LoseLink(const absl::Status& why) {
   connected_ = false;
   ++reconnects_;
   state_ = SessionState::kConnecting;
-  next_connect_ = absl::Now() + options_.reconnect_every;
+  next_connect_ = MonotonicNow() + options_.reconnect_every;
   Publish();
 }
 
@@ -383,14 +384,14 @@ void SourceSession::Publish() {
                           .link_reason = connection_.why,
                           .dirty_log = std::string(log_->name()),
                           .problem = problem_,
-                          .uptime = absl::Now() - started_,
+                          .uptime = MonotonicNow() - started_,
                           .promise = sync_->options().max_launch_time,
                           .fixed_cost = sync_->options().fixed_cost,
                           .reconnects = reconnects_,
                           .progress = sync_->progress(),
                           .comparisons = comparisons_.status(),
                           .resumption = resumption_.status()};
-  next_publish_ = absl::Now() + kPublishEvery;
+  next_publish_ = MonotonicNow() + kPublishEvery;
   MutexLock lock(&mutex_);
   published_ = std::move(status);
 }

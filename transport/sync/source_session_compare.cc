@@ -3,7 +3,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
+#include "transport/clock.h"
 #include "transport/sync/source_session.h"
 #include "transport/wire/version.h"
 
@@ -40,7 +40,7 @@ absl::Status SourceSession::NoComparison() const {
 // (unsettled_pages.h). A look that fails is made up for by the next: it covers the time since the
 // last one that succeeded.
 void SourceSession::LookAtRequests() {
-  const absl::Time now = absl::Now();
+  const absl::Time now = MonotonicNow();
   if (Open() || Ended() || now < next_look_ || !sync_->wants_request_looks()) return;
   const absl::StatusOr<RequestLook> look = guest_->LookAtRequests(now + kLookTimeout);
   next_look_ = now + (look.ok() ? options_.look_every : kLookAfterFailure);
@@ -63,7 +63,7 @@ absl::Status SourceSession::Compare() {
   const bool may_begin = syncing && waiting_launches_ == 0;
   const bool unproven = sync_->unproven();
   absl::Status stepped =
-      comparisons_.Step(sync_.get(), connection_.channel.get(), may_begin, absl::Now());
+      comparisons_.Step(sync_.get(), connection_.channel.get(), may_begin, MonotonicNow());
   if (unproven && !sync_->unproven()) {
     resumption_.Look(*sync_, comparisons_.status().proof.hash_bytes);  // before anything is sent
     options_.log(false, absl::StrCat(options_.guest, ": the copy on ", dialer_->peer(),

@@ -2,7 +2,7 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
+#include "transport/clock.h"
 #include "transport/sync/conversation.h"
 #include "transport/sync/source_session.h"
 #include "transport/wire/version.h"
@@ -39,7 +39,7 @@ absl::Status SourceSession::CheckLaunchable() const {
 }
 
 absl::Status SourceSession::CheckRuns() {
-  const absl::StatusOr<RunState> run_state = guest_->State(absl::Now() + absl::Seconds(10));
+  const absl::StatusOr<RunState> run_state = guest_->State(MonotonicNow() + absl::Seconds(10));
   if (!run_state.ok()) return run_state.status();
   if (*run_state == RunState::kRunning) return absl::OkStatus();
   return absl::FailedPreconditionError(
@@ -64,7 +64,8 @@ void SourceSession::HandOver(LaunchOrder* order) {
   if (recorded.ok()) recorded = record_->Append(HandoverPhase::kPreparing);
   if (!recorded.ok()) {
     state_ = SessionState::kSyncing;
-    if (guest_->managed() != nullptr) guest_->Resume(absl::Now() + absl::Seconds(30)).IgnoreError();
+    if (guest_->managed() != nullptr)
+      guest_->Resume(MonotonicNow() + absl::Seconds(30)).IgnoreError();
     Answer(order, recorded);
     return;
   }
@@ -102,7 +103,7 @@ void SourceSession::HandOver(LaunchOrder* order) {
 // only the target's positive word that it never ran it.
 void SourceSession::ResolveDoubt() {
   if (ManagedLaunch* managed = guest_->managed(); managed != nullptr) {
-    if (absl::Status s = managed->HoldStill(absl::Now() + absl::Seconds(5)); !s.ok()) {
+    if (absl::Status s = managed->HoldStill(MonotonicNow() + absl::Seconds(5)); !s.ok()) {
       options_.log(true, absl::StrCat(options_.guest, ": ", s.message()));
     }
   }
@@ -114,7 +115,7 @@ void SourceSession::ResolveDoubt() {
     return ResumeHere("settled by hand; the guest goes on here");
   }
   absl::StatusOr<wire::Outcome> outcome =
-      AskOutcome(dialer_.get(), id_, options_.guest, absl::Now() + absl::Seconds(5));
+      AskOutcome(dialer_.get(), id_, options_.guest, MonotonicNow() + absl::Seconds(5));
   if (!outcome.ok()) {
     problem_ =
         absl::StrCat("given up to ", dialer_->peer(),
@@ -145,7 +146,7 @@ std::string SourceSession::HowToSettle() const {
 
 // The guest is this host's and stands still: tries until it runs, or its process has ended.
 void SourceSession::ResumeHere(const std::string& why) {
-  const absl::Status resumed = guest_->Resume(absl::Now() + absl::Seconds(30));
+  const absl::Status resumed = guest_->Resume(MonotonicNow() + absl::Seconds(30));
   if (resumed.ok()) {
     RemoveRecord();
     state_ = SessionState::kConnecting;
@@ -168,7 +169,7 @@ void SourceSession::Settle(SessionState state, const absl::Status& why) {
   problem_ = std::string(why.message());
   if (state == SessionState::kMoved) {
     record_->Append(HandoverPhase::kMoved).IgnoreError();
-    if (absl::Status s = guest_->Quit(absl::Now() + absl::Seconds(10)); !s.ok()) {
+    if (absl::Status s = guest_->Quit(MonotonicNow() + absl::Seconds(10)); !s.ok()) {
       problem_ = absl::StrCat("the guest has moved, but its old QEMU here did not quit (",
                               s.message(), "): end it by hand, and never resume it");
     } else {

@@ -4,7 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "absl/time/clock.h"
+#include "transport/clock.h"
 #include "transport/sync/link_messages.h"
 #include "transport/sync/source_session.h"
 #include "transport/wire/version.h"
@@ -26,7 +26,7 @@ bool SourceSession::RdmaFailed() const {
 }
 
 void SourceSession::NoteRdmaFailure(const absl::Status& why) {
-  if (absl::Now() - rdma_since_ > kSoundAfter) rdma_wait_ = absl::ZeroDuration();
+  if (MonotonicNow() - rdma_since_ > kSoundAfter) rdma_wait_ = absl::ZeroDuration();
   rdma_problem_ = std::string(why.message());
   lost_devices_ = connection_.devices;
   PostponeRdma();
@@ -35,7 +35,7 @@ void SourceSession::NoteRdmaFailure(const absl::Status& why) {
 // RDMA failed; if the control connection did not, TCP goes on with everything that was confirmed.
 bool SourceSession::FallBack(const absl::Status& why) {
   if (options_.transport != Transport::kAuto || state_ == SessionState::kLaunching) return false;
-  const absl::Time began = absl::Now();
+  const absl::Time began = MonotonicNow();
   sync_->DetachLink();
   std::unique_ptr<SourceLink> failed;
   const absl::Status fell =
@@ -49,17 +49,18 @@ bool SourceSession::FallBack(const absl::Status& why) {
   connection_.why = absl::StrCat("TCP, for RDMA failed: ", rdma_problem_);
   problem_.clear();
   options_.log(
-      true, absl::StrCat(
-                options_.guest, ": moved from RDMA to TCP within ",
-                absl::FormatDuration(absl::Trunc(absl::Now() - began, absl::Milliseconds(1))), ": ",
-                why.message(), ". RDMA is tried again in ", absl::FormatDuration(rdma_wait_)));
+      true,
+      absl::StrCat(options_.guest, ": moved from RDMA to TCP within ",
+                   absl::FormatDuration(absl::Trunc(MonotonicNow() - began, absl::Milliseconds(1))),
+                   ": ", why.message(), ". RDMA is tried again in ",
+                   absl::FormatDuration(rdma_wait_)));
   Publish();
   return true;
 }
 
 void SourceSession::PostponeRdma() {
   rdma_wait_ = std::clamp(2 * rdma_wait_, options_.rdma_retry, options_.rdma_retry_longest);
-  next_rdma_ = absl::Now() + rdma_wait_;
+  next_rdma_ = MonotonicNow() + rdma_wait_;
 }
 
 // Brings an RDMA link up beside TCP from time to time, and moves to it once it is there.
@@ -69,7 +70,7 @@ void SourceSession::TryRdmaAgain() {
     return;
   }
   if (return_ == nullptr) {
-    if (absl::Now() < next_rdma_) return;
+    if (MonotonicNow() < next_rdma_) return;
     // While a device's port is down trying is of no use, and costs some devices their ability to
     // connect at all (soft-RoCE).
     const absl::Status usable =
@@ -104,12 +105,12 @@ void SourceSession::SwitchToRdma() {
   std::unique_ptr<SourceLink> old = std::exchange(connection_.link, std::move(made.link));
   connection_.devices = std::move(made.devices);
   const uint32_t old_number = std::exchange(connection_.link_number, number);
-  connection_.channel->Send(MakeCloseLink(old_number), absl::Now() + absl::Seconds(1))
+  connection_.channel->Send(MakeCloseLink(old_number), MonotonicNow() + absl::Seconds(1))
       .IgnoreError();  // if it is gone the next Ping says so
   Retire(std::move(old));
   connection_.why =
       absl::StrCat("RDMA works again, over ", absl::StrJoin(connection_.devices, ", "));
-  rdma_since_ = absl::Now();
+  rdma_since_ = MonotonicNow();
   options_.log(false, absl::StrCat(options_.guest, ": moved from TCP back to RDMA"));
   Publish();
 }
@@ -120,7 +121,7 @@ void SourceSession::EndReturn() {
   if (return_ == nullptr) return;
   return_->Abandon();
   if (connection_.channel != nullptr) {
-    connection_.channel->Send(MakeCloseLink(return_->number()), absl::Now() + absl::Seconds(1))
+    connection_.channel->Send(MakeCloseLink(return_->number()), MonotonicNow() + absl::Seconds(1))
         .IgnoreError();
   }
   // Its thread may be in the middle of a registration: not waited for here.

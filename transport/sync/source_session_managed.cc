@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "transport/clock.h"
 #include "transport/sync/conversation.h"
 #include "transport/sync/source_session.h"
 
@@ -29,17 +30,17 @@ absl::Status SourceSession::OnLaunchComing() {
         absl::StrCat(options_.guest, " is not in sync yet (", StateName(state_),
                      "): wait until presync status says syncing"));
   } else {
-    ready = managed->Expect(absl::Now() + kGuestTimeout);
+    ready = managed->Expect(MonotonicNow() + kGuestTimeout);
   }
   if (ready.ok()) {
-    coming_since_ = absl::Now();
+    coming_since_ = MonotonicNow();
     ReserveRecord().IgnoreError();  // the launch tries again, and says so
     options_.log(false, absl::StrCat(options_.guest, ": libvirt is about to move it"));
   }
   Body answer;
   answer.mutable_launch_expected()->set_code(static_cast<uint32_t>(ready.code()));
   answer.mutable_launch_expected()->set_text(std::string(ready.message()));
-  return connection_.channel->Send(answer, absl::Now() + kGuestTimeout);
+  return connection_.channel->Send(answer, MonotonicNow() + kGuestTimeout);
 }
 
 void SourceSession::OnLaunchOff(const std::string& reason) {
@@ -52,7 +53,7 @@ void SourceSession::OnLaunchOff(const std::string& reason) {
 // The manager stops the guest without asking: what is stale then, the guest stands still for. So
 // rounds run flat out from the moment on that it may.
 absl::Status SourceSession::TickManaged() {
-  const absl::Time now = absl::Now();
+  const absl::Time now = MonotonicNow();
   if (now < next_round_) return absl::OkStatus();
   next_round_ = now + kRoundEvery;
   if (absl::Status s = sync_->Scan(); !s.ok()) return s;
@@ -100,7 +101,7 @@ void SourceSession::TakeUpManaged(LaunchOrder* order) {
   LaunchOrder* const launch = order != nullptr ? order : &own;
   manager_told_ = false;
   if (absl::Status fit = CheckLaunchable(); !fit.ok()) {
-    const absl::Status resumed = guest_->Resume(absl::Now() + absl::Seconds(30));
+    const absl::Status resumed = guest_->Resume(MonotonicNow() + absl::Seconds(30));
     if (!resumed.ok()) {
       state_ = SessionState::kStuck;
       problem_ = std::string(resumed.message());
@@ -115,7 +116,7 @@ void SourceSession::TakeUpManaged(LaunchOrder* order) {
 // While the order is the manager's: the sync goes on, but need not turn idly.
 void SourceSession::WaitABit() {
   if (connected_) {
-    sync_->AwaitLink(absl::Now() + absl::Milliseconds(1)).IgnoreError();
+    sync_->AwaitLink(MonotonicNow() + absl::Milliseconds(1)).IgnoreError();
   } else {
     absl::SleepFor(absl::Milliseconds(1));
   }

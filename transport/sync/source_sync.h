@@ -16,6 +16,7 @@
 #include "predictor/link_rate.h"
 #include "predictor/policy.h"
 #include "predictor/set_point.h"
+#include "transport/clock.h"
 #include "transport/dirty_log.h"
 #include "transport/link.h"
 #include "transport/memory.h"
@@ -34,7 +35,7 @@ struct SourceSyncOptions {
   // How long a read of the guest's devices is given at least before the pages that were sent
   // meanwhile are compared with their copies (unsettled_pages.h).
   absl::Duration settle_after = absl::Seconds(2);
-  std::function<absl::Time()> now = absl::Now;
+  std::function<absl::Time()> now = MonotonicNow;
 };
 
 // What a person or a script sees of the sync. Counters since the session began.

@@ -10,8 +10,8 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "absl/time/clock.h"
 #include "absl/time/time.h"
+#include "transport/clock.h"
 #include "transport/guest.h"
 #include "transport/sync/handover_record.h"
 #include "transport/sync/target_links.h"
@@ -49,7 +49,7 @@ class TargetConversation {
   void End(const absl::Status& why);
 
   absl::Status Send(const wire::ControlMessage& message) {
-    return channel_->Send(message, absl::Now() + kSendTimeout);
+    return channel_->Send(message, MonotonicNow() + kSendTimeout);
   }
 
   static constexpr absl::Duration kSendTimeout = absl::Seconds(5);

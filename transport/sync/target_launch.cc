@@ -2,7 +2,7 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
+#include "transport/clock.h"
 #include "transport/sync/conversation.h"
 #include "transport/sync/target_service.h"
 
@@ -34,7 +34,8 @@ absl::Status TargetService::AnnounceLaunch(const std::string& guest, absl::Time 
   slot->launch_expected.reset();
   const SessionId session = slot->session;
   // Under the lock, for the channel is its conversation's: that may end at any time.
-  if (absl::Status s = slot->channel->Send(coming, absl::Now() + kSendTimeout); !s.ok()) return s;
+  if (absl::Status s = slot->channel->Send(coming, MonotonicNow() + kSendTimeout); !s.ok())
+    return s;
   const auto answered = [&] {
     mutex_.AssertHeld();
     slot = FindServed(guest);
@@ -57,7 +58,7 @@ void TargetService::RetractLaunch(const std::string& guest, const std::string& w
   TargetSlot* slot = FindServed(guest);
   if (slot == nullptr || !slot->launch_expected.has_value()) return;
   slot->launch_expected.reset();
-  slot->channel->Send(off, absl::Now() + kSendTimeout).IgnoreError();
+  slot->channel->Send(off, MonotonicNow() + kSendTimeout).IgnoreError();
 }
 
 void TargetService::NoteLaunchExpected(TargetSlot* slot, const wire::LaunchExpected& answer) {

@@ -6,7 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "absl/time/clock.h"
+#include "transport/clock.h"
 #include "transport/sync/link_messages.h"
 #include "transport/tcp/tcp_target_link.h"
 
@@ -33,7 +33,7 @@ TargetLinks::~TargetLinks() {
 }
 
 absl::Status TargetLinks::Send(const wire::ControlMessage& message) {
-  return channel_->Send(message, absl::Now() + kSendTimeout);
+  return channel_->Send(message, MonotonicNow() + kSendTimeout);
 }
 
 void TargetLinks::Adopt(std::unique_ptr<TargetLink> link) {
@@ -97,8 +97,9 @@ absl::Status TargetLinks::BringTcp(Entry* entry, uint32_t streams) {
   offer->set_tcp_streams(streams);
   const absl::Status sent = Send(message);
   bool encrypted = false;
-  absl::StatusOr<std::unique_ptr<TargetLink>> link = TakeTcp(
-      entry->token, absl::Now() + (sent.ok() ? kStreamsTimeout : absl::ZeroDuration()), &encrypted);
+  absl::StatusOr<std::unique_ptr<TargetLink>> link =
+      TakeTcp(entry->token, MonotonicNow() + (sent.ok() ? kStreamsTimeout : absl::ZeroDuration()),
+              &encrypted);
   if (!sent.ok()) return sent;
   if (!link.ok()) return link.status();
   if (absl::Status s = Publish(entry, *std::move(link)); !s.ok()) return s;
@@ -145,7 +146,7 @@ absl::Status TargetLinks::BringRdma(Entry* entry, uint32_t queue_pairs) {
   std::vector<std::string> devices;
   for (const RdmaEndpoint& endpoint : link->offer().endpoints) devices.push_back(endpoint.device);
   absl::Status status = Send(MakeOffer(entry->number, link->offer()));
-  if (status.ok()) status = link->AwaitSource(absl::Now() + RdmaTimeout(*memory_));
+  if (status.ok()) status = link->AwaitSource(MonotonicNow() + RdmaTimeout(*memory_));
   if (!status.ok()) {
     link->Close();
     return status;

@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "transport/clock.h"
 #include "transport/sync/conversation.h"
 #include "transport/sync/handover_record.h"
 #include "transport/sync/target_session.h"
@@ -59,19 +60,19 @@ void TargetService::CloseConnections() {
 }
 
 void TargetService::AcceptLoop() {
-  absl::Time next_sweep = absl::Now();
+  absl::Time next_sweep = MonotonicNow();
   while (!ending_) {
-    if (absl::Now() >= next_sweep) {
+    if (MonotonicNow() >= next_sweep) {
       Sweep();
-      next_sweep = absl::Now() + kSweepEvery;
+      next_sweep = MonotonicNow() + kSweepEvery;
     }
-    absl::StatusOr<UniqueFd> accepted = Accept(listener_.get(), absl::Now() + kSweepEvery);
+    absl::StatusOr<UniqueFd> accepted = Accept(listener_.get(), MonotonicNow() + kSweepEvery);
     if (accepted.ok()) {
       JoinEnded();  // or those of the last moments would count as open
       std::string peer = PeerName(accepted->get());
       Adopt(*std::move(accepted), std::move(peer));
     } else if (!absl::IsDeadlineExceeded(accepted.status())) {
-      refusals_.Refuse("connections", std::string(accepted.status().message()), absl::Now());
+      refusals_.Refuse("connections", std::string(accepted.status().message()), MonotonicNow());
       absl::SleepFor(kAcceptRest);
     }
   }
@@ -111,19 +112,19 @@ void TargetService::Adopt(UniqueFd socket, std::string peer) {
       return;
     }
   }
-  refusals_.Refuse(address, std::string(limits.message()), absl::Now());
+  refusals_.Refuse(address, std::string(limits.message()), MonotonicNow());
 }
 
 void TargetService::Serve(Client* client, UniqueFd socket, const std::string& peer) {
   absl::StatusOr<Admitted> admitted =
-      Admit(std::move(socket), options_.admission, absl::Now() + options_.preamble_timeout);
+      Admit(std::move(socket), options_.admission, MonotonicNow() + options_.preamble_timeout);
   client->is_new = false;
   absl::Status status = admitted.status();
   if (status.ok() && admitted->preamble.kind == Preamble::Kind::kData) {
     status = DeliverStream(admitted->preamble, std::move(admitted->connection));
   }
   if (!status.ok()) {
-    refusals_.Refuse(client->address, std::string(status.message()), absl::Now());
+    refusals_.Refuse(client->address, std::string(status.message()), MonotonicNow());
     return;
   }
   if (admitted->preamble.kind != Preamble::Kind::kControl) return;
@@ -137,7 +138,7 @@ void TargetService::LogRefusal(const ControlChannel& channel, const absl::Status
   const std::string name = channel.peer_name();
   const std::string address = AddressOf(channel.peer());
   refusals_.Refuse(name.empty() ? address : absl::StrCat(address, " (", name, ")"),
-                   std::string(why.message()), absl::Now());
+                   std::string(why.message()), MonotonicNow());
 }
 
 const PeerRules* TargetService::RulesOf(const ControlChannel& channel) const {
@@ -215,13 +216,13 @@ void TargetService::Sweep() {
   {
     MutexLock lock(&mutex_);
     for (TargetSlot& slot : slots_) {
-      if (slot.busy || absl::Now() - slot.lost_at <= options_.keep_lost_session) continue;
+      if (slot.busy || MonotonicNow() - slot.lost_at <= options_.keep_lost_session) continue;
       slot.busy = slot.closing = true;  // nobody takes it up any more
       expired.push_back(&slot);
     }
   }
   JoinEnded();
-  refusals_.Flush(absl::Now());
+  refusals_.Flush(MonotonicNow());
   for (TargetSlot* slot : expired) {
     Log(true, absl::StrCat(slot->guest, ": its source did not come back; its memory is given up"));
     EndSlot(slot);

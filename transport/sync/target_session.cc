@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "transport/clock.h"
 #include "transport/sync/conversation.h"
 #include "transport/sync/target_conversation.h"
 #include "transport/tcp/tcp_target_link.h"
@@ -100,7 +101,7 @@ absl::Status SettleWaiting(TargetService* service, const HandoverEntry& entry) {
 }  // namespace
 
 void TargetConversation::Run() {
-  const absl::Time deadline = absl::Now() + service_->options().preamble_timeout;
+  const absl::Time deadline = MonotonicNow() + service_->options().preamble_timeout;
   absl::StatusOr<uint32_t> version = ExchangeHello(channel_, deadline);
   if (!version.ok()) {
     Send(MakeRefused(version.status())).IgnoreError();
@@ -202,7 +203,7 @@ absl::Status TargetConversation::OpenTcpLink(uint32_t streams, Body opened) {
   opened.mutable_session_opened()->set_tcp_streams(streams);
   const absl::Status sent = Send(opened);
   absl::StatusOr<std::vector<Connection>> connections = service_->TakeStreams(
-      token, absl::Now() + (sent.ok() ? kStreamsTimeout : absl::ZeroDuration()));
+      token, MonotonicNow() + (sent.ok() ? kStreamsTimeout : absl::ZeroDuration()));
   if (!sent.ok()) return sent;
   if (!connections.ok()) return connections.status();
   auto made = MakeStreams(*std::move(connections), service_->options().socket);
@@ -256,7 +257,7 @@ absl::StatusOr<wire::SessionOpened::Content> TargetConversation::PreparePlace(
     return absl::FailedPreconditionError(
         "the session came back with other memory regions than it began with");
   }
-  if (absl::StatusOr<TargetGuest*> guest = slot_->place->Waiting(absl::Now() + kGuestTimeout);
+  if (absl::StatusOr<TargetGuest*> guest = slot_->place->Waiting(MonotonicNow() + kGuestTimeout);
       !guest.ok()) {
     return guest.status();
   }
@@ -281,7 +282,7 @@ absl::Status TargetConversation::ReserveRecord() {
 absl::Status TargetConversation::Serve() {
   while (!over_) {
     absl::StatusOr<Body> message = channel_->Receive(
-        absl::Now() + (guest_ == nullptr ? service_->options().idle_timeout : kHandoverTimeout));
+        MonotonicNow() + (guest_ == nullptr ? service_->options().idle_timeout : kHandoverTimeout));
     if (!message.ok()) {
       if (!absl::IsDeadlineExceeded(message.status())) return message.status();
       return absl::UnavailableError(absl::StrCat(channel_->peer(), " fell silent"));

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "transport/clock.h"
 #include "transport/sync/conversation.h"
 #include "transport/sync/page_hash.h"
 #include "transport/sync/target_conversation.h"
@@ -36,7 +37,7 @@ absl::Status WriteAll(int fd, absl::string_view bytes, absl::Time deadline) {
       return absl::UnavailableError(
           absl::StrCat("the waiting guest does not take its device state: ", std::strerror(errno)));
     }
-    const int64_t left_ms = absl::ToInt64Milliseconds(deadline - absl::Now());
+    const int64_t left_ms = absl::ToInt64Milliseconds(deadline - MonotonicNow());
     pollfd p = {.fd = fd, .events = POLLOUT, .revents = 0};
     if (left_ms <= 0 || ::poll(&p, 1, static_cast<int>(left_ms)) <= 0) {
       return absl::DeadlineExceededError("the waiting guest does not take its device state");
@@ -49,7 +50,7 @@ absl::Status WriteAll(int fd, absl::string_view bytes, absl::Time deadline) {
 
 absl::Status TargetConversation::BeginHandover() {
   if (guest_ != nullptr) return absl::FailedPreconditionError("a handover is already under way");
-  absl::StatusOr<TargetGuest*> guest = slot_->place->Waiting(absl::Now() + kGuestTimeout);
+  absl::StatusOr<TargetGuest*> guest = slot_->place->Waiting(MonotonicNow() + kGuestTimeout);
   if (!guest.ok()) return guest.status();
   if (absl::Status s = record_->Append(HandoverPhase::kWaiting); !s.ok()) return s;
   guest_ = *guest;
@@ -58,7 +59,7 @@ absl::Status TargetConversation::BeginHandover() {
     back.mutable_state_return()->set_data(bytes.data(), bytes.size());
     Send(back).IgnoreError();  // a source that is gone is noticed by whoever waits for it
   });
-  absl::StatusOr<UniqueFd> stream = (*guest)->BeginLoad(absl::Now() + kGuestTimeout);
+  absl::StatusOr<UniqueFd> stream = (*guest)->BeginLoad(MonotonicNow() + kGuestTimeout);
   if (!stream.ok()) return stream.status();
   state_stream_ = *std::move(stream);
   ::fcntl(state_stream_.get(), F_SETFL, ::fcntl(state_stream_.get(), F_GETFL) | O_NONBLOCK);
@@ -81,7 +82,7 @@ absl::Status TargetConversation::TakeState(const wire::StateChunk& chunk) {
     staged_ += chunk.data();
     return absl::OkStatus();
   }
-  return WriteAll(state_stream_.get(), chunk.data(), absl::Now() + kGuestTimeout);
+  return WriteAll(state_stream_.get(), chunk.data(), MonotonicNow() + kGuestTimeout);
 }
 
 absl::Status TargetConversation::AnswerHashes(const wire::HashRequest& request) {
@@ -122,7 +123,7 @@ absl::Status TargetConversation::Load(const wire::Load& load) {
   if (absl::Status s = slot_->place->ForgetCopy(); !s.ok()) return s;
   loading_ = true;
   slot_->content_kept = slot_->noted = false;
-  const absl::Time deadline = absl::Now() + kGuestTimeout;
+  const absl::Time deadline = MonotonicNow() + kGuestTimeout;
   if (absl::Status s = WriteAll(state_stream_.get(), staged_, deadline); !s.ok()) return s;
   state_stream_.reset();
   if (absl::Status s = guest_->AwaitLoaded(deadline); !s.ok()) return s;
@@ -138,7 +139,7 @@ absl::Status TargetConversation::RunGuest() {
     return absl::InvalidArgumentError("the order to run came before everything was loaded");
   FinishHashing();
   if (absl::Status s = record_->Append(HandoverPhase::kToldToRun); !s.ok()) return s;
-  const absl::Time deadline = absl::Now() + kGuestTimeout;
+  const absl::Time deadline = MonotonicNow() + kGuestTimeout;
   absl::Status run = guest_->Run(deadline);
   Body answer;
   if (run.ok()) {

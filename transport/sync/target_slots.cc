@@ -4,7 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
+#include "transport/clock.h"
 #include "transport/sync/conversation.h"
 #include "transport/sync/handover_record.h"
 #include "transport/sync/target_service.h"
@@ -45,11 +45,12 @@ void TargetService::TakeKept() {
     slot.state = "lost";
     slot.place = std::move(kept.place);
     slot.content_kept = slot.noted = true;
-    slot.lost_at = absl::Now();
-    Log(false, absl::StrCat(slot.guest, ": its copy of before the restart is kept for ", slot.peer,
-                            ", until ",
-                            absl::FormatTime("%H:%M:%S", slot.lost_at + options_.keep_lost_session,
-                                             absl::LocalTimeZone())));
+    slot.lost_at = MonotonicNow();
+    Log(false,
+        absl::StrCat(
+            slot.guest, ": its copy of before the restart is kept for ", slot.peer, ", until ",
+            absl::FormatTime("%H:%M:%S", ToWallTime(slot.lost_at + options_.keep_lost_session),
+                             absl::LocalTimeZone())));
   }
 }
 
@@ -150,7 +151,7 @@ void TargetService::ReleaseSlot(TargetSlot* slot, bool forget) {
   MutexLock lock(&mutex_);
   slot->busy = false;
   slot->channel = nullptr;
-  slot->lost_at = absl::Now();
+  slot->lost_at = MonotonicNow();
   slot->state = "lost";
 }
 

@@ -5,14 +5,14 @@
 #include <algorithm>
 #include <cstring>
 
-#include "absl/time/clock.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
 
 FrameType TypeOf(Codec codec) { return codec == Codec::kLz4 ? FrameType::kLz4 : FrameType::kZstd; }
 
-absl::Duration Since(absl::Time start) { return absl::Now() - start; }
+absl::Duration Since(absl::Time start) { return MonotonicNow() - start; }
 
 // Of this thread.
 absl::Duration CpuTime() {
@@ -53,12 +53,12 @@ absl::StatusOr<uint64_t> FrameSender::Send(absl::Span<const Frame> frames, bool 
   batch_wire_bytes_ = 0;
   const bool measured = compression_ == Compression::kAuto;
   CodecChooser::Sent sent;
-  const absl::Time start = absl::Now();
+  const absl::Time start = MonotonicNow();
   for (const Frame& frame : frames) {
     if (frame.type == FrameType::kBytes) sent.guest_bytes += PagesToBytes(frame.run.count);
     Add(frame);
   }
-  const absl::Time built = absl::Now();
+  const absl::Time built = MonotonicNow();
   const absl::Duration cpu = measured ? CpuTime() : absl::ZeroDuration();
   if (auto status = stream_->Send(absl::MakeSpan(parts_)); !status.ok()) return status;
   if (measured) {
@@ -114,7 +114,7 @@ void FrameSender::AddPages(Frame frame, absl::Span<std::byte> bytes) {
 // uncompressed, so there is always room for what is smaller.
 size_t FrameSender::TryCompress(Codec codec, absl::Span<const std::byte> bytes) {
   const size_t worth = bytes.size() - bytes.size() / 16;  // the target must decompress it, too
-  const absl::Time start = absl::Now();
+  const absl::Time start = MonotonicNow();
   const size_t size = compressor_.Compress(
       codec, bytes, absl::MakeSpan(compressed_).subspan(compressed_used_, worth));
   if (compression_ == Compression::kAuto) {

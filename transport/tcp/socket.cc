@@ -16,7 +16,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -48,14 +48,14 @@ UniqueFd NewSocket(const addrinfo& address) {
 // Waits until `fd` is ready for `events`. DEADLINE_EXCEEDED: it was not in time.
 absl::Status Await(int fd, int16_t events, absl::Time deadline) {
   while (true) {
-    const absl::Duration left = std::max(deadline - absl::Now(), absl::ZeroDuration());
+    const absl::Duration left = std::max(deadline - MonotonicNow(), absl::ZeroDuration());
     const int64_t left_ms = std::min<int64_t>(absl::ToInt64Milliseconds(left), INT_MAX - 1);
     pollfd ready = {fd, events, 0};
     // Rounded up, so that a fraction of a millisecond is not polled away.
     const int count = poll(&ready, 1, static_cast<int>(left_ms) + (left > absl::ZeroDuration()));
     if (count > 0) return absl::OkStatus();
     if (count < 0 && errno != EINTR) return absl::ErrnoToStatus(errno, "poll");
-    if (absl::Now() >= deadline) return absl::DeadlineExceededError("no answer in time");
+    if (MonotonicNow() >= deadline) return absl::DeadlineExceededError("no answer in time");
   }
 }
 

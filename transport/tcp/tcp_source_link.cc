@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
+#include "transport/clock.h"
 #include "transport/tcp/sender.h"
 
 namespace presync {
@@ -125,7 +125,7 @@ void TcpSourceLink::Enqueue(const PageWrite& write) {
   }
   const uint32_t index = free_writes_.back();
   free_writes_.pop_back();
-  writes_[index] = {write, write.run.count, absl::Now()};
+  writes_[index] = {write, write.run.count, MonotonicNow()};
   ForEachPiece(write, streams_.size(), [&](size_t stream, const Frame& frame) {
     mu_.AssertHeld();
     Push(streams_[stream].get(), {frame, index});
@@ -242,7 +242,7 @@ bool TcpSourceLink::TakeBatch(size_t index, std::vector<Item>* batch, bool* back
 }
 
 void TcpSourceLink::FinishBatch(size_t index, absl::Span<const Item> batch, uint64_t wire_bytes) {
-  const absl::Time now = absl::Now();
+  const absl::Time now = MonotonicNow();
   MutexLock lock(&mu_);
   const bool had_news = HasNews();
   stats_.wire_bytes += wire_bytes;

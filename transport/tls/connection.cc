@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "absl/time/clock.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -42,7 +42,7 @@ void Connection::Shutdown() { ::shutdown(fd(), SHUT_RDWR); }
 
 absl::Status AwaitSocket(int fd, short events, absl::Time deadline) {
   while (true) {
-    const absl::Duration left = deadline - absl::Now();
+    const absl::Duration left = deadline - MonotonicNow();
     const int64_t ms = std::clamp<int64_t>(
         absl::ToInt64Milliseconds(absl::Ceil(left, absl::Milliseconds(1))), 0, 1 << 30);
     pollfd p = {.fd = fd, .events = events, .revents = 0};
@@ -54,7 +54,7 @@ absl::Status AwaitSocket(int fd, short events, absl::Time deadline) {
 }
 
 void CloseGently(UniqueFd socket, absl::Duration longest) {
-  const absl::Time deadline = absl::Now() + longest;
+  const absl::Time deadline = MonotonicNow() + longest;
   ::shutdown(socket.get(), SHUT_WR);
   char unread[4096];
   // So many bytes at most: somebody who goes on sending is not listened to for long.

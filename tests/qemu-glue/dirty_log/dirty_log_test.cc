@@ -11,13 +11,13 @@
 #include <string>
 #include <vector>
 
-#include "absl/time/clock.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "qemu-glue/dirty_log/glue_client.h"
 #include "qemu-glue/dirty_log/probe.h"
 #include "qemu-glue/plugin/kernel_abi.h"
 #include "tests/qemu-glue/dirty_log/guest_fixture.h"
+#include "transport/clock.h"
 
 namespace presync {
 
@@ -41,7 +41,7 @@ class DirtyLogTest : public ::testing::TestWithParam<DirtyLogMode> {
 
   // Why this mode can't work on this host, whatever the code does; empty if it should.
   std::string MissingHere() {
-    const auto client = GlueClient::Connect(guest_->socket(), absl::Now() + absl::Seconds(10));
+    const auto client = GlueClient::Connect(guest_->socket(), MonotonicNow() + absl::Seconds(10));
     if (!client.ok()) return "";
     const bool async = GetParam() == DirtyLogMode::kUffdAsync;
     const uint64_t needed = async ? UFFD_FEATURE_WP_ASYNC : UFFD_FEATURE_WP_HUGETLBFS_SHMEM;
@@ -251,11 +251,11 @@ TEST_P(DirtyLogTest, NoConcurrentWriteIsLost) {
   };
   ArmAll();
   for (const RegionFile& region : guest_->regions()) copy_run(region.run);
-  const absl::Time deadline = absl::Now() + absl::Seconds(120);
+  const absl::Time deadline = MonotonicNow() + absl::Seconds(120);
   for (int round = 0; round < 20; ++round) {
     ASSERT_EQ(guest_->Do(GUEST_START_WRITERS, 0, 0, 0, seed + round), 0);
     for (uint64_t seen = 0; seen < 1000;) {
-      ASSERT_LT(absl::Now(), deadline) << "the writers make no progress";
+      ASSERT_LT(MonotonicNow(), deadline) << "the writers make no progress";
       for (const PageRun& run : Peek()) {
         Arm({run});
         copy_run(run);
@@ -298,7 +298,7 @@ TEST_P(DirtyLogTest, StopTrackingMakesRoomForOthers) {
   ArmAll();
   log_.reset();
   EXPECT_EQ(guest_->Do(GUEST_REGISTER_OTHER), EBUSY);
-  const absl::Time deadline = absl::Now() + absl::Seconds(20);
+  const absl::Time deadline = MonotonicNow() + absl::Seconds(20);
   const absl::Status stopped = StopTracking(guest_->socket(), guest_->regions(), deadline);
   ASSERT_TRUE(stopped.ok()) << stopped;
   EXPECT_TRUE(StopTracking(guest_->socket(), guest_->regions(), deadline).ok()) << "twice is fine";

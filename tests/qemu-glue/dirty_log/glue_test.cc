@@ -11,7 +11,6 @@
 #include <thread>
 #include <vector>
 
-#include "absl/time/clock.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "qemu-glue/dirty_log/glue_client.h"
@@ -20,6 +19,7 @@
 #include "qemu-glue/dirty_log/uffd_handler_log.h"
 #include "qemu-glue/plugin/kernel_abi.h"
 #include "tests/qemu-glue/dirty_log/guest_fixture.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -29,7 +29,7 @@ using ::testing::HasSubstr;
 using testing::SyntheticGuest;
 using testing::TempFolder;
 
-absl::Time Soon() { return absl::Now() + absl::Seconds(20); }
+absl::Time Soon() { return MonotonicNow() + absl::Seconds(20); }
 
 constexpr PageCount kPages = 64;
 
@@ -225,7 +225,7 @@ TEST(SharedBitmapTest, WaitsForABatchUnderWay) {
             absl::StatusCode::kInvalidArgument);
   auto bitmap = SharedBitmap::Map(file.get(), 100);
   ASSERT_TRUE(bitmap.ok()) << bitmap.status();
-  EXPECT_EQ(bitmap->AwaitBatch(absl::Now()).code(), absl::StatusCode::kDeadlineExceeded);
+  EXPECT_EQ(bitmap->AwaitBatch(MonotonicNow()).code(), absl::StatusCode::kDeadlineExceeded);
   std::thread handler([&] {
     const uint32_t next = 8;
     EXPECT_EQ(::pwrite(file.get(), &next, sizeof(next), offsetof(presync_glue_bitmap, batches)), 4);
@@ -270,7 +270,7 @@ class FakeGlue {
 TEST(GlueClientTest, SilenceEndsAtTheDeadline) {
   const TempFolder folder;
   const FakeGlue fake(folder.path() + "/glue");
-  EXPECT_EQ(GlueClient::Connect(folder.path() + "/glue", absl::Now() + absl::Milliseconds(50))
+  EXPECT_EQ(GlueClient::Connect(folder.path() + "/glue", MonotonicNow() + absl::Milliseconds(50))
                 .status()
                 .code(),
             absl::StatusCode::kDeadlineExceeded);

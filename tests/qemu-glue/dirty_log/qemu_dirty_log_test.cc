@@ -18,6 +18,7 @@
 #include "predictor/bitmap.h"
 #include "qemu-glue/dirty_log/probe.h"
 #include "tests/qemu-glue/dirty_log/guest_fixture.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -161,11 +162,11 @@ class QemuDirtyLogTest : public ::testing::TestWithParam<QemuCase> {
   absl::StatusOr<ProbedLog> Probe(DirtyLogMode mode) {
     absl::StatusOr<RegionFile> region = DescribeRegion("ram", file_.get(), {0, kPages});
     EXPECT_TRUE(region.ok());
-    const absl::Time deadline = absl::Now() + absl::Seconds(60);
+    const absl::Time deadline = MonotonicNow() + absl::Seconds(60);
     while (true) {
       absl::StatusOr<ProbedLog> probed = ProbeDirtyLog({socket(), {*region}, mode});
       const bool retry = absl::IsNotFound(probed.status()) || absl::IsUnavailable(probed.status());
-      if (!retry || absl::Now() >= deadline) return probed;
+      if (!retry || MonotonicNow() >= deadline) return probed;
       absl::SleepFor(absl::Milliseconds(10));
     }
   }
@@ -198,9 +199,9 @@ TEST_P(QemuDirtyLogTest, ProbesAndSeesTheFirmwareWrite) {
   if (daemon_ > 0) return;  // its monitor is out of reach
 
   Qmp("{\"execute\":\"qmp_capabilities\"}\n{\"execute\":\"cont\"}\n");
-  const absl::Time deadline = absl::Now() + absl::Seconds(60);
+  const absl::Time deadline = MonotonicNow() + absl::Seconds(60);
   while (written.empty()) {
-    ASSERT_LT(absl::Now(), deadline) << "the firmware wrote nothing";
+    ASSERT_LT(MonotonicNow(), deadline) << "the firmware wrote nothing";
     ASSERT_TRUE(probed->log->Peek(&written).ok());
   }
   Qmp("{\"execute\":\"quit\"}\n");

@@ -16,6 +16,7 @@
 #include "qemu-glue/libvirt/libvirt_target_host.h"
 #include "qemu-glue/libvirt/saved_stream.h"
 #include "qemu-glue/libvirt/unix_socket.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -34,7 +35,7 @@ ReturnBytes Ignore() {
   return [](absl::string_view) {};
 }
 
-absl::Time Soon() { return absl::Now() + absl::Seconds(20); }
+absl::Time Soon() { return MonotonicNow() + absl::Seconds(20); }
 
 std::string Read(int fd, size_t size) {
   std::string got(size, '\0');
@@ -77,7 +78,8 @@ TEST(HeldBackStream, IsNotPassedBeforeTheOtherEndHasReadIt) {
   HeldBackStream stream(std::move(source.other), std::move(qemu.one), Ignore());
   ASSERT_EQ(::write(source.one.get(), "abc", 3), 3);
   source.one.reset();
-  EXPECT_TRUE(absl::IsDeadlineExceeded(stream.AwaitPassed(absl::Now() + absl::Milliseconds(50))));
+  EXPECT_TRUE(
+      absl::IsDeadlineExceeded(stream.AwaitPassed(MonotonicNow() + absl::Milliseconds(50))));
   EXPECT_EQ(Read(qemu.other.get(), 2), "ab");
   EXPECT_TRUE(stream.AwaitPassed(Soon()).ok());
 }
@@ -173,7 +175,7 @@ TEST(SavedStream, SaysWhenTheStreamBreaksOff) {
   Pair qemu, relay;
   SavedStream saved(std::move(qemu.other), std::move(relay.one));
   ASSERT_EQ(::write(qemu.one.get(), "abc", 3), 3);
-  EXPECT_TRUE(absl::IsDeadlineExceeded(saved.AwaitWhole(absl::Now() + absl::Milliseconds(20))));
+  EXPECT_TRUE(absl::IsDeadlineExceeded(saved.AwaitWhole(MonotonicNow() + absl::Milliseconds(20))));
   qemu.one.reset();
   EXPECT_TRUE(absl::IsUnavailable(saved.AwaitWhole(Soon())));
   EXPECT_EQ(Read(relay.other.get(), 10), "abc");

@@ -7,7 +7,7 @@
 
 #include <utility>
 
-#include "absl/time/clock.h"
+#include "transport/clock.h"
 #include "transport/rdma/connection_manager.h"
 
 namespace presync {
@@ -86,7 +86,7 @@ RdmaSourceOptions TestOptions(uint32_t queue_pairs) {
 absl::StatusOr<RdmaPair> ConnectPair(const std::vector<std::string>& addresses,
                                      const RdmaSourceOptions& options, const GuestMemory& source,
                                      const GuestMemory& target) {
-  const absl::Time deadline = absl::Now() + absl::Seconds(60);
+  const absl::Time deadline = MonotonicNow() + absl::Seconds(60);
   RdmaListen listen = {.addresses = addresses, .queue_pairs = options.queue_pairs};
   listen.token.fill(0x5a);
   absl::StatusOr<std::unique_ptr<RdmaTarget>> end = ListenRdma(&target, listen);

@@ -17,9 +17,9 @@
 #include <utility>
 #include <vector>
 
-#include "absl/time/clock.h"
 #include "tests/transport/rdma/rdma_fixture.h"
 #include "tests/transport/scratch_memory.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -49,9 +49,9 @@ class RdmaLinkTest : public ::testing::TestWithParam<TestDevice> {
 
   // Posts page after page, again and again, until the link says why it no longer works.
   absl::Status WriteUntilItFails(SourceLink* link, LinkEvents* events, size_t* posted) {
-    const absl::Time deadline = absl::Now() + kPatience;
+    const absl::Time deadline = MonotonicNow() + kPatience;
     PageIndex next = 0;
-    while (absl::Now() < deadline) {
+    while (MonotonicNow() < deadline) {
       while (events->completed.size() == *posted) {
         absl::StatusOr<size_t> n = link->Post(std::vector<PageWrite>{{{next, 20}}});
         if (!n.ok()) return n.status();
@@ -59,7 +59,7 @@ class RdmaLinkTest : public ::testing::TestWithParam<TestDevice> {
         next = (next + 20) % (kPages - 100);
       }
       if (absl::Status s = link->Poll(events); !s.ok()) return s;
-      if (absl::Status s = link->Wait(absl::Now() + absl::Milliseconds(100)); !s.ok()) return s;
+      if (absl::Status s = link->Wait(MonotonicNow() + absl::Milliseconds(100)); !s.ok()) return s;
     }
     return absl::DeadlineExceededError("the link still works");
   }
@@ -67,11 +67,11 @@ class RdmaLinkTest : public ::testing::TestWithParam<TestDevice> {
   absl::Status Commit(SourceLink* link, LinkEvents* events) {
     const absl::StatusOr<CommitId> id = link->PostCommit();
     if (!id.ok()) return id.status();
-    const absl::Time deadline = absl::Now() + kPatience;
+    const absl::Time deadline = MonotonicNow() + kPatience;
     while (true) {
       if (absl::Status s = link->Poll(events); !s.ok()) return s;
       if (events->committed >= *id) break;
-      if (absl::Now() >= deadline) return absl::DeadlineExceededError("it was not confirmed");
+      if (MonotonicNow() >= deadline) return absl::DeadlineExceededError("it was not confirmed");
       if (absl::Status s = link->Wait(deadline); !s.ok()) return s;
     }
     return absl::OkStatus();
@@ -84,7 +84,7 @@ TEST_P(RdmaLinkTest, NamesItsDevice) {
   absl::StatusOr<std::unique_ptr<RdmaTarget>> target = Listen();
   ASSERT_TRUE(target.ok()) << target.status();
   const absl::StatusOr<RdmaSource> source = ConnectRdma(&source_ram_->memory(), (*target)->offer(),
-                                                        TestOptions(2), absl::Now() + kPatience);
+                                                        TestOptions(2), MonotonicNow() + kPatience);
   ASSERT_TRUE(source.ok()) << source.status();
   EXPECT_EQ(source->devices, std::vector<std::string>{GetParam().name});
   EXPECT_EQ((*target)->offer().endpoints[0].device, GetParam().name);
@@ -96,7 +96,7 @@ TEST_P(RdmaLinkTest, ADeviceThatIsNotAskedForIsNotUsed) {
   RdmaSourceOptions options = TestOptions(2);
   options.devices = {"mlx5_17"};
   const absl::Status status =
-      ConnectRdma(&source_ram_->memory(), (*target)->offer(), options, absl::Now() + kPatience)
+      ConnectRdma(&source_ram_->memory(), (*target)->offer(), options, MonotonicNow() + kPatience)
           .status();
   EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented);
   EXPECT_THAT(std::string(status.message()), HasSubstr(GetParam().name));
@@ -108,23 +108,24 @@ TEST_P(RdmaLinkTest, AWrongTokenIsRefusedAndTheRightOneStillWorks) {
   RdmaOffer wrong = (*target)->offer();
   wrong.token[7] ^= 1;
   const absl::Status refused =
-      ConnectRdma(&source_ram_->memory(), wrong, TestOptions(2), absl::Now() + kPatience).status();
+      ConnectRdma(&source_ram_->memory(), wrong, TestOptions(2), MonotonicNow() + kPatience)
+          .status();
   EXPECT_EQ(refused.code(), absl::StatusCode::kPermissionDenied) << refused;
   EXPECT_TRUE((*target)->health().ok());
   const absl::StatusOr<RdmaSource> source = ConnectRdma(&source_ram_->memory(), (*target)->offer(),
-                                                        TestOptions(2), absl::Now() + kPatience);
+                                                        TestOptions(2), MonotonicNow() + kPatience);
   ASSERT_TRUE(source.ok()) << source.status();
-  EXPECT_TRUE((*target)->AwaitSource(absl::Now() + kPatience).ok());
+  EXPECT_TRUE((*target)->AwaitSource(MonotonicNow() + kPatience).ok());
 }
 
 TEST_P(RdmaLinkTest, NobodyConnectsOnceAllQueuePairsAreThere) {
   absl::StatusOr<std::unique_ptr<RdmaTarget>> target = Listen();
   ASSERT_TRUE(target.ok()) << target.status();
   const absl::StatusOr<RdmaSource> source = ConnectRdma(&source_ram_->memory(), (*target)->offer(),
-                                                        TestOptions(2), absl::Now() + kPatience);
+                                                        TestOptions(2), MonotonicNow() + kPatience);
   ASSERT_TRUE(source.ok()) << source.status();
   const absl::Status second = ConnectRdma(&source_ram_->memory(), (*target)->offer(),
-                                          TestOptions(2), absl::Now() + kPatience)
+                                          TestOptions(2), MonotonicNow() + kPatience)
                                   .status();
   EXPECT_EQ(second.code(), absl::StatusCode::kPermissionDenied) << second;
 }
@@ -135,7 +136,7 @@ class OutsideTheWindow : public RdmaLinkTest {
   void ExpectRefused(const RdmaOffer& offer, std::unique_ptr<RdmaTarget> target,
                      const ScratchMemory& spared) {
     const absl::StatusOr<RdmaSource> source =
-        ConnectRdma(&source_ram_->memory(), offer, TestOptions(1), absl::Now() + kPatience);
+        ConnectRdma(&source_ram_->memory(), offer, TestOptions(1), MonotonicNow() + kPatience);
     ASSERT_TRUE(source.ok()) << source.status();
     for (PageIndex page = 0; page < kPages; ++page) source_ram_->FillPage(page, 1);
     LinkEvents events;
@@ -176,7 +177,7 @@ TEST_P(RdmaLinkTest, AnOfferThatDoesNotFitTheGuestIsRefused) {
     RdmaOffer offer = good;
     change(&offer.endpoints[0].windows);
     const absl::Status status =
-        ConnectRdma(&source_ram_->memory(), offer, TestOptions(2), absl::Now() + kPatience)
+        ConnectRdma(&source_ram_->memory(), offer, TestOptions(2), MonotonicNow() + kPatience)
             .status();
     EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
   };
@@ -268,7 +269,7 @@ TEST_P(RdmaLinkTest, RegistrationTellsItsProgressAndCanBeCalledOff) {
     return done.size() < 2;
   };
   EXPECT_EQ(
-      ConnectRdma(&source_ram_->memory(), (*target)->offer(), options, absl::Now() + kPatience)
+      ConnectRdma(&source_ram_->memory(), (*target)->offer(), options, MonotonicNow() + kPatience)
           .status()
           .code(),
       absl::StatusCode::kCancelled);
@@ -281,7 +282,7 @@ TEST_P(RdmaLinkTest, AGuestWhosePagesComeAndGoIsNotPinned) {
   RdmaSourceOptions options = TestOptions(2);
   options.memory_may_be_discarded = true;
   const absl::Status status =
-      ConnectRdma(&source_ram_->memory(), (*target)->offer(), options, absl::Now() + kPatience)
+      ConnectRdma(&source_ram_->memory(), (*target)->offer(), options, MonotonicNow() + kPatience)
           .status();
   EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
   EXPECT_THAT(std::string(status.message()), HasSubstr("balloon"));
@@ -316,7 +317,7 @@ TEST_P(RdmaLinkTest, AfterCloseTheKeysAreWorthNothing) {
   pair->target->Close();
   EXPECT_EQ(pair->target->health().code(), absl::StatusCode::kCancelled);
   const absl::Status again =
-      ConnectRdma(&source_ram_->memory(), offer, TestOptions(2), absl::Now() + absl::Seconds(10))
+      ConnectRdma(&source_ram_->memory(), offer, TestOptions(2), MonotonicNow() + absl::Seconds(10))
           .status();
   EXPECT_FALSE(again.ok());
   for (PageIndex page = 0; page < kPages; ++page) ASSERT_TRUE(target_ram_->IsZeroPage(page));
@@ -339,7 +340,7 @@ TEST_P(RdmaLinkTest, APeerThatIsKilledIsNoticedAndNothingMoreIsConfirmed) {
   RdmaSourceOptions options = TestOptions(1);
   options.stall_timeout = absl::Seconds(5);
   const absl::StatusOr<RdmaSource> source =
-      ConnectRdma(&source_ram_->memory(), offer, options, absl::Now() + kPatience);
+      ConnectRdma(&source_ram_->memory(), offer, options, MonotonicNow() + kPatience);
   ASSERT_TRUE(source.ok()) << source.status();
   LinkEvents events;
   ASSERT_TRUE(source->link->Post(std::vector<PageWrite>{{{0, 20}}}).ok());

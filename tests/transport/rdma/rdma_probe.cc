@@ -10,8 +10,8 @@
 #include <cstdio>
 #include <string>
 
-#include "absl/time/clock.h"
 #include "tests/transport/scratch_memory.h"
+#include "transport/clock.h"
 #include "transport/rdma/rdma_link.h"
 
 namespace presync {
@@ -38,7 +38,7 @@ int BringUp(const GuestMemory& source_memory, const GuestMemory& target_memory,
   std::printf("target: %s\n", target.status().ToString().c_str());
   if (!target.ok()) return 0;
   const auto source = ConnectRdma(&source_memory, (*target)->offer(), RdmaSourceOptions(),
-                                  absl::Now() + absl::Seconds(60));
+                                  MonotonicNow() + absl::Seconds(60));
   std::printf("source: %s\n", source.status().ToString().c_str());
   return 0;
 }

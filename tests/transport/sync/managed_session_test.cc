@@ -3,6 +3,7 @@
 #include <condition_variable>
 
 #include "tests/transport/sync/session_fixture.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -101,7 +102,7 @@ class ManagedSession : public SessionTest {
   }
 
   absl::Status Announce() {
-    return service_->AnnounceLaunch("g1", absl::Now() + absl::Seconds(10));
+    return service_->AnnounceLaunch("g1", MonotonicNow() + absl::Seconds(10));
   }
   std::vector<absl::Status> own_launches() {
     MutexLock lock(&mutex_);
@@ -218,7 +219,7 @@ TEST_F(ManagedSession, NoSourceIsNoAnswer) {
   EXPECT_TRUE(absl::IsUnavailable(Announce()));
   Start();
   EXPECT_TRUE(
-      absl::IsUnavailable(service_->AnnounceLaunch("another", absl::Now() + absl::Seconds(1))));
+      absl::IsUnavailable(service_->AnnounceLaunch("another", MonotonicNow() + absl::Seconds(1))));
 }
 
 // A host without libvirt says what it lacks.

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "predictor/check.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -131,7 +132,7 @@ absl::StatusOr<UniqueFd> ModelSourceGuest::BeginSave(absl::Time) {
 absl::StatusOr<absl::Time> ModelSourceGuest::Stop(absl::Time) {
   if (absl::Status s = Step("stop"); !s.ok()) return s;
   world_->SetRunning(true, false);
-  return absl::Now();
+  return MonotonicNow();
 }
 
 absl::Status ModelSourceGuest::FinishSave(absl::Time) {
@@ -160,7 +161,7 @@ absl::StatusOr<RunState> ModelSourceGuest::State(absl::Time) {
 }
 
 absl::StatusOr<RequestLook> ModelSourceGuest::LookAtRequests(absl::Time) {
-  return RequestLook{.at = absl::Now(), .longest = memory_->longest_read()};
+  return RequestLook{.at = MonotonicNow(), .longest = memory_->longest_read()};
 }
 
 absl::StatusOr<UniqueFd> ModelTargetGuest::BeginLoad(absl::Time) {

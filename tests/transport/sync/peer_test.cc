@@ -8,6 +8,7 @@
 
 #include "tests/transport/sync/session_fixture.h"
 #include "tests/transport/tls/certificates.h"
+#include "transport/clock.h"
 #include "transport/sync/conversation.h"
 #include "transport/sync/link_messages.h"
 #include "transport/wire/version.h"
@@ -93,11 +94,11 @@ class PeerTest : public SessionTest {
   static bool Lives(ControlChannel* channel) {
     Body ping;
     ping.mutable_ping()->set_sequence(7);
-    const absl::Time deadline = absl::Now() + absl::Seconds(20);
+    const absl::Time deadline = MonotonicNow() + absl::Seconds(20);
     return channel->Send(ping, deadline).ok() && Expect(channel, Body::kPong, deadline).ok();
   }
 
-  const absl::Time deadline_ = absl::Now() + absl::Seconds(60);
+  const absl::Time deadline_ = MonotonicNow() + absl::Seconds(60);
   uint32_t links_ = 0;
   Mutex log_mutex_;
   std::vector<std::string> log_ ABSL_GUARDED_BY(log_mutex_);

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "tests/transport/sync/model_guest.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -37,7 +38,7 @@ class SessionRecordingTest : public ::testing::Test {
   ModelMemory memory_;
   WriteRecorder recorder_;
   SessionRecording recording_;
-  absl::Time now_ = absl::Now();
+  absl::Time now_ = MonotonicNow();
 };
 
 TEST_F(SessionRecordingTest, HandsOutEachScanOnceAndInOrder) {

@@ -4,6 +4,7 @@
 #include <sys/socket.h>
 
 #include "tests/transport/sync/session_fixture.h"
+#include "transport/clock.h"
 #include "transport/sync/conversation.h"
 #include "transport/sync/handover_record.h"
 #include "transport/wire/version.h"
@@ -401,7 +402,7 @@ class StrangerTest : public SessionResumeTest {
     EXPECT_TRUE(opened.ok()) << opened.status();
     return opened.ok() ? opened->session_opened().content() : wire::SessionOpened::UNKNOWN;
   }
-  const absl::Time deadline_ = absl::Now() + absl::Seconds(20);
+  const absl::Time deadline_ = MonotonicNow() + absl::Seconds(20);
   std::unique_ptr<ControlChannel> channel_;
 };
 

@@ -3,6 +3,7 @@
 #include <sys/socket.h>
 
 #include "tests/transport/sync/session_fixture.h"
+#include "transport/clock.h"
 #include "transport/sync/handover_record.h"
 #include "transport/sync/link_messages.h"
 
@@ -197,7 +198,8 @@ TEST_F(SessionTest, GarbageAtThePortHarmsNobody) {
   ASSERT_TRUE(StartSession().ok());
   std::mt19937_64 random(3);
   for (int i = 0; i < 20; ++i) {
-    absl::StatusOr<UniqueFd> socket = Connect("127.0.0.1", port_, absl::Now() + absl::Seconds(5));
+    absl::StatusOr<UniqueFd> socket =
+        Connect("127.0.0.1", port_, MonotonicNow() + absl::Seconds(5));
     ASSERT_TRUE(socket.ok());
     std::string bytes(1 + random() % 5000, '\0');
     for (char& c : bytes) c = static_cast<char>(random());
@@ -240,7 +242,7 @@ TEST(FallToTcp, AFailedLinkIsClosedBeforeTheNextIsOpened) {
   connection.version = 2;
   connection.link_number = connection.links_opened = 3;
   ControlChannel target(UniqueFd(fds[1]), "the source");
-  const absl::Time deadline = absl::Now() + absl::Seconds(20);
+  const absl::Time deadline = MonotonicNow() + absl::Seconds(20);
   TcpDialer nowhere("127.0.0.1", 1);
   absl::Status status;
   std::thread source([&] {
@@ -252,10 +254,10 @@ TEST(FallToTcp, AFailedLinkIsClosedBeforeTheNextIsOpened) {
   EXPECT_EQ(close.ok() ? close->close_link().link() : 0, 3u);
   // Nothing more until it is closed; what is said about other links does not count.
   EXPECT_TRUE(
-      absl::IsDeadlineExceeded(target.Receive(absl::Now() + absl::Milliseconds(100)).status()));
+      absl::IsDeadlineExceeded(target.Receive(MonotonicNow() + absl::Milliseconds(100)).status()));
   EXPECT_TRUE(target.Send(MakeLinkClosed(2), deadline).ok());
   EXPECT_TRUE(
-      absl::IsDeadlineExceeded(target.Receive(absl::Now() + absl::Milliseconds(100)).status()));
+      absl::IsDeadlineExceeded(target.Receive(MonotonicNow() + absl::Milliseconds(100)).status()));
   EXPECT_TRUE(target.Send(MakeLinkClosed(3), deadline).ok());
   const absl::StatusOr<wire::ControlMessage> open = target.Receive(deadline);
   EXPECT_EQ(open.ok() ? open->open_link().link() : 0, 4u);
@@ -294,7 +296,7 @@ class OldSource : public SessionTest {
     EXPECT_TRUE(channel->Send(open, deadline_).ok());
     return channel;
   }
-  const absl::Time deadline_ = absl::Now() + absl::Seconds(20);
+  const absl::Time deadline_ = MonotonicNow() + absl::Seconds(20);
 };
 
 TEST_F(OldSource, GetsItsOneTcpLink) {

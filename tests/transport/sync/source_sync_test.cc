@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "tests/transport/sync/sync_rig.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -135,7 +136,7 @@ TEST(SourceSync, APageIsArmedBeforeItsBytesAreRead) {
   auto link = FakeLink::Create(&source.memory(), &target.memory(), FakeLinkOptions());
   ASSERT_TRUE(link.ok());
   (*sync)->AttachLink(link->source.get(), Content::kZero);
-  ASSERT_TRUE((*sync)->Flush(absl::Now() + absl::Seconds(20)).ok());
+  ASSERT_TRUE((*sync)->Flush(MonotonicNow() + absl::Seconds(20)).ok());
   ASSERT_TRUE(written);
   EXPECT_THAT(source.scratch().Differences(target.scratch()), ::testing::IsEmpty());
   (*sync)->DetachLink();

@@ -12,9 +12,9 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 #include "tests/transport/loopback.h"
 #include "tests/transport/tls/certificates.h"
+#include "transport/clock.h"
 #include "transport/tls/connection.h"
 
 namespace presync {
@@ -24,7 +24,7 @@ using ::testing::HasSubstr;
 
 const TestCertificates& Certificates() { return TestCertificates::Shared(); }
 
-absl::Time Soon() { return absl::Now() + absl::Seconds(20); }
+absl::Time Soon() { return MonotonicNow() + absl::Seconds(20); }
 
 struct Pair {
   absl::StatusOr<Connection> dialled, accepted;
@@ -196,7 +196,7 @@ TEST(Tls, WhoDialsHearsThatItsCertificateIsNotBelieved) {
 TEST(Tls, SomebodySilentIsNotWaitedForForEver) {
   const SocketPairs sockets = *ConnectLoopback(1);
   const auto session = TlsSession::Accept(sockets.target[0].get(), *Certificates().Identity("two"),
-                                          absl::Now() + absl::Milliseconds(50));
+                                          MonotonicNow() + absl::Milliseconds(50));
   EXPECT_EQ(session.status().code(), absl::StatusCode::kDeadlineExceeded);
 }
 

@@ -7,6 +7,7 @@
 #include <string>
 #include <thread>
 
+#include "transport/clock.h"
 #include "transport/wire/preamble.h"
 
 namespace presync {
@@ -24,7 +25,7 @@ struct Pair {
   UniqueFd a, b;
 };
 
-absl::Time Soon() { return absl::Now() + absl::Seconds(5); }
+absl::Time Soon() { return MonotonicNow() + absl::Seconds(5); }
 
 Body Ping(uint64_t sequence) {
   Body message;
@@ -56,7 +57,7 @@ TEST(ControlChannel, ADeadlineKeepsWhatHasArrivedOfAMessage) {
   ASSERT_TRUE(Ping(7).SerializeToString(&frame));
   frame.insert(0, std::string({static_cast<char>(frame.size()), 0, 0, 0}));
   ASSERT_EQ(::write(raw, frame.data(), 5), 5);
-  EXPECT_EQ(b.Receive(absl::Now() + absl::Milliseconds(20)).status().code(),
+  EXPECT_EQ(b.Receive(MonotonicNow() + absl::Milliseconds(20)).status().code(),
             absl::StatusCode::kDeadlineExceeded);
   ASSERT_EQ(::write(raw, frame.data() + 5, frame.size() - 5),
             static_cast<ssize_t>(frame.size()) - 5);
@@ -92,7 +93,7 @@ TEST(ControlChannel, APeerThatDoesNotReadEndsTheSendAtItsDeadline) {
   big.mutable_state_chunk()->set_data(std::string(kMaxStateChunkBytes, 'x'));
   absl::Status status;
   for (int i = 0; i < 1000 && status.ok(); ++i) {
-    status = b.Send(big, absl::Now() + absl::Milliseconds(50));
+    status = b.Send(big, MonotonicNow() + absl::Milliseconds(50));
   }
   EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded);
   EXPECT_FALSE(b.Send(Ping(1), Soon()).ok()) << "part of a frame is out: this is final";
