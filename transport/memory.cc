@@ -353,6 +353,18 @@ absl::StatusOr<std::vector<PageRun>> GuestMemory::RecheckHoles(PageRun run) cons
   return CollectHoles(run, &Region::RecheckHoles);
 }
 
+absl::StatusOr<std::vector<int64_t>> GuestMemory::LastDiscards() const {
+  std::vector<int64_t> times;
+  for (const Region& region : regions_) {
+    struct stat st = {};
+    if (::fstat(region.fd(), &st) != 0) {
+      return absl::InternalError(absl::StrCat(region.path(), ": fstat: ", strerror(errno)));
+    }
+    times.push_back(absl::ToUnixNanos(absl::TimeFromTimespec(st.st_mtim)));
+  }
+  return times;
+}
+
 absl::StatusOr<std::vector<PageRun>> GuestMemory::CollectHoles(
     PageRun run, absl::StatusOr<std::vector<PageRun>> (Region::*ask)(PageRun) const) const {
   std::vector<PageRun> holes;

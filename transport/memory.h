@@ -99,6 +99,11 @@ class GuestMemory {
   // See Region::RecheckHoles.
   absl::StatusOr<std::vector<PageRun>> RecheckHoles(PageRun run) const;
 
+  // When a page of each region was last discarded, in nanoseconds of the file system's clock, or
+  // written by write(2): the files' time of change, which writes through mappings leave alone on
+  // tmpfs. Two discards within some milliseconds may have the same time.
+  absl::StatusOr<std::vector<int64_t>> LastDiscards() const;
+
  private:
   GuestMemory() = default;
   absl::StatusOr<std::vector<PageRun>> CollectHoles(

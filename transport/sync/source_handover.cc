@@ -197,12 +197,12 @@ absl::Status Handover::Drain(const RequestLook& last_look) {
 // What was read while a device may have been filling it is compared, and sent again where that is
 // so. Only now: a request that is in flight can still change it.
 absl::Status Handover::Settle(const RequestLook& last_look) {
-  const absl::Time began = MonotonicNow();
   PageBitmap pages = sync_->UnsettledAtStandstill(last_look);
   report_.unsettled_pages = pages.count();
   if (unsettled_) unsettled_->OnStandstill(std::move(pages));
   if (absl::Status s = sync_->Flush(deadline_); !s.ok()) return s;
   Mark("residual confirmed");
+  const absl::Time confirmed = MonotonicNow();
   std::vector<PageRun> differing;
   if (unsettled_) {
     unsettled_->AskForTheRest();
@@ -217,7 +217,7 @@ absl::Status Handover::Settle(const RequestLook& last_look) {
     sync_->Distrust(differing);
     if (absl::Status s = sync_->Flush(deadline_); !s.ok()) return s;
   }
-  report_.unsettled_took = MonotonicNow() - began;
+  report_.unsettled_took = MonotonicNow() - confirmed;
   Mark("unsettled compared");
   return absl::OkStatus();
 }

@@ -43,7 +43,8 @@ struct HandoverReport {
   uint64_t state_bytes = 0;
   uint64_t wire_bytes = 0;  // memory sent after the order, as on the wire
   // Of the memory whose last change the dirty log may not have seen (unsettled_pages.h): compared
-  // when the guest stood still, and sent again because it had changed.
+  // when the guest stood still, and sent again because it had changed. How long that took beyond
+  // the residual.
   PageCount unsettled_pages = 0;
   PageCount unsettled_differing = 0;
   absl::Duration unsettled_took = absl::ZeroDuration();

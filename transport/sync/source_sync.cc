@@ -21,6 +21,9 @@ constexpr PageCount kMaxWritePages = 256;
 // Holes appear by balloon and free-page reporting only, and a launch looks again: seldom is enough.
 constexpr absl::Duration kHoleWalkEvery = absl::Seconds(5);
 
+// A file's time of change advances with the kernel's tick: 10 ms at most.
+constexpr absl::Duration kDiscardTimesDiffer = absl::Milliseconds(20);
+
 // See ProbeRate. 10 ms at the rate that is known so far; 1 MiB is 9 ms at 1 Gb/s.
 constexpr absl::Duration kProbeEvery = absl::Milliseconds(250);
 constexpr absl::Duration kProbeUnderPressureEvery = absl::Seconds(2);
@@ -53,7 +56,11 @@ SourceSync::SourceSync(const GuestMemory* memory, DirtyLog* log, SourceSyncOptio
       pace_(options_.max_bytes_per_s, options_.scan_interval, options_.now()),
       ledger_(memory->pages(), /*target_is_zero=*/false),
       unsettled_(memory->pages(), options_.settle_after),
-      maybe_holes_(memory->pages(), true) {}
+      maybe_holes_(memory->pages(), true) {
+  // Nothing is on the target yet that could be discarded here.
+  discards_seen_ = memory->LastDiscards().value_or(std::vector<int64_t>());
+  discards_since_ = options_.now();
+}
 
 void SourceSync::NoteContent(TargetContent content) {
   PRESYNC_CHECK(link_ == nullptr);
@@ -197,6 +204,36 @@ absl::Status SourceSync::FindDiscarded() {
   maybe_holes_.ClearAll();
   for (const PageRun& hole : *holes) maybe_holes_.Set(hole);
   ledger_.MarkDiscarded(*holes);
+  return FindDiscardedAndRead();
+}
+
+// Reading a discarded page makes it a zero page again, and no dirty log reports that. So where the
+// files' times tell that something was discarded, all pages that are not known to be zero on the
+// target are looked at. The times are coarse: they count as dealt with once they have stood still
+// for a while before a look.
+absl::Status SourceSync::FindDiscardedAndRead() {
+  absl::StatusOr<std::vector<int64_t>> discards = memory_->LastDiscards();
+  if (!discards.ok()) return discards.status();
+  if (*discards == discards_found_) return absl::OkStatus();
+  const absl::Time now = options_.now();
+  if (*discards != discards_seen_) {
+    discards_seen_ = *std::move(discards);
+    discards_since_ = now;
+  } else if (now - discards_since_ >= kDiscardTimesDiffer) {
+    discards_found_ = discards_seen_;
+  }
+  // Not those that are stale, holes among them: reading a hole would allocate it.
+  std::vector<PageRun> nonzero, zero;
+  ledger_.AppendTargetNonzero({0, memory_->pages()}, &nonzero);
+  PageBitmap pages(memory_->pages());
+  for (const PageRun& run : nonzero) pages.Set(run);
+  pages.AndNot(ledger_.stale());
+  for (std::optional<PageRun> run = pages.NextRun(0); run; run = pages.NextRun(run->end())) {
+    for (const PageRun& piece : memory_->SplitAtRegions(*run)) {
+      AppendZeroPages(memory_->Bytes(piece), piece.first, &zero);
+    }
+  }
+  ledger_.MarkDiscarded(zero);
   return absl::OkStatus();
 }
 

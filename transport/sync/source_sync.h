@@ -102,8 +102,9 @@ class SourceSync {
 
   // Looks now, whatever the interval says.
   absl::Status Scan();
-  // Finds pages that left the guest's memory (holes) and are not zero on the target: they become
-  // stale.
+  // Finds pages that left the guest's memory and are not zero on the target: they become stale.
+  // Those that are holes; and where anything was discarded of late, those that the guest has read
+  // again since and are zero: these are neither holes, nor were they written.
   absl::Status FindDiscarded();
   // Sends every stale page, past set-point and pacer, and waits until the target confirmed all
   // of it. DEADLINE_EXCEEDED: not all confirmed in time.
@@ -174,6 +175,7 @@ class SourceSync {
              std::unique_ptr<SendPolicy> policy);
 
   LaunchCost cost() const { return {options_.fixed_cost, link_rate_.bytes_per_s()}; }
+  absl::Status FindDiscardedAndRead();
   absl::Status Collect();
   absl::Status Send(PageCount pages);
   absl::Status ArmChosen();
@@ -203,6 +205,10 @@ class SourceSync {
   // Pages that may be holes: those that were at the last look. A page outside it that has become
   // one since is only sent as zeros, at the price of a page that it takes up again.
   PageBitmap maybe_holes_;
+  // The memory's LastDiscards(): as of a moment after which all that was discarded has been found,
+  // and as of the last look, with the time since when it has been so.
+  std::vector<int64_t> discards_found_, discards_seen_;
+  absl::Time discards_since_ = absl::InfinitePast();
   std::deque<PageWrite> pending_;  // armed, in flight for the ledger, not yet taken by the link
   absl::Time next_scan_ = absl::InfinitePast();
   absl::Time next_hole_walk_ = absl::InfinitePast();

@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "predictor/bitmap.h"
+
 namespace presync {
 namespace {
 
@@ -25,6 +27,16 @@ PageStretch NextZeroOrDataPages(absl::Span<const std::byte> bytes) {
     ++stretch.pages;
   }
   return stretch;
+}
+
+void AppendZeroPages(absl::Span<const std::byte> bytes, PageIndex first,
+                     std::vector<PageRun>* out) {
+  constexpr PageCount kAhead = 16;  // the processor does not fetch across pages by itself
+  const auto total = static_cast<PageCount>(bytes.size() / kPageBytes);
+  for (PageCount page = 0; page < total; ++page) {
+    if (page + kAhead < total) __builtin_prefetch(bytes.data() + PagesToBytes(page + kAhead));
+    if (IsZeroPage(bytes.data() + PagesToBytes(page))) AppendRun({first + page, 1}, out);
+  }
 }
 
 }  // namespace presync

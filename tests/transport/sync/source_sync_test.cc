@@ -90,6 +90,28 @@ TEST(SourceSync, ADiscardedPageBecomesZeroOnTheTarget) {
   EXPECT_THAT(*holes, ::testing::ElementsAre(PageRun{8, 4})) << "looking must not allocate";
 }
 
+// Neither a hole, nor written: a page that a balloon took, and that the guest read afterwards.
+TEST(SourceSync, ADiscardedPageThatWasReadAgainBecomesZeroOnTheTarget) {
+  Rig rig({64});
+  for (PageIndex page = 0; page < 64; ++page) rig.source_.Write(page, page + 1);
+  rig.Connect(Content::kZero);
+  ASSERT_TRUE(rig.Level().ok());
+  const Region& region = rig.source_.memory().regions()[0];
+  for (const PageIndex page : {8, 40}) {
+    ASSERT_EQ(::fallocate(region.fd(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                          static_cast<off_t>(page * kPageBytes), kPageBytes),
+              0);
+    ASSERT_EQ(
+        std::to_integer<int>(*const_cast<volatile std::byte*>(region.data() + page * kPageBytes)),
+        0);
+    rig.now_ += absl::Milliseconds(30);
+    ASSERT_TRUE(rig.Level().ok());
+    EXPECT_TRUE(rig.target_.scratch().IsZeroPage(page)) << page;
+  }
+  const uint64_t zeros = rig.sync_->progress().pages_zero;
+  EXPECT_EQ(zeros, 2u);
+}
+
 TEST(SourceSync, KeepsWhatWasConfirmedOverALostLink) {
   Rig rig;
   for (PageIndex page = 0; page < 768; ++page) rig.source_.Write(page, page + 1);
