@@ -55,7 +55,7 @@ absl::StatusOr<std::unique_ptr<SourceSession>> SourceSession::Start(
   std::unique_ptr<SourceSession> session(new SourceSession(
       std::move(options), std::move(dialer), std::move(memory), std::move(log), std::move(guest)));
   absl::StatusOr<std::unique_ptr<SourceSync>> sync =
-      SourceSync::Create(&session->memory_, session->log_.get(), session->options_.sync);
+      SourceSync::Create(session->memory_.get(), session->log_.get(), session->options_.sync);
   if (!sync.ok()) return sync.status();
   session->sync_ = *std::move(sync);
   if (!session->options_.connect_later) {
@@ -73,8 +73,9 @@ SourceSession::SourceSession(SourceSessionOptions options, std::unique_ptr<Diale
       id_(RandomId()),
       started_(MonotonicNow()),
       dialer_(std::move(dialer)),
-      memory_(std::move(memory)),
-      log_(std::make_unique<WriteRecorder>(std::move(log), &memory_)),
+      pages_(memory.pages()),
+      memory_(std::make_unique<const GuestMemory>(std::move(memory))),
+      log_(std::make_unique<WriteRecorder>(std::move(log), memory_.get())),
       guest_(std::move(guest)),
       comparisons_({.audit_bytes_per_s = options_.audit_bytes_per_s,
                     .settle_every = options_.look_every,
@@ -82,7 +83,7 @@ SourceSession::SourceSession(SourceSessionOptions options, std::unique_ptr<Diale
                     .guest = options_.guest,
                     .peer = dialer_->peer(),
                     .publish = [this] { Publish(); }},
-                   &memory_) {}
+                   memory_.get()) {}
 
 SourceSession::~SourceSession() {
   {
@@ -244,6 +245,15 @@ void SourceSession::Run() {
   connected_ = false;
   if (retiring_.joinable()) retiring_.join();
   Publish();
+  ReleaseMemory();
+}
+
+// A guest that has left, or ended, gives its memory back to the host when nobody maps its file any
+// more; a session that is over may be looked at for days.
+void SourceSession::ReleaseMemory() {
+  sync_.reset();
+  log_.reset();
+  memory_.reset();
 }
 
 absl::Status SourceSession::TickConnected() {
@@ -324,8 +334,8 @@ absl::Status SourceSession::Connect() {
   // What failed a moment ago is not tried again with every reconnection.
   const bool spare = request.transport == Transport::kAuto && MonotonicNow() < next_rdma_;
   if (spare) request.transport = Transport::kTcp;
-  absl::StatusOr<SourceConnection> connection =
-      ConnectSource(dialer_.get(), &memory_, request, MonotonicNow() + options_.connect_timeout);
+  absl::StatusOr<SourceConnection> connection = ConnectSource(
+      dialer_.get(), memory_.get(), request, MonotonicNow() + options_.connect_timeout);
   if (!connection.ok()) return connection.status();
   connection_ = *std::move(connection);
   if (spare) connection_.why = absl::StrCat("TCP, for RDMA failed: ", rdma_problem_);

@@ -143,7 +143,7 @@ class SourceSession {
 
   // Records what the guest writes, beside the sync, while the session lasts. A launch ends it.
   SessionRecording* recording() { return &recording_; }
-  PageCount pages() const { return memory_.pages(); }
+  PageCount pages() const { return pages_; }
 
  private:
   struct LaunchOrder {
@@ -160,6 +160,7 @@ class SourceSession {
   void Join() ABSL_LOCKS_EXCLUDED(join_mutex_);
   bool StopRequested() const ABSL_LOCKS_EXCLUDED(mutex_);
   bool ForgetRequested() const ABSL_LOCKS_EXCLUDED(mutex_);
+  void ReleaseMemory();
   absl::Status ReserveRecord();
   void RemoveRecord();
   void Serve(LaunchOrder* order);
@@ -208,8 +209,10 @@ class SourceSession {
   const SessionId id_;
   const absl::Time started_;
   const std::unique_ptr<Dialer> dialer_;
-  const GuestMemory memory_;
-  const std::unique_ptr<WriteRecorder> log_;
+  const PageCount pages_;
+  // Null, and `sync_` with them, once the session is over: they hold the guest's memory.
+  std::unique_ptr<const GuestMemory> memory_;
+  std::unique_ptr<WriteRecorder> log_;
   const std::unique_ptr<SourceGuest> guest_;
   SessionRecording recording_;
   SessionComparisons comparisons_;

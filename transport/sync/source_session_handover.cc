@@ -70,8 +70,8 @@ void SourceSession::HandOver(LaunchOrder* order) {
     return;
   }
   order->options.hash_id = connection_.version >= kHashesVersion ? comparisons_.NewHashId() : 0;
-  HandoverEnd end = RunSourceHandover(connection_.channel.get(), sync_.get(), guest_.get(), memory_,
-                                      record_.get(), order->options, order->ordered_at);
+  HandoverEnd end = RunSourceHandover(connection_.channel.get(), sync_.get(), guest_.get(),
+                                      *memory_, record_.get(), order->options, order->ordered_at);
   switch (end.result) {
     case HandoverResult::kMoved:
       Settle(SessionState::kMoved, absl::OkStatus());

@@ -38,8 +38,8 @@ bool SourceSession::FallBack(const absl::Status& why) {
   const absl::Time began = MonotonicNow();
   sync_->DetachLink();
   std::unique_ptr<SourceLink> failed;
-  const absl::Status fell =
-      FallToTcp(dialer_.get(), &memory_, Request(), &connection_, &failed, began + kFallTimeout);
+  const absl::Status fell = FallToTcp(dialer_.get(), memory_.get(), Request(), &connection_,
+                                      &failed, began + kFallTimeout);
   Retire(std::move(failed));
   if (!fell.ok()) {
     problem_ = absl::StrCat(why.message(), "; and TCP in its place: ", fell.message());
@@ -76,7 +76,7 @@ void SourceSession::TryRdmaAgain() {
     const absl::Status usable =
         CheckRdma(lost_devices_.empty() ? options_.rdma.devices : lost_devices_);
     if (!usable.ok()) return PostponeRdma();
-    return_ = std::make_unique<LinkReturn>(&memory_, options_.rdma, ++connection_.links_opened,
+    return_ = std::make_unique<LinkReturn>(memory_.get(), options_.rdma, ++connection_.links_opened,
                                            connection_.channel.get());
     next_ping_ = absl::InfinitePast();  // with it comes the look for answers
     return;
