@@ -18,6 +18,9 @@ constexpr absl::Duration kCommitEvery = absl::Seconds(1);
 // waits 9 ms at most behind another at 1 Gb/s.
 constexpr PageCount kMaxWritePages = 256;
 
+// What one step looks at, at most: 15 ms, as measured (3.6 us a page, 2 cores, 2026-11-30).
+constexpr PageCount kMostPagesAtATime = 16 * kMaxWritePages;
+
 // Holes appear by balloon and free-page reporting only, and a launch looks again: seldom is enough.
 constexpr absl::Duration kHoleWalkEvery = absl::Seconds(5);
 
@@ -140,27 +143,53 @@ absl::Status SourceSync::Tick() {
     if (absl::Status s = ProbeRate(now); !s.ok()) return s;
   }
   const PageCount set_point = SetPointPages(options_.max_launch_time, cost());
-  const PageCount sendable = ledger_.sendable().count();
-  first_pass_done_ |= sendable <= set_point || ledger_.first_pass_done();
-  // A policy may want to go below the set-point, but the promise is kept whatever it wants.
-  const PageCount goal = std::min(set_point, policy_->Goal(set_point));
-  const PageCount above = PagesToSend(sendable, goal, UINT64_MAX);
-  if (above > 0 && pending_.empty()) {
-    if (urgent_) pace_.Lift();
-    const uint64_t bytes = urgent_ ? UINT64_MAX : pace_.AvailableBytes(now);
-    const PageCount allowed = PagesToSend(sendable, goal, bytes);
-    if (allowed < above) pace_.NoteStarved();
-    // A few writes at a time keep the choice fresh; the link takes more at the next step.
-    if (absl::Status s = Send(std::min(allowed, 4 * kMaxWritePages)); !s.ok()) return s;
-  }
+  first_pass_done_ |= ledger_.sendable().count() <= set_point || ledger_.first_pass_done();
+  if (absl::Status s = SendAboveGoal(now); !s.ok()) return s;
   return CommitIfDue(/*now=*/false);
+}
+
+// Stale pages that the set-point has no room for. A policy may want to go below it, but the promise
+// is kept whatever it wants.
+PageCount SourceSync::AboveGoal() const {
+  const PageCount set_point = SetPointPages(options_.max_launch_time, cost());
+  const PageCount goal = std::min(set_point, policy_->Goal(set_point));
+  return PagesToSend(ledger_.sendable().count(), goal, UINT64_MAX);
+}
+
+// Holes and zero pages cost the link nothing, so the pace does not count them: a choice without
+// anything else in it is followed by another, at most of one long write.
+absl::Status SourceSync::SendAboveGoal(absl::Time now) {
+  PageCount above = AboveGoal();
+  if (above == 0 || !pending_.empty()) return absl::OkStatus();
+  if (urgent_) pace_.Lift();
+  const uint64_t bytes = urgent_ ? UINT64_MAX : pace_.AvailableBytes(now);
+  const PageCount allowed = PagesToSend(above, /*set_point=*/0, bytes);
+  const bool all = allowed == above;
+  // A few writes at a time keep the choice fresh; the link takes more at the next step.
+  PageCount budget = std::min(allowed, 4 * kMaxWritePages);
+  PageCount choice = budget;
+  for (PageCount looked_at = 0;
+       budget > 0 && above > 0 && pending_.empty() && looked_at < kMostPagesAtATime;) {
+    choice = std::min(choice, above);
+    const uint64_t before = pages_sent_;
+    if (absl::Status s = Send(choice); !s.ok()) return s;
+    above -= choice;
+    looked_at += choice;
+    const uint64_t paid = pages_sent_ - before;
+    budget -= static_cast<PageCount>(std::min<uint64_t>(budget, paid));
+    choice = paid > 0 ? budget : std::min(2 * choice, kMaxWritePages);
+  }
+  if (!all && (budget == 0 || !pending_.empty())) pace_.NoteStarved();
+  return absl::OkStatus();
 }
 
 // The promise rests on the link's rate, which slow start alone would learn late: a burst that has
 // to be sent anyway goes out at once, and how long its confirmation takes is the measurement. Long
-// enough that the round trip does not count, short enough to disturb nobody.
+// enough that the round trip does not count, short enough to disturb nobody. What the set-point has
+// room for does not have to be sent: with nothing else there is no measurement.
 absl::Status SourceSync::ProbeRate(absl::Time now) {
-  if (!pending_.empty() || ledger_.in_flight() > 0 || ledger_.commit_under_way() ||
+  const PageCount above = AboveGoal();
+  if (above == 0 || !pending_.empty() || ledger_.in_flight() > 0 || ledger_.commit_under_way() ||
       ledger_.needs_commit()) {
     return absl::OkStatus();
   }
@@ -169,7 +198,7 @@ absl::Status SourceSync::ProbeRate(absl::Time now) {
                                                absl::ToDoubleSeconds(kProbeLasts));
   const uint64_t bytes = std::clamp(worth, kLeastProbeBytes, kMostProbeBytes);
   pace_.Lift();
-  if (absl::Status s = Send(static_cast<PageCount>(bytes / kPageBytes)); !s.ok()) return s;
+  if (absl::Status s = Send(PagesToSend(above, /*set_point=*/0, bytes)); !s.ok()) return s;
   if (!pending_.empty()) return absl::OkStatus();  // back-pressure marks the sample by itself
   open_sample_.saturated = true;
   return CommitIfDue(/*now=*/true);

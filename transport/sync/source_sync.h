@@ -180,6 +180,8 @@ class SourceSync {
   absl::Status Send(PageCount pages);
   absl::Status ArmChosen();
   absl::Status ProbeRate(absl::Time now);
+  PageCount AboveGoal() const;
+  absl::Status SendAboveGoal(absl::Time now);
   absl::Status Prepare(PageRun run);
   void NoteRead(PageRun run);
   void QueueNonHole(PageRun run);

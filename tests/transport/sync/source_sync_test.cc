@@ -248,6 +248,48 @@ TEST(SourceSync, CongestionMarksSlowItDown) {
   rig.sync_->DetachLink();
 }
 
+// Pages without payload take nothing of the link, so its pace is not theirs.
+TEST(SourceSync, AGuestOfHolesIsThroughAtOnceHoweverSlowThePace) {
+  Rig rig({16384});
+  for (PageIndex page = 0; page < 16384; page += 1000) rig.source_.Write(page, page + 1);
+  rig.Connect(Content::kZero);
+  MarkedLink marked(rig.link_.source.get());
+  rig.sync_->DetachLink();
+  rig.sync_->AttachLink(&marked, Content::kZero);
+  ASSERT_TRUE(rig.Run(absl::Seconds(2), [&] { ++marked.marks; }).ok());
+  EXPECT_TRUE(rig.sync_->progress().first_pass_done);
+  EXPECT_LE(rig.sync_->progress().residual, rig.sync_->progress().set_point);
+  ASSERT_TRUE(rig.Level().ok());
+  EXPECT_THAT(rig.Differences(), ::testing::IsEmpty());
+  rig.sync_->DetachLink();
+}
+
+// A link that is under pressure now and then is measured again and again: by what has to be sent.
+TEST(SourceSync, WhatTheSetPointHasRoomForIsNotSentToMeasureTheRate) {
+  Rig rig({2048});
+  for (PageIndex page = 0; page < 2048; ++page) rig.source_.Write(page, page + 1);
+  FakeLinkOptions options;
+  options.bytes_per_s = 100'000'000;  // the set-point is 50 ms of that: 1,220 pages
+  rig.Connect(Content::kZero, options);
+  MarkedLink marked(rig.link_.source.get());
+  rig.sync_->DetachLink();
+  rig.sync_->AttachLink(&marked, Content::kZero);
+  ASSERT_TRUE(rig.Run(absl::Seconds(5), [] {}).ok());
+  ASSERT_TRUE(rig.sync_->progress().first_pass_done);
+  ASSERT_TRUE(rig.Level().ok());  // nothing is left but what is written from now on
+  const uint64_t sent = rig.sync_->progress().pages_sent;
+  for (int second = 0; second < 10; ++second) {
+    ++marked.marks;
+    for (PageIndex page = 0; page < 100; ++page) rig.source_.Write(page, 5000 * second + page);
+    ASSERT_TRUE(rig.Run(absl::Seconds(1), [] {}).ok());
+    ASSERT_LT(rig.sync_->progress().residual, rig.sync_->progress().set_point);
+  }
+  EXPECT_EQ(rig.sync_->progress().pages_sent, sent);
+  ASSERT_TRUE(rig.Level().ok());
+  EXPECT_THAT(rig.Differences(), ::testing::IsEmpty());
+  rig.sync_->DetachLink();
+}
+
 TEST(SourceSync, AnUnknownPolicyIsRefused) {
   ModelMemory memory({4});
   auto log = memory.MakeLog();
