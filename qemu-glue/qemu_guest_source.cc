@@ -236,6 +236,11 @@ absl::StatusOr<RequestLook> QemuSourceGuest::LookAtRequests(absl::Time deadline)
   return requests_.Look(*qmp_, deadline);
 }
 
+absl::Status QemuSourceGuest::Kill(absl::Time deadline) {
+  if (absl::Status s = process_.Kill(); !s.ok()) return s;
+  return process_.AwaitEnd(deadline);
+}
+
 absl::StatusOr<RunState> QemuSourceGuest::State(absl::Time deadline) {
   if (process_.HasEnded()) return RunState::kGone;
   if (absl::Status status = EnsureMonitor(deadline); !status.ok()) {

@@ -148,7 +148,7 @@ absl::Status QemuTargetHost::EndOrphan(const std::string& address) {
     return absl::FailedPreconditionError(
         absl::StrCat("the guest at ", address, " runs, though nobody told it to"));
   }
-  return (*guest)->Quit(deadline);
+  return (*guest)->Kill(deadline);  // its memory may be a copy, which it could empty
 }
 
 absl::Status QemuTargetHost::RunOrphan(const std::string& address) {
@@ -182,7 +182,7 @@ void QemuTargetHost::EndWaitingLeftovers() {
     if (!guest.ok()) continue;
     const absl::StatusOr<RunState> state = (*guest)->State(MonotonicNow() + kQmpTimeout);
     if (state.ok() && *state == RunState::kIncoming) {
-      (*guest)->Quit(MonotonicNow() + kQmpTimeout).IgnoreError();
+      (*guest)->Kill(MonotonicNow() + kQmpTimeout).IgnoreError();
     }
   }
   RemoveLeftovers();

@@ -81,7 +81,7 @@ class AttachedPlace final : public TargetPlace {
     if (guest_ == nullptr) {
       return absl::FailedPreconditionError(
           absl::StrCat("the QEMU at ", qmp_path_,
-                       " was ended when an earlier handover was called off; start "
+                       " has ended, by itself or when a handover was called off; start "
                        "another there, with -incoming defer -S, and begin anew"));
     }
     return guest_.get();
@@ -177,17 +177,21 @@ class StartedPlace final : public TargetPlace {
                                                  " has ended; see ", paths_.log));
   }
 
+  // Killed, for it has nothing to lose: a QEMU that ends in order may empty its memory
+  // (discard-data=on), which is the copy.
   absl::Status EndWaiting() override {
-    if (guest_ != nullptr) guest_->Discard(MonotonicNow() + kQmpTimeout).IgnoreError();
-    guest_.reset();
     if (!process_) return absl::OkStatus();
+    unknown_ |= process_->HasEnded();
     const absl::Status killed = process_->Kill(MonotonicNow() + kQmpTimeout);
     if (!killed.ok()) return killed;
+    guest_.reset();
     process_.reset();
     // The note speaks of a process that is gone, and would have the memory files taken for
     // leftovers.
     return RemoveFile(paths_.note);
   }
+
+  bool TakeUnknown() override { return std::exchange(unknown_, false); }
 
   absl::Status NoteCopy(const CopyOwner& owner) override {
     MutexLock lock(&note_mutex_);
@@ -254,6 +258,7 @@ class StartedPlace final : public TargetPlace {
   Mutex note_mutex_;  // one note at a time is written
   std::optional<QemuProcess> process_;
   std::unique_ptr<QemuTargetGuest> guest_;
+  bool unknown_ = false;  // see TakeUnknown
   bool kept_ = false;
 };
 

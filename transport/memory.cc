@@ -345,6 +345,15 @@ std::vector<PageRun> GuestMemory::SplitAtRegions(PageRun run) const {
   return parts;
 }
 
+bool GuestMemory::IsWhole() const {
+  constexpr uint64_t kBlockBytes = 512;  // of st_blocks: stat(2)
+  return std::all_of(regions_.begin(), regions_.end(), [](const Region& region) {
+    struct stat st = {};
+    return ::fstat(region.fd(), &st) == 0 &&
+           static_cast<uint64_t>(st.st_blocks) * kBlockBytes >= region.size_bytes();
+  });
+}
+
 absl::StatusOr<std::vector<PageRun>> GuestMemory::Holes(PageRun run) const {
   return CollectHoles(run, &Region::Holes);
 }

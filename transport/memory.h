@@ -94,6 +94,10 @@ class GuestMemory {
   // `run` cut at region borders. Precondition: run.end() <= pages().
   std::vector<PageRun> SplitAtRegions(PageRun run) const;
 
+  // Whether the files have all of their memory, as those that Region::Create made have until
+  // somebody frees some of it. Two microseconds a region.
+  bool IsWhole() const;
+
   // Holes of the files within `run`, as flat runs. See Region::Holes.
   absl::StatusOr<std::vector<PageRun>> Holes(PageRun run) const;
   // See Region::RecheckHoles.

@@ -35,6 +35,7 @@ class TargetConversation {
   absl::Status CloseOlderHandovers();
   absl::Status OpenTcpLink(uint32_t streams, wire::ControlMessage opened);
   absl::StatusOr<wire::SessionOpened::Content> PreparePlace(const wire::OpenSession& open);
+  absl::Status LookAtCopy();
   absl::Status ReserveRecord();
   void OnLinkUp();
   absl::Status Serve();

@@ -51,9 +51,13 @@ class TargetPlace {
   // Ok while the waiting guest's process lives.
   virtual absl::Status Check() = 0;
 
-  // Ends the waiting guest's process, which never ran; the memory stays. Waiting starts a new one.
-  // Ok: it is certain that the process is gone.
+  // Ends the waiting guest's process, which never ran, so that it can't touch the memory any more;
+  // the memory stays. Waiting starts a new one. Ok: it is certain that the process is gone.
   virtual absl::Status EndWaiting() = 0;
+
+  // Whether a waiting process has ended by itself since this was last asked: what it did to the
+  // memory before is not known.
+  virtual bool TakeUnknown() { return false; }
 
   // The guest runs here now: leave process and memory alone from now on.
   virtual void Keep() = 0;

@@ -74,7 +74,8 @@ struct TargetSlot {
   uint64_t memory_bytes = 0;
   std::string state = "mirroring";
   std::unique_ptr<TargetPlace> place;
-  std::string domain;  // libvirt's UUID of whose place it is; empty: not libvirt's
+  std::string domain;     // libvirt's UUID of whose place it is; empty: not libvirt's
+  bool reserved = false;  // the memory's files were whole: what is freed shows
   std::atomic<bool> content_kept = false;  // the memory holds what a session confirmed ...
   std::atomic<bool> noted = false;         // ... and a later presyncd can find it
   std::atomic<bool> older_copy = false;  // ... but another one than this, or before this began anew

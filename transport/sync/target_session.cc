@@ -229,6 +229,12 @@ absl::StatusOr<wire::SessionOpened::Content> TargetConversation::PreparePlace(
   // A place is one domain's, or none's: another guest of the same name does not get it.
   if (slot_->domain != open.domain()) slot_->content_kept = false;
   slot_->domain = open.domain();
+  if (slot_->place != nullptr && slot_->content_kept) {
+    if (!slot_->place->Check().ok()) {
+      if (absl::Status s = slot_->place->EndWaiting(); !s.ok()) return s;
+    }
+    LookAtCopy().IgnoreError();  // and then what is found is not taken for what it was
+  }
   wire::SessionOpened::Content content = wire::SessionOpened::KEPT;
   if (slot_->older_copy) {
     content = wire::SessionOpened::COPY;
@@ -246,6 +252,7 @@ absl::StatusOr<wire::SessionOpened::Content> TargetConversation::PreparePlace(
             : service_->host()->MakeDomainPlace(open.guest(), open.domain(), regions);
     if (!place.ok()) return place.status();
     slot_->place = *std::move(place);
+    slot_->reserved = slot_->place->memory().IsWhole();
     content =
         slot_->place->memory_was_zero() ? wire::SessionOpened::ZERO : wire::SessionOpened::UNKNOWN;
   }
@@ -262,6 +269,23 @@ absl::StatusOr<wire::SessionOpened::Content> TargetConversation::PreparePlace(
     return guest.status();
   }
   return content;
+}
+
+// Whether the memory still holds what the links wrote, as far as can be told at once. Else the
+// copy is what the next conversation finds: one to be proven, or none.
+absl::Status TargetConversation::LookAtCopy() {
+  if (slot_->reserved && !slot_->place->memory().IsWhole()) {
+    slot_->content_kept = slot_->noted = false;
+    slot_->place->ForgetCopy().IgnoreError();
+    return absl::UnavailableError(
+        absl::StrCat("memory of its copy was freed, though not by presync (by a QEMU with "
+                     "discard-data=on that ended, or by hand): it is copied anew"));
+  }
+  if (slot_->place->TakeUnknown()) {
+    slot_->older_copy = true;
+    return absl::UnavailableError("the QEMU that waited has ended by itself: its copy is proven");
+  }
+  return absl::OkStatus();
 }
 
 // Ahead of any handover, which has to write it while it is timed.
@@ -298,6 +322,7 @@ absl::Status TargetConversation::Handle(const Body& message) {
     case Body::kPing: {
       if (!loaded_) {
         if (absl::Status s = slot_->place->Check(); !s.ok()) return s;
+        if (absl::Status s = LookAtCopy(); !s.ok()) return s;
       }
       Body pong;
       pong.mutable_pong()->set_sequence(message.ping().sequence());

@@ -52,6 +52,7 @@ absl::Status TargetConversation::BeginHandover() {
   if (guest_ != nullptr) return absl::FailedPreconditionError("a handover is already under way");
   absl::StatusOr<TargetGuest*> guest = slot_->place->Waiting(MonotonicNow() + kGuestTimeout);
   if (!guest.ok()) return guest.status();
+  if (absl::Status s = LookAtCopy(); !s.ok()) return s;
   if (absl::Status s = record_->Append(HandoverPhase::kWaiting); !s.ok()) return s;
   guest_ = *guest;
   guest_->OnReturn([this](absl::string_view bytes) {
@@ -119,6 +120,7 @@ absl::Status TargetConversation::Load(const wire::Load& load) {
   }
   // Nothing of the network's may touch the guest's memory from here on.
   if (absl::Status s = links_->CloseAll(); !s.ok()) return s;
+  if (absl::Status s = LookAtCopy(); !s.ok()) return s;
   // Loading writes it: from here on it is no copy, whatever becomes of this presyncd.
   if (absl::Status s = slot_->place->ForgetCopy(); !s.ok()) return s;
   loading_ = true;

@@ -44,7 +44,7 @@ void TargetService::TakeKept() {
     slot.memory_bytes = PagesToBytes(kept.place->memory().pages());
     slot.state = "lost";
     slot.place = std::move(kept.place);
-    slot.content_kept = slot.noted = true;
+    slot.reserved = slot.content_kept = slot.noted = true;
     slot.lost_at = MonotonicNow();
     Log(false,
         absl::StrCat(

@@ -71,6 +71,8 @@ class ModelHost final : public TargetHost {
   // What becomes of an orphan that is to be ended.
   void set_orphan(absl::Status ends) { orphan_ = std::move(ends); }
   void set_keeps_copies() { keeps_copies_ = true; }
+  // The process that waits ends, though nobody asked it to.
+  void set_waiting_gone() { waiting_gone_ = true; }
   // What a presyncd that comes after a kill would find.
   bool noted() const { return note_.has_value(); }
   ModelMemory& memory() { return *memory_; }
@@ -88,15 +90,21 @@ class ModelHost final : public TargetHost {
     const GuestMemory& memory() const override { return host_->memory_->memory(); }
     bool memory_was_zero() const override { return host_->places_made_ == 1; }
     absl::StatusOr<TargetGuest*> Waiting(absl::Time) override {
+      if (!Check().ok()) EndWaiting().IgnoreError();
       if (guest_ == nullptr)
         guest_ = std::make_unique<ModelTargetGuest>(host_->world_, host_->fails_);
       return guest_.get();
     }
-    absl::Status Check() override { return absl::OkStatus(); }
+    absl::Status Check() override {
+      if (!host_->waiting_gone_) return absl::OkStatus();
+      return absl::UnavailableError("the waiting guest has ended, as scripted");
+    }
     absl::Status EndWaiting() override {
+      unknown_ |= host_->waiting_gone_.exchange(false);
       guest_.reset();
       return absl::OkStatus();
     }
+    bool TakeUnknown() override { return std::exchange(unknown_, false); }
     void Keep() override { host_->kept_ = true; }
     std::string address() const override { return "model"; }
     absl::Status NoteCopy(const CopyOwner& owner) override {
@@ -113,6 +121,7 @@ class ModelHost final : public TargetHost {
    private:
     ModelHost* const host_;
     bool left_ = false;
+    bool unknown_ = false;
     std::unique_ptr<ModelTargetGuest> guest_;
   };
 
@@ -125,6 +134,7 @@ class ModelHost final : public TargetHost {
   std::atomic<int> places_made_ = 0;
   std::atomic<int> orphans_ended_ = 0;
   std::atomic<bool> kept_ = false;
+  std::atomic<bool> waiting_gone_ = false;
 };
 
 // A dialer whose connections can be cut, all at once, as a dying network does.
