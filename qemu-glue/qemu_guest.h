@@ -15,6 +15,7 @@
 #include "qemu-glue/qmp/peer_process.h"
 #include "qemu-glue/qmp/qmp_client.h"
 #include "qemu-glue/request_watch.h"
+#include "qemu-glue/saved_run_state.h"
 #include "transport/guest.h"
 
 namespace presync {
@@ -51,12 +52,14 @@ class QemuSourceGuest final : public SourceGuest {
   absl::StatusOr<UniqueFd> BeginSave(absl::Time deadline) override;
   absl::StatusOr<absl::Time> Stop(absl::Time deadline) override;
   absl::Status FinishSave(absl::Time deadline) override;
+  void OnSaved(absl::string_view bytes) override { saved_.Take(bytes); }
+  absl::Status CheckRan() override;
 
-  // A guest that did not run when BeginSave was called stays stopped; QEMU (7.2 always, later ones
-  // after a completed save) can then save it again only after a `cont`. On an object that did not
-  // begin the save (presyncd was restarted) it ends a save that an earlier one left behind, runs
-  // the guest (there is no telling whether it was paused before) and puts back what can be known of
-  // the settings.
+  // A guest that did not run when it was stopped to be saved stays stopped; QEMU (7.2 always, later
+  // ones after a completed save) can then save it again only after a `cont`. On an object that did
+  // not begin the save (presyncd was restarted) it ends a save that an earlier one left behind,
+  // runs the guest (there is no telling whether it was paused before) and puts back what can be
+  // known of the settings.
   absl::Status Resume(absl::Time deadline) override;
 
   // Asks QEMU to quit and, after half the time, kills it.
@@ -67,8 +70,6 @@ class QemuSourceGuest final : public SourceGuest {
 
   absl::StatusOr<RequestLook> LookAtRequests(absl::Time deadline) override;
 
-  // Whether the guest ran when BeginSave was called; a target should be left paused if it did not.
-  bool was_running() const { return was_running_; }
   pid_t pid() const { return process_.pid(); }
   QmpClient& qmp() { return *qmp_; }
   // Steps since Create, oldest first.
@@ -82,13 +83,14 @@ class QemuSourceGuest final : public SourceGuest {
   absl::Status CheckIdle(std::string_view run_state) const;
   absl::Status ExplainRefusal(absl::Status refusal, absl::Time deadline);
   std::optional<absl::Time> TakeStopTime();
-  absl::Status EndMigration(absl::Time deadline);
-  absl::Status RunAgain(absl::Time deadline);
+  absl::StatusOr<bool> EndMigration(absl::Time deadline);
+  absl::Status RunAgain(bool completed, absl::Time deadline);
   absl::Status RestoreSettings(absl::Time deadline);
 
   std::unique_ptr<QmpClient> qmp_;
   PeerProcess process_;
-  bool was_running_ = true;
+  bool was_running_ = true;  // when the save was prepared, and when the guest was stopped for it
+  SavedRunState saved_;      // what was saved last
   absl::Time save_begun_ = absl::InfinitePast();  // the guest ran until then, if it ran
   std::optional<MigrationSettings> settings_;     // set from PrepareSave until Resume
   UniqueFd stream_;                               // set from PrepareSave until BeginSave

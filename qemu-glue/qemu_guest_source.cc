@@ -79,6 +79,7 @@ absl::StatusOr<UniqueFd> QemuSourceGuest::BeginSave(absl::Time deadline) {
   }
   const absl::Time start = save_begun_ = MonotonicNow();
   UniqueFd stream = std::move(stream_);
+  saved_ = SavedRunState();
   for (const char* event : {"MIGRATION", "STOP"}) qmp_->DropEvents(event);
   const absl::StatusOr<Json> started =
       qmp_->Execute("migrate", {{"uri", absl::StrCat("fd:", kStreamName)}}, deadline);
@@ -150,6 +151,14 @@ absl::Status QemuSourceGuest::FinishSave(absl::Time deadline) {
   return absl::OkStatus();
 }
 
+absl::Status QemuSourceGuest::CheckRan() {
+  if (saved_.run_state().empty() || saved_.run_state() == "running") return absl::OkStatus();
+  return absl::FailedPreconditionError(
+      absl::StrCat("the guest was '", saved_.run_state(),
+                   "' when it was to be stopped for the launch: somebody, or an error of its own, "
+                   "paused it meanwhile. It stays here, paused; resume it and launch again"));
+}
+
 absl::Status QemuSourceGuest::Resume(absl::Time deadline) {
   absl::Status status = EnsureMonitor(deadline);
   if (status.ok()) status = TryResume(deadline);
@@ -164,14 +173,16 @@ absl::Status QemuSourceGuest::Resume(absl::Time deadline) {
 
 absl::Status QemuSourceGuest::TryResume(absl::Time deadline) {
   const absl::Time start = MonotonicNow();
-  if (absl::Status status = EndMigration(deadline); !status.ok()) return status;
+  const absl::StatusOr<bool> completed = EndMigration(deadline);
+  if (!completed.ok()) return completed.status();
   absl::StatusOr<std::string> run_state = QueryRunState(*qmp_, deadline);
   if (!run_state.ok()) return run_state.status();
   // Without a save of ours only a state that a save leaves behind is ours to undo: a guest that is
   // paused for any other reason is the operator's.
+  was_running_ &= CheckRan().ok();
   const bool left_behind = *run_state == "finish-migrate" || *run_state == "postmigrate";
   if (was_running_ && (settings_.has_value() || left_behind)) {
-    if (absl::Status status = RunAgain(deadline); !status.ok()) return status;
+    if (absl::Status status = RunAgain(*completed, deadline); !status.ok()) return status;
   }
   steps_.push_back({"resume", MonotonicNow() - start});
   return RestoreSettings(deadline);
@@ -190,30 +201,36 @@ absl::Status QemuSourceGuest::RestoreSettings(absl::Time deadline) {
   return restored;
 }
 
-// Cancels whatever migration is under way and waits until QEMU has let go of it.
-absl::Status QemuSourceGuest::EndMigration(absl::Time deadline) {
+// Cancels whatever migration is under way and waits until QEMU has let go of it. Whether it, or the
+// last one, completed.
+absl::StatusOr<bool> QemuSourceGuest::EndMigration(absl::Time deadline) {
   absl::StatusOr<MigrationState> state = QueryMigration(*qmp_, deadline);
+  if (state.ok() && !IsMigrationOver(state->status)) {
+    absl::StatusOr<Json> cancelled = qmp_->Execute("migrate_cancel", nullptr, deadline);
+    if (!cancelled.ok()) return cancelled.status();
+    state = AwaitMigration(*qmp_, "cancel the save", {"none", "completed", "failed", "cancelled"},
+                           deadline);
+  }
   if (!state.ok()) return state.status();
-  if (IsMigrationOver(state->status)) return absl::OkStatus();
-  absl::StatusOr<Json> cancelled = qmp_->Execute("migrate_cancel", nullptr, deadline);
-  if (!cancelled.ok()) return cancelled.status();
-  return AwaitMigration(*qmp_, "cancel the save", {"none", "completed", "failed", "cancelled"},
-                        deadline)
-      .status();
+  return state->status == "completed";
 }
 
 // After a cancelled migration QEMU runs the guest by itself, a moment after it said "cancelled",
-// and refuses `cont` until then; after a completed one it needs `cont`.
-absl::Status QemuSourceGuest::RunAgain(absl::Time deadline) {
+// and refuses `cont` until then; after a completed one it needs `cont`. A guest that stands still
+// otherwise was paused by somebody else, and stays so: after a cancelled migration QEMU 7.2 calls
+// that "postmigrate", too.
+absl::Status QemuSourceGuest::RunAgain(bool completed, absl::Time deadline) {
   while (true) {
     absl::StatusOr<std::string> run_state = QueryRunState(*qmp_, deadline);
     if (!run_state.ok()) return run_state.status();
     if (*run_state == "running") return absl::OkStatus();
+    const bool ours = *run_state == "postmigrate" && completed;
+    if (!ours && *run_state != "finish-migrate") return absl::OkStatus();
     if (MonotonicNow() >= deadline) {
       return absl::DeadlineExceededError(
           absl::StrCat("resume the guest: QEMU is still '", *run_state, "'"));
     }
-    if (*run_state != "finish-migrate") {
+    if (ours) {
       absl::StatusOr<Json> done = qmp_->Execute("cont", nullptr, deadline);
       if (!done.ok()) return done.status();
       continue;

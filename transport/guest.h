@@ -98,7 +98,15 @@ class SourceGuest {
   // stream. Someone must be reading the stream meanwhile.
   virtual absl::Status FinishSave(absl::Time deadline) = 0;
 
-  // The guest runs again on this host as if nothing had happened. Ok if it already runs.
+  // Every piece of the stream, in order, is shown to it as it passes. From one thread, which may be
+  // another than the one that calls the rest.
+  virtual void OnSaved(absl::string_view bytes) { (void)bytes; }
+  // After all of the stream was shown: FAILED_PRECONDITION if somebody paused the guest since the
+  // launch began. Then it must not run on the target, and Resume leaves it paused here.
+  virtual absl::Status CheckRan() { return absl::OkStatus(); }
+
+  // The guest runs again on this host as if nothing had happened. Ok if it already runs, and if
+  // somebody else paused it.
   virtual absl::Status Resume(absl::Time deadline) = 0;
 
   // Ends the guest's process on this host for good: it has moved away.

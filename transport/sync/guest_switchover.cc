@@ -12,7 +12,7 @@
 
 namespace presync {
 
-absl::Status StateRelay::Relay(ControlChannel* channel, absl::Time deadline) {
+absl::Status StateRelay::Relay(SourceGuest* guest, ControlChannel* channel, absl::Time deadline) {
   std::vector<char> buffer(kMaxStateChunkBytes);
   while (true) {
     if (cancelled_) return absl::CancelledError("the relay was cancelled");
@@ -27,6 +27,7 @@ absl::Status StateRelay::Relay(ControlChannel* channel, absl::Time deadline) {
       return absl::UnavailableError(absl::StrCat("device state stream: ", std::strerror(errno)));
     }
     if (n == 0) return absl::OkStatus();
+    guest->OnSaved({buffer.data(), static_cast<size_t>(n)});
     wire::ControlMessage message;
     message.mutable_state_chunk()->set_data(buffer.data(), static_cast<size_t>(n));
     // After the read: what was read before staging began was saved before it, too.
@@ -50,7 +51,7 @@ absl::Status GuestSwitchover::Run(absl::Time rounds_deadline) {
   absl::StatusOr<UniqueFd> stream = guest_->BeginSave(deadline);
   if (!stream.ok()) return stream.status();
   // A manager stops the guest when it likes: what it saves may be of then from the first byte on.
-  relay_.emplace(*std::move(stream), channel_, deadline, guest_->managed() != nullptr);
+  relay_.emplace(*std::move(stream), guest_, channel_, deadline, guest_->managed() != nullptr);
   const absl::StatusOr<absl::Time> stopped_at = guest_->Stop(deadline);
   if (!stopped_at.ok()) return stopped_at.status();
   relay_->StageFromNowOn();

@@ -22,9 +22,10 @@ namespace presync {
 class StateRelay {
  public:
   // `staged`: from the first byte on, for who knows not when the guest stops.
-  StateRelay(UniqueFd stream, ControlChannel* channel, absl::Time deadline, bool staged)
-      : stream_(std::move(stream)), staged_(staged), thread_([this, channel, deadline] {
-          status_ = Relay(channel, deadline);
+  StateRelay(UniqueFd stream, SourceGuest* guest, ControlChannel* channel, absl::Time deadline,
+             bool staged)
+      : stream_(std::move(stream)), staged_(staged), thread_([this, guest, channel, deadline] {
+          status_ = Relay(guest, channel, deadline);
           stream_.reset();  // a guest that still saves must not wait for a reader that is gone
         }) {}
   ~StateRelay() {
@@ -43,7 +44,7 @@ class StateRelay {
   }
 
  private:
-  absl::Status Relay(ControlChannel* channel, absl::Time deadline);
+  absl::Status Relay(SourceGuest* guest, ControlChannel* channel, absl::Time deadline);
 
   UniqueFd stream_;
   std::atomic<bool> staged_;
@@ -97,11 +98,14 @@ class GuestSwitchover {
     return last_look_;
   }
 
-  // Waits until the device state is saved and sent; its length.
+  // Waits until the device state is saved and sent; its length. Errors also as
+  // SourceGuest::CheckRan.
   absl::StatusOr<uint64_t> Finish() {
     thread_.join();
     if (!status_.ok()) return status_;
-    return relay_->Finish();
+    const absl::StatusOr<uint64_t> bytes = relay_->Finish();
+    const absl::Status ran = bytes.ok() ? guest_->CheckRan() : bytes.status();
+    return ran.ok() ? bytes : ran;
   }
 
  private:

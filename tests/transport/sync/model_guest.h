@@ -69,8 +69,8 @@ class World {
 };
 
 // Which call of a model guest fails, by name: "prepare-save", "begin-save", "stop", "finish-save",
-// "resume", "quit", "begin-load", "await-loaded", "run" (refused) and "run-unanswered" (it runs,
-// and nobody is told). Empty: none.
+// "check-ran", "resume", "quit", "begin-load", "await-loaded", "run" (refused) and "run-unanswered"
+// (it runs, and nobody is told). Empty: none.
 class ModelSourceGuest final : public SourceGuest {
  public:
   // `last_page_written`: written while the state is saved, as device code may. Negative: none.
@@ -82,6 +82,7 @@ class ModelSourceGuest final : public SourceGuest {
   absl::StatusOr<UniqueFd> BeginSave(absl::Time deadline) override;
   absl::StatusOr<absl::Time> Stop(absl::Time deadline) override;
   absl::Status FinishSave(absl::Time deadline) override;
+  absl::Status CheckRan() override { return Step("check-ran"); }
   absl::Status Resume(absl::Time deadline) override;
   absl::Status Quit(absl::Time deadline) override;
   absl::StatusOr<RunState> State(absl::Time deadline) override;

@@ -46,7 +46,8 @@ TEST_P(FailingSource, TheGuestGoesOnHere) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Steps, FailingSource,
-                         ::testing::Values("prepare-save", "begin-save", "stop", "finish-save"));
+                         ::testing::Values("prepare-save", "begin-save", "stop", "finish-save",
+                                           "check-ran"));
 
 class FailingTarget : public SessionTest, public ::testing::WithParamInterface<const char*> {};
 
