@@ -112,7 +112,21 @@ absl::StatusOr<QemuProcess> QemuProcess::Start(const Options& options, absl::Tim
   absl::Status status = process.ConnectMonitor(options.qmp_path, deadline);
   if (status.ok()) return process;
   (void)process.Kill(MonotonicNow() + absl::Seconds(5));
+  process.KillDescendant(options.qmp_path);
   return status;
+}
+
+// A command that makes another process of its QEMU (-daemonize, a script without exec) would leave
+// one behind at each try. The socket is this command's own: what answers there and began after it
+// is its doing.
+void QemuProcess::KillDescendant(const std::string& qmp_path) const {
+  const absl::StatusOr<std::unique_ptr<QmpClient>> monitor =
+      QmpClient::Connect(qmp_path, MonotonicNow() + absl::Seconds(1));
+  if (!monitor.ok()) return;
+  const pid_t pid = (*monitor)->peer_pid();
+  const UniqueFd pidfd(static_cast<int>(::syscall(SYS_pidfd_open, pid, 0)));
+  if (!pidfd.valid() || pid == pid_ || pid == ::getpid() || StartTicks(pid) < start_ticks_) return;
+  ::syscall(SYS_pidfd_send_signal, pidfd.get(), SIGKILL, nullptr, 0);
 }
 
 absl::Status QemuProcess::ConnectMonitor(const std::string& path, absl::Time deadline) {
@@ -121,7 +135,9 @@ absl::Status QemuProcess::ConnectMonitor(const std::string& path, absl::Time dea
     if (monitor.ok() && (*monitor)->peer_pid() != pid_) {
       return absl::FailedPreconditionError(
           absl::StrCat("start QEMU: process ", (*monitor)->peer_pid(), " answers at ", path,
-                       ", not the new QEMU (", pid_, "); give each QEMU a socket of its own"));
+                       ", not the new QEMU (", pid_,
+                       "); give each QEMU a socket of its own, and "
+                       "let the command become QEMU itself (no -daemonize, exec in a script)"));
     }
     if (monitor.ok()) {
       monitor_ = *std::move(monitor);

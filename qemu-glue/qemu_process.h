@@ -32,6 +32,7 @@ class QemuProcess {
   // and connects to its monitor. INVALID_ARGUMENT: no arguments. NOT_FOUND, PERMISSION_DENIED: the
   // binary or the log. FAILED_PRECONDITION: QEMU ended at once; the text has its last words.
   // DEADLINE_EXCEEDED: no answer in time; QEMU was killed. Else as QmpClient::Connect, QEMU killed.
+  // After an error nothing that the command started answers at `qmp_path`.
   static absl::StatusOr<QemuProcess> Start(const Options& options, absl::Time deadline);
 
   QemuProcess(QemuProcess&&) = default;
@@ -56,6 +57,7 @@ class QemuProcess {
  private:
   QemuProcess(pid_t pid, UniqueFd pidfd, std::string log_path);
   absl::Status ConnectMonitor(const std::string& path, absl::Time deadline);
+  void KillDescendant(const std::string& qmp_path) const;
   bool Reap(absl::Time deadline);
 
   pid_t pid_;

@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -36,6 +37,47 @@ constexpr absl::Duration kEndingTimeout = absl::Seconds(10);
 GuestPaths PathsOf(const QemuTargetHostOptions& options, const std::string& guest,
                    const std::vector<RegionRequest>& regions) {
   return MakePaths(options.run_folder, options.ram_folder, guest, regions);
+}
+
+absl::Status CheckSocketPath(const std::string& path) {
+  if (path.size() < sizeof(sockaddr_un::sun_path)) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("its socket ", path, " would have ", path.size(), " bytes, of at most ",
+                   sizeof(sockaddr_un::sun_path) - 1, ": choose a shorter name or folder"));
+}
+
+// "{word}" where a placeholder may be meant; JSON has a quote behind its brace.
+absl::Status CheckPlaceholders(absl::string_view argument) {
+  for (size_t open = argument.find('{'); open != absl::string_view::npos;
+       open = argument.find('{', open + 1)) {
+    const size_t close = argument.find('}', open);
+    if (close == absl::string_view::npos) break;
+    const absl::string_view word = argument.substr(open + 1, close - open - 1);
+    const bool known = word == "qmp" || word == "glue" || word == "name" ||
+                       (absl::StartsWith(word, "ram.") && word.size() > 4);
+    if (known || !IsPlainName(word)) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat("{", word, "} in its command means nothing; there are {qmp}, {glue}, {name} ",
+                     "and {ram.ID} for the file of the memory backend ID"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckCommand(const std::vector<std::string>& command) {
+  bool has_qmp = false;
+  for (const std::string& argument : command) {
+    if (argument == "-daemonize" || argument == "--daemonize") {
+      return absl::InvalidArgumentError(
+          "its command has -daemonize: leave it out, for presyncd has to know QEMU's process, and "
+          "a QEMU that it starts runs on without it");
+    }
+    if (absl::Status s = CheckPlaceholders(argument); !s.ok()) return s;
+    has_qmp |= absl::StrContains(argument, "{qmp}");
+  }
+  if (has_qmp) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      "its command lacks {qmp}, the monitor's socket: add \"-qmp\", "
+      "\"unix:{qmp},server=on,wait=off\"");
 }
 
 absl::StatusOr<std::vector<std::string>> FillTemplate(const std::vector<std::string>& command,
@@ -99,6 +141,21 @@ absl::Status MakeFolder(const std::string& path) {
 }
 
 }  // namespace
+
+absl::Status CheckGuestConfig(const std::string& name, const TargetGuestConfig& guest,
+                              const std::string& run_folder) {
+  if (!IsPlainName(name)) {
+    return absl::InvalidArgumentError(
+        "a guest's name has letters, digits, '-', '_' and '.', at most 128 of them, and does not "
+        "begin with '.'");
+  }
+  if (!guest.attach_qmp.empty()) return CheckSocketPath(guest.attach_qmp);
+  const GuestPaths paths = MakePaths(run_folder, "", name, {});
+  for (const std::string& socket : {paths.qmp, paths.glue}) {
+    if (absl::Status s = CheckSocketPath(socket); !s.ok()) return s;
+  }
+  return CheckCommand(guest.command);
+}
 
 absl::StatusOr<std::unique_ptr<QemuTargetHost>> QemuTargetHost::Create(
     QemuTargetHostOptions options) {

@@ -28,6 +28,12 @@ struct TargetGuestConfig {
   std::string attach_qmp;
 };
 
+// What can be told of it without a guest: a plain name that leaves room for its sockets in
+// `run_folder`, and a command that can work: {qmp} is in it, there is no placeholder that means
+// nothing, and QEMU stays the process that was started. INVALID_ARGUMENT, with what to change.
+absl::Status CheckGuestConfig(const std::string& name, const TargetGuestConfig& guest,
+                              const std::string& run_folder);
+
 struct QemuTargetHostOptions {
   std::string ram_folder;        // tmpfs or hugetlbfs; memory files are made here
   std::string run_folder;        // sockets, logs and notes about guests that run

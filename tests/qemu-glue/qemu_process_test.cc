@@ -70,6 +70,25 @@ TEST(QemuProcess, RejectsASocketThatIsSomeoneElses) {
   EXPECT_THAT(std::string(status.message()), HasSubstr("a socket of its own"));
 }
 
+TEST(QemuProcess, WhatMakesAProcessOfItsOwnIsNotLeftBehind) {
+  const QemuVersionUnderTest system = QemuVersionsUnderTest()[0];
+  if (system.binary.empty()) GTEST_SKIP() << system.skip_reason;
+  TestFolder folder;
+  const std::string path = folder.Path("qmp");
+  const std::vector<std::string> command = {
+      system.binary, "-nodefaults", "-display", "none",
+      "-machine",    "none",        "-qmp",     absl::StrCat("unix:", path, ",server=on,wait=off"),
+      "-daemonize"};
+  const absl::Status status = QemuProcess::Start(Program(folder, command), Soon()).status();
+  EXPECT_TRUE(absl::IsFailedPrecondition(status)) << status;
+  const absl::Time deadline = Soon();
+  bool answers = true;
+  while (answers && MonotonicNow() < deadline) {
+    answers = QmpClient::Connect(path, MonotonicNow() + absl::Seconds(1)).ok();
+  }
+  EXPECT_FALSE(answers);
+}
+
 TEST(QemuProcess, StartsARealOneApartFromUs) {
   const QemuVersionUnderTest system = QemuVersionsUnderTest()[0];
   if (system.binary.empty()) GTEST_SKIP() << system.skip_reason;

@@ -93,5 +93,28 @@ TEST(Config, SaysWhereAndWhatIsWrong) {
   EXPECT_THAT(ErrorOf("[guest.a]\ncommand = ['a']\nattach = 'b'"), HasSubstr("either command"));
 }
 
+std::string ErrorOfCommand(const std::string& arguments) {
+  return ErrorOf(("[guest.a]\ncommand = [" + arguments + "]\n").c_str());
+}
+
+TEST(Config, RefusesGuestsThatCannotWork) {
+  EXPECT_EQ(ErrorOfCommand("'q', 'unix:{qmp},server=on', '{glue}', '{name}', '{ram.ram0}'"), "");
+  EXPECT_EQ(ErrorOfCommand("'q', '{qmp}', '-blockdev', '{\"driver\": \"null-co\"}'"), "");
+  EXPECT_THAT(ErrorOfCommand("'qemu-system-x86_64', '-S'"), HasSubstr("lacks {qmp}"));
+  EXPECT_THAT(ErrorOfCommand("'q', '{qmp}', 'mem-path={memory}'"),
+              HasSubstr("{memory} in its command means nothing"));
+  EXPECT_THAT(ErrorOfCommand("'q', '{qmp}', '{ram.}'"), HasSubstr("{ram.} in its command"));
+  EXPECT_THAT(ErrorOfCommand("'q', '{qmp}', '-daemonize'"), HasSubstr("leave it out"));
+  const std::string command = "]\ncommand = ['q', '{qmp}']";
+  EXPECT_THAT(ErrorOf(("[guest.\".x\"" + command).c_str()),
+              HasSubstr("presyncd.toml: [guest.\".x\"]: a guest's name has"));
+  EXPECT_THAT(ErrorOf(("[guest.\"a/b\"" + command).c_str()), HasSubstr("a guest's name has"));
+  EXPECT_THAT(ErrorOf(("[guest." + std::string(120, 'a') + command).c_str()),
+              HasSubstr("of at most 107"));
+  EXPECT_EQ(ErrorOf(("[guest." + std::string(60, 'a') + command).c_str()), "");
+  EXPECT_THAT(ErrorOf(("[guest.a]\nattach = '/" + std::string(120, 'a') + "'").c_str()),
+              HasSubstr("of at most 107"));
+}
+
 }  // namespace
 }  // namespace presync

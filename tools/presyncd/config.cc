@@ -283,6 +283,12 @@ absl::StatusOr<Config> ParseConfig(absl::string_view text, const std::string& pa
     return guests.Read(*table);
   });
   if (absl::Status s = reader.Read(parsed); !s.ok()) return s;
+  for (const auto& [name, guest] : config.guests) {
+    const absl::Status good = CheckGuestConfig(name, guest, GuestsFolder(config));
+    if (good.ok()) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat(path, ": [guest.\"", name, "\"]: ", good.message()));
+  }
   if (absl::Status s = CheckSecurity(config); !s.ok()) {
     return absl::InvalidArgumentError(absl::StrCat(path, ": ", s.message()));
   }

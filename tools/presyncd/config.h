@@ -73,6 +73,9 @@ struct Config {
   LibvirtConfig libvirt;
 };
 
+// Where the sockets, logs and notes of guests that come here lie.
+inline std::string GuestsFolder(const Config& config) { return config.run_folder + "/guests"; }
+
 // INVALID_ARGUMENT with file, line and key: bad syntax, an unknown key, a value that makes no
 // sense, settings that contradict each other. NOT_FOUND: no such file.
 absl::StatusOr<Config> LoadConfig(const std::string& path);

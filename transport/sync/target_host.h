@@ -10,12 +10,17 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 #include "transport/guest.h"
 #include "transport/memory.h"
 #include "transport/sync/session_id.h"
 
 namespace presync {
+
+// Whether a guest or a region may be called so: names go into messages and file names. Letters,
+// digits, '-', '_' and '.', which is not the first; at most 128 of them.
+bool IsPlainName(absl::string_view name);
 
 // One region as the source describes it. Checked by the session: a plain name, a sane size.
 struct RegionRequest {

@@ -21,17 +21,8 @@ constexpr absl::Duration kStreamsTimeout = absl::Seconds(10);
 // In a handover the source is busy with other things than pings: longer than its rounds and the
 // standstill together may take.
 constexpr absl::Duration kHandoverTimeout = absl::Minutes(3);
-// A guest's name goes into messages and file names.
-constexpr size_t kMaxNameBytes = 128;
 constexpr int kMaxRegions = 256;
 constexpr uint64_t kMaxRegionBytes = uint64_t{1} << 43;  // 8 TiB
-
-bool IsPlainName(const std::string& name) {
-  return !name.empty() && name.size() <= kMaxNameBytes && name[0] != '.' &&
-         std::all_of(name.begin(), name.end(), [](unsigned char c) {
-           return std::isalnum(c) != 0 || c == '-' || c == '_' || c == '.';
-         });
-}
 
 // As libvirt writes them: it becomes part of file names.
 bool IsUuid(const std::string& text) {
@@ -99,6 +90,14 @@ absl::Status SettleWaiting(TargetService* service, const HandoverEntry& entry) {
 }
 
 }  // namespace
+
+bool IsPlainName(absl::string_view name) {
+  constexpr size_t kMaxNameBytes = 128;
+  return !name.empty() && name.size() <= kMaxNameBytes && name[0] != '.' &&
+         std::all_of(name.begin(), name.end(), [](unsigned char c) {
+           return std::isalnum(c) != 0 || c == '-' || c == '_' || c == '.';
+         });
+}
 
 void TargetConversation::Run() {
   const absl::Time deadline = MonotonicNow() + service_->options().preamble_timeout;
