@@ -1,6 +1,8 @@
 #include "qemu-glue/target_files.h"
 
 #include <errno.h>
+#include <fcntl.h>
+#include <sys/file.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -38,6 +40,16 @@ absl::Status ReplaceFile(const std::string& path, absl::string_view text) {
   if (out.good() && ::rename(next.c_str(), path.c_str()) == 0) return absl::OkStatus();
   ::unlink(next.c_str());
   return absl::UnavailableError(absl::StrCat("write ", path, ": is its file system full?"));
+}
+
+absl::StatusOr<UniqueFd> LockFolder(const std::string& path, absl::string_view setting) {
+  UniqueFd fd(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (!fd.valid()) {
+    return absl::UnavailableError(absl::StrCat("open ", path, ": ", std::strerror(errno)));
+  }
+  if (::flock(fd.get(), LOCK_EX | LOCK_NB) == 0) return fd;
+  return absl::AlreadyExistsError(
+      absl::StrCat("another presyncd uses ", path, "; stop it, or configure another ", setting));
 }
 
 absl::Status RemoveFile(const std::string& path) {

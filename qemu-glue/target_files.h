@@ -9,9 +9,11 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "qemu-glue/discovery.h"
 #include "transport/sync/target_host.h"
+#include "transport/unique_fd.h"
 
 namespace presync {
 
@@ -26,6 +28,10 @@ bool IsBackedBy(const GuestInfo& info, const std::string& region, const struct s
 // Writes a file anew: a reader finds the old one or the new one, never half of it. Its name ends in
 // ".new" meanwhile. Not synced to a disk. UNAVAILABLE: it can't; the old one stands.
 absl::Status ReplaceFile(const std::string& path, absl::string_view text);
+
+// Takes the folder for this process, as long as the descriptor is open: what lies in it is one
+// presyncd's. ALREADY_EXISTS: another one has it, with what to do; `setting` is the key to change.
+absl::StatusOr<UniqueFd> LockFolder(const std::string& path, absl::string_view setting);
 
 // Ok too if it is not there. UNAVAILABLE: it can't.
 absl::Status RemoveFile(const std::string& path);

@@ -217,8 +217,8 @@ absl::Status CheckMemoryFolder(const std::string& path) {
       "example /dev/shm/libvirt), restart libvirtd, and start the guests anew"));
 }
 
-LibvirtTargetHost::LibvirtTargetHost(LibvirtHostOptions options)
-    : options_(std::move(options)), libvirt_(options_.uri) {}
+LibvirtTargetHost::LibvirtTargetHost(LibvirtHostOptions options, UniqueFd lock)
+    : options_(std::move(options)), lock_(std::move(lock)), libvirt_(options_.uri) {}
 
 absl::StatusOr<std::unique_ptr<LibvirtTargetHost>> LibvirtTargetHost::Create(
     LibvirtHostOptions options) {
@@ -236,13 +236,16 @@ absl::StatusOr<std::unique_ptr<LibvirtTargetHost>> LibvirtTargetHost::Create(
     return absl::UnavailableError(
         absl::StrCat("make the folder ", memory, ": ", std::strerror(errno)));
   }
+  absl::StatusOr<UniqueFd> lock = LockFolder(memory, "memory_backing_dir");
+  if (!lock.ok()) return lock.status();
   for (const auto& entry : std::filesystem::directory_iterator(memory, error)) {
     if (entry.path().extension() == ".ram") RemoveFile(entry.path()).IgnoreError();
   }
   for (const auto& entry : std::filesystem::directory_iterator(options.socket_folder, error)) {
     if (entry.path().extension() == ".mirrored") RemoveFile(entry.path()).IgnoreError();
   }
-  return std::unique_ptr<LibvirtTargetHost>(new LibvirtTargetHost(std::move(options)));
+  return std::unique_ptr<LibvirtTargetHost>(
+      new LibvirtTargetHost(std::move(options), *std::move(lock)));
 }
 
 absl::Status LibvirtTargetHost::CheckRoom(const std::string& guest, const std::string& uuid,

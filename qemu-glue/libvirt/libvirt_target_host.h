@@ -15,6 +15,7 @@
 #include "qemu-glue/libvirt/libvirt_client.h"
 #include "transport/mutex.h"
 #include "transport/sync/target_host.h"
+#include "transport/unique_fd.h"
 
 namespace presync {
 
@@ -39,7 +40,7 @@ class LibvirtTargetHost {
  public:
   // Makes the folder for memory (0700, below memory_backing_dir) and takes away what an earlier
   // presyncd left in it: no session has it any more. UNAVAILABLE: it can't; FAILED_PRECONDITION:
-  // memory_backing_dir is on no tmpfs.
+  // memory_backing_dir is on no tmpfs; ALREADY_EXISTS: another presyncd uses it.
   static absl::StatusOr<std::unique_ptr<LibvirtTargetHost>> Create(LibvirtHostOptions options);
 
   // See TargetHost::MakeDomainPlace.
@@ -72,13 +73,14 @@ class LibvirtTargetHost {
   std::string domains_folder() const { return options_.memory_backing_dir + "/libvirt/qemu"; }
 
  private:
-  explicit LibvirtTargetHost(LibvirtHostOptions options);
+  LibvirtTargetHost(LibvirtHostOptions options, UniqueFd lock);
   absl::StatusOr<std::shared_ptr<LibvirtArrival>> Find(const std::string& uuid)
       ABSL_LOCKS_EXCLUDED(mutex_);
   absl::Status CheckRoom(const std::string& guest, const std::string& uuid,
                          const std::vector<RegionRequest>& regions) const;
 
   const LibvirtHostOptions options_;
+  const UniqueFd lock_;  // on the folder with the memory
   const LibvirtClient libvirt_;
   Mutex mutex_;
   std::map<std::string, std::weak_ptr<LibvirtArrival>> arrivals_ ABSL_GUARDED_BY(mutex_);

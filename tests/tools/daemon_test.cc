@@ -105,6 +105,30 @@ class DaemonTest : public ::testing::Test {
   std::unique_ptr<Daemon> daemon_;
 };
 
+// It would end the other's waiting QEMUs, and remove their memory.
+TEST_F(DaemonTest, ASecondOneIsRefusedInEachFolderOfTheFirst) {
+  Start();
+  for (const char* shared : {"state", "run", "ram"}) {
+    Config config;
+    config.listen_port = 0;
+    config.state_folder = folder_ + (shared == std::string_view("state") ? "/state" : "/state2");
+    config.run_folder = folder_ + (shared == std::string_view("run") ? "/run" : "/run2");
+    config.ram_folder = folder_ + (shared == std::string_view("ram") ? "/ram" : "/ram2");
+    const absl::Status second = Daemon::Create(config).status();
+    EXPECT_TRUE(absl::IsAlreadyExists(second)) << second;
+    EXPECT_THAT(std::string(second.message()), HasSubstr(std::string(shared) + "_folder"));
+  }
+  Stop();
+  Start();
+}
+
+TEST_F(DaemonTest, OneFolderMayServeForAll) {
+  Config config;
+  config.listen_port = 0;
+  config.state_folder = config.run_folder = config.ram_folder = folder_ + "/all";
+  EXPECT_TRUE(Daemon::Create(config).ok());
+}
+
 TEST_F(DaemonTest, AGuestWhoseQemuHasEndedIsReportedAndItsNoteGoes) {
   SyncNote note = Note("g1", "/nowhere.qmp");
   ++note.qemu.start_ticks;  // another process has the number by now

@@ -1,8 +1,7 @@
 #include "tools/presyncd/daemon.h"
 
-#include <fcntl.h>
 #include <spdlog/spdlog.h>
-#include <sys/file.h>
+#include <sys/stat.h>
 
 #include <algorithm>
 #include <filesystem>
@@ -11,6 +10,7 @@
 
 #include "absl/algorithm/container.h"
 #include "absl/strings/str_cat.h"
+#include "qemu-glue/target_files.h"
 #include "tools/common/local_api.h"
 #include "tools/common/units.h"
 #include "tools/presyncd/libvirt_api.h"
@@ -25,20 +25,26 @@ namespace {
 
 using Json = nlohmann::json;
 
-absl::Status MakeFolder(const std::string& path) {
-  std::error_code error;
-  std::filesystem::create_directories(path, error);
-  if (std::filesystem::is_directory(path)) return absl::OkStatus();
-  return absl::UnavailableError(absl::StrCat("make the folder ", path, ": ", error.message()));
-}
-
-// The records in this folder are one presyncd's: a second one would settle handovers that are under
-// way.
-absl::StatusOr<UniqueFd> LockFolder(const std::string& folder) {
-  UniqueFd fd(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-  if (fd.valid() && ::flock(fd.get(), LOCK_EX | LOCK_NB) == 0) return fd;
-  return absl::AlreadyExistsError(absl::StrCat("another presyncd uses ", folder,
-                                               "; stop it, or configure another state_folder"));
+// Makes the folders that are a presyncd's own, and takes them: a second one would settle handovers
+// that are under way, end QEMUs that wait, and remove their memory.
+absl::Status TakeFolders(const Config& config, std::vector<UniqueFd>* locks) {
+  std::set<std::filesystem::path> taken;  // one folder may serve for several
+  const std::pair<std::string, const char*> folders[] = {{config.state_folder, "state_folder"},
+                                                         {config.run_folder, "run_folder"},
+                                                         {config.ram_folder, "ram_folder"}};
+  for (const auto& [path, setting] : folders) {
+    std::error_code error;
+    const bool made = std::filesystem::create_directories(path, error);
+    if (!std::filesystem::is_directory(path)) {
+      return absl::UnavailableError(absl::StrCat("make the folder ", path, ": ", error.message()));
+    }
+    if (made && path == config.ram_folder) ::chmod(path.c_str(), 0700);
+    if (!taken.insert(std::filesystem::canonical(path, error)).second) continue;
+    absl::StatusOr<UniqueFd> lock = LockFolder(path, setting);
+    if (!lock.ok()) return lock.status();
+    locks->push_back(*std::move(lock));
+  }
+  return absl::OkStatus();
 }
 
 absl::StatusOr<Decision> ParseDecision(const std::string& where) {
@@ -75,23 +81,20 @@ Daemon::~Daemon() {
 }
 
 absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Create(Config config) {
-  for (const std::string& folder : {config.state_folder, config.run_folder}) {
-    if (absl::Status s = MakeFolder(folder); !s.ok()) return s;
-  }
   if (absl::StatusOr<Compression> c = ToCompression(config.compression); !c.ok()) {
     return c.status();
   }
-  absl::StatusOr<UniqueFd> lock = LockFolder(config.state_folder);
-  if (!lock.ok()) return lock.status();
+  std::vector<UniqueFd> locks;
+  if (absl::Status s = TakeFolders(config, &locks); !s.ok()) return s;
   std::unique_ptr<Daemon> daemon(new Daemon(std::move(config)));
-  daemon->lock_ = *std::move(lock);
+  daemon->locks_ = std::move(locks);
   const Config& c = daemon->config_;
   absl::StatusOr<std::unique_ptr<Security>> security = Security::Create(c);
   if (!security.ok()) return security.status();
   daemon->security_ = *std::move(security);
   absl::StatusOr<std::unique_ptr<QemuTargetHost>> host =
       QemuTargetHost::Create({.ram_folder = c.ram_folder,
-                              .run_folder = c.run_folder + "/guests",
+                              .run_folder = GuestsFolder(c),
                               .max_guest_bytes = c.max_guest_bytes,
                               .guests = c.guests,
                               .log = LogLine});

@@ -113,7 +113,7 @@ class Daemon {
 
   const Config config_;
   std::unique_ptr<Security> security_;
-  UniqueFd lock_;  // on the state folder, while this daemon lives
+  std::vector<UniqueFd> locks_;  // on its folders, while this daemon lives
   FixedCosts fixed_costs_;
   History history_;
   std::unique_ptr<GuestHost> host_;
