@@ -1,5 +1,6 @@
 #include "tests/faults/machines.h"
 
+#include <fcntl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -118,6 +119,18 @@ void Machines::KillTarget() {
   if (target_ == nullptr || target_->state == VmState::kGone) return;
   if (target_->told) guest_killed_ = true;
   target_->state = VmState::kGone;
+}
+
+void Machines::EndTarget() {
+  {
+    MutexLock lock(&mutex_);
+    if (target_ == nullptr || target_->state == VmState::kGone) return;
+    for (const Region& region : target_->memory.memory().regions()) {
+      ::fallocate(region.fd(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0,
+                  static_cast<off_t>(region.size_bytes()));
+    }
+  }
+  KillTarget();
 }
 
 void Machines::NoteTargetCrashed() {
@@ -428,6 +441,7 @@ class FaultyPlace final : public TargetPlace {
 
   absl::StatusOr<TargetGuest*> Waiting(absl::Time) override {
     if (guest_ != nullptr && Check().ok()) return guest_.get();
+    if (absl::Status s = EndWaiting(); !s.ok()) return s;
     absl::Status started = life_->Act([this] {
       machines_->MoveTarget(vm_.get(), {VmState::kGone, VmState::kWaiting, VmState::kLoaded},
                             VmState::kWaiting);
@@ -444,12 +458,14 @@ class FaultyPlace final : public TargetPlace {
   }
 
   absl::Status EndWaiting() override {
+    unknown_ |= guest_ != nullptr && machines_->state_of(*vm_) == VmState::kGone;
     guest_.reset();
     return life_->Act([this] {
       machines_->MoveTarget(vm_.get(), {VmState::kWaiting, VmState::kLoaded}, VmState::kGone);
     });
   }
 
+  bool TakeUnknown() override { return std::exchange(unknown_, false); }
   void Keep() override { kept_ = true; }
   std::string address() const override { return "the target's QEMU"; }
 
@@ -470,6 +486,7 @@ class FaultyPlace final : public TargetPlace {
   Life* const life_;
   const std::shared_ptr<Machines::TargetVm> vm_;
   std::unique_ptr<FaultyTarget> guest_;
+  bool unknown_ = false;
   bool kept_ = false;
 };
 

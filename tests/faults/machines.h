@@ -53,6 +53,8 @@ class Machines {
   std::vector<PageIndex> WrongPages() ABSL_LOCKS_EXCLUDED(mutex_);
   void KillSource() ABSL_LOCKS_EXCLUDED(mutex_);
   void KillTarget() ABSL_LOCKS_EXCLUDED(mutex_);
+  // As by SIGTERM, with discard-data=on: QEMU empties its memory before it has ended.
+  void EndTarget() ABSL_LOCKS_EXCLUDED(mutex_);
   // Its record may say told-to-run: a loaded guest that is killed from now on was the guest's.
   void NoteTargetCrashed() ABSL_LOCKS_EXCLUDED(mutex_);
   std::string Describe() const ABSL_LOCKS_EXCLUDED(mutex_);

@@ -9,7 +9,7 @@
 namespace presync {
 namespace {
 
-constexpr std::array<std::pair<Fault, const char*>, 24> kNames = {{
+constexpr std::array<std::pair<Fault, const char*>, 25> kNames = {{
     {Fault::kNone, "none"},
     {Fault::kCrashSource, "crash source presyncd"},
     {Fault::kCrashTarget, "crash target presyncd"},
@@ -18,6 +18,7 @@ constexpr std::array<std::pair<Fault, const char*>, 24> kNames = {{
     {Fault::kStopTarget, "stop target presyncd"},
     {Fault::kKillSourceQemu, "kill source QEMU"},
     {Fault::kKillTargetQemu, "kill target QEMU"},
+    {Fault::kEndTargetQemu, "target QEMU ends in order"},
     {Fault::kLinkDown, "link down"},
     {Fault::kLinkFlaps, "link flaps"},
     {Fault::kLinkReset, "connections reset"},

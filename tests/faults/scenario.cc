@@ -308,6 +308,8 @@ void Scenario::Hit(size_t index) {
       return machines_.KillSource();
     case Fault::kKillTargetQemu:
       return machines_.KillTarget();
+    case Fault::kEndTargetQemu:
+      return machines_.EndTarget();
     case Fault::kLinkDown:
       network_.SetDown(true);
       return restore([this] { network_.SetDown(false); });

@@ -18,7 +18,8 @@ enum class Fault {
   kStopTarget,
   kKillSourceQemu,
   kKillTargetQemu,
-  kLinkDown,  // for a while
+  kEndTargetQemu,  // in order: then it empties its memory, which is the copy
+  kLinkDown,       // for a while
   kLinkFlaps,
   kLinkReset,
   kLinkSilent,  // nothing passes for a while, and nobody is told

@@ -43,6 +43,7 @@ class Plan:
 FAULTS = {
     "none": 0,
     "kill source presyncd": 0, "kill target presyncd": 0, "kill source QEMU": 0, "kill target QEMU": 0,
+    "end target QEMU": 0,  # in order: its memory backend has discard-data=on, so it empties the copy
     "stop source presyncd": 3, "stop target presyncd": 3, "stop source QEMU": 3, "stop target QEMU": 3,
     "link down": 10, "link flaps": 2, "connections reset": 0,
     "control truncated": 0, "control duplicated": 0, "control corrupted": 0, "control delayed": 3,
@@ -236,7 +237,7 @@ class Run:
     def _hit(self):
         what, _, whom = self.plan.fault.partition(" ")
         pair = self.pair
-        if what in ("kill", "stop"):
+        if what in ("kill", "stop", "end"):
             self._signal(what, whom)
         elif self.plan.fault == "connections reset":
             pair.proxies[pair.here].reset_all()
@@ -279,10 +280,10 @@ class Run:
                 return
             pid = qemu.pid
         with contextlib.suppress(ProcessLookupError):
-            if what == "kill":
+            if what in ("kill", "end"):
                 if whom.endswith("QEMU"):
                     self._note_guest_killed(side)
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL if what == "kill" else signal.SIGTERM)
                 if whom.endswith("presyncd"):
                     pair.daemons[side].process.wait()
                 return

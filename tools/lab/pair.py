@@ -137,8 +137,10 @@ class Pair:
         sockets = _guest.Sockets(ram=["{ram.ram0}"], qmp=["{qmp}", f"{self.folder}/{side}.watch"],
                                  agent=f"{self.folder}/{side}.agent", serial=f"{self.folder}/{side}.serial")
         spec = dataclasses.replace(self.spec, plugin=f"{_presync.plugin_path()},socket={{glue}}")
-        command = [str(TOOLS / "fronted"), f"{self.folder}/fronts", "{qmp}.front",
-                   *_guest.qemu_argv(spec, "target", sockets)]
+        # One that ends in order empties its memory, which is the copy as long as it waits.
+        argv = [text.replace("share=on,mem-path=", "share=on,discard-data=on,mem-path=")
+                for text in _guest.qemu_argv(spec, "target", sockets)]
+        command = [str(TOOLS / "fronted"), f"{self.folder}/fronts", "{qmp}.front", *argv]
         daemon = _presync.Daemon(self.two, side, self.folder, {NAME: command}, self.defaults, self.insecure)
         # Of its own, so that it can be full.
         daemon.ram.mkdir(mode=0o700)
