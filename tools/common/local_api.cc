@@ -19,6 +19,10 @@ namespace {
 
 using Json = nlohmann::json;
 
+// How soon an interruption is noticed that came just before the wait began: one that comes within
+// it ends it at once.
+constexpr absl::Duration kLookForInterruption = absl::Milliseconds(200);
+
 }  // namespace
 
 Json StatusToJson(const absl::Status& status) {
@@ -52,17 +56,22 @@ absl::Status WriteJsonLine(int fd, const Json& json) {
   return absl::OkStatus();
 }
 
-absl::StatusOr<Json> ReadJsonLine(int fd, absl::Time deadline) {
+absl::StatusOr<Json> ReadJsonLine(int fd, absl::Time deadline,
+                                  const std::atomic<bool>* interrupted) {
   std::string line;
   char buffer[4096];
   while (line.find('\n') == std::string::npos) {
     if (line.size() > kMaxLocalLineBytes) return absl::InvalidArgumentError("the line is too long");
+    if (interrupted != nullptr && *interrupted) return absl::CancelledError("interrupted");
+    const absl::Duration left = deadline - MonotonicNow();
+    const absl::Duration wait =
+        interrupted == nullptr ? left : std::min(left, kLookForInterruption);
     const int64_t left_ms = std::clamp<int64_t>(
-        absl::ToInt64Milliseconds(absl::Ceil(deadline - MonotonicNow(), absl::Milliseconds(1))), 0,
-        1 << 30);
+        absl::ToInt64Milliseconds(absl::Ceil(wait, absl::Milliseconds(1))), 0, 1 << 30);
     pollfd p = {.fd = fd, .events = POLLIN, .revents = 0};
     const int ready = ::poll(&p, 1, static_cast<int>(left_ms));
     if (ready < 0 && errno == EINTR) continue;
+    if (ready == 0 && wait < left) continue;
     if (ready == 0) return absl::DeadlineExceededError("no answer in time");
     const ssize_t n = ::recv(fd, buffer, sizeof(buffer), 0);
     if (n < 0 && errno == EINTR) continue;
@@ -75,7 +84,7 @@ absl::StatusOr<Json> ReadJsonLine(int fd, absl::Time deadline) {
 }
 
 absl::StatusOr<Json> CallLocal(const std::string& socket_path, const Json& request,
-                               absl::Time deadline) {
+                               absl::Time deadline, const std::atomic<bool>* interrupted) {
   const absl::StatusOr<sockaddr_un> address = UnixAddress(socket_path);
   if (!address.ok()) return address.status();
   const UniqueFd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
@@ -88,7 +97,7 @@ absl::StatusOr<Json> CallLocal(const std::string& socket_path, const Json& reque
                : "; is it running? (systemctl start presyncd, or --socket for another place)"));
   }
   if (absl::Status s = WriteJsonLine(fd.get(), request); !s.ok()) return s;
-  return ReadJsonLine(fd.get(), deadline);
+  return ReadJsonLine(fd.get(), deadline, interrupted);
 }
 
 int64_t NumberOr(const Json& object, const char* key, int64_t fallback) {

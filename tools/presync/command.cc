@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "tools/common/local_api.h"
 #include "transport/clock.h"
 
@@ -15,9 +16,16 @@ int Fail(const absl::Status& status, const CommandContext& context, ExitCode cod
   return code;
 }
 
-Answer Ask(const CommandContext& context, const nlohmann::json& request, absl::Duration longest) {
-  absl::StatusOr<nlohmann::json> json =
-      CallLocal(context.socket, request, MonotonicNow() + longest);
+int Interrupted(const std::string& goes_on, const CommandContext& context) {
+  return Fail(absl::CancelledError(absl::StrCat("no longer waiting; ", goes_on)), context,
+              kInterrupted);
+}
+
+Answer Ask(const CommandContext& context, const nlohmann::json& request, absl::Duration longest,
+           const std::string& goes_on) {
+  absl::StatusOr<nlohmann::json> json = CallLocal(context.socket, request, MonotonicNow() + longest,
+                                                  goes_on.empty() ? nullptr : &context.interrupted);
+  if (absl::IsCancelled(json.status())) return {{}, Interrupted(goes_on, context)};
   if (!json.ok()) return {{}, Fail(json.status(), context, kNoDaemon)};
   if (absl::Status s = JsonToStatus(*json); !s.ok()) return {{}, Fail(s, context)};
   return {*std::move(json)};

@@ -14,7 +14,7 @@
 namespace presync {
 
 // As in the help text.
-enum ExitCode { kOk = 0, kFailed = 1, kUsage = 2, kNoDaemon = 3 };
+enum ExitCode { kOk = 0, kFailed = 1, kUsage = 2, kNoDaemon = 3, kInterrupted = 130 };
 
 // What every subcommand has. Outlives them.
 struct CommandContext {
@@ -38,7 +38,13 @@ struct Answer {
   nlohmann::json json;
   int exit_code = kOk;
 };
-Answer Ask(const CommandContext& context, const nlohmann::json& request, absl::Duration longest);
+// Ctrl-C ends the waiting, if `goes_on` is not empty: a sentence that says what presyncd goes on
+// with, and how to stop that.
+Answer Ask(const CommandContext& context, const nlohmann::json& request, absl::Duration longest,
+           const std::string& goes_on = "");
+
+// Says that Ctrl-C ended the waiting, and what goes on.
+int Interrupted(const std::string& goes_on, const CommandContext& context);
 
 // Prints an answer as JSON or as `render` has it. Returns the exit code.
 int Print(const Answer& answer, const CommandContext& context,

@@ -44,7 +44,8 @@ int Main(int argc, char** argv) {
   CLI::App app{
       "presync keeps a running guest's memory mirrored on another host, and launches it there.\n"
       "Exit codes: 0 done, 1 refused or failed (the text says where the guest is) or, of verify, "
-      "pages differ, 2 wrong usage, 3 presyncd can't be reached."};
+      "pages differ, 2 wrong usage, 3 presyncd can't be reached, 130 Ctrl-C ended the waiting (the "
+      "text says what goes on)."};
   context.socket = kDefaultSocketPath;
   app.add_option("--socket", context.socket, "presyncd's socket")->capture_default_str();
   app.set_version_flag("--version", "presync " PRESYNC_VERSION);

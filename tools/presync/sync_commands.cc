@@ -14,6 +14,12 @@ namespace {
 
 using Json = nlohmann::json;
 
+// presyncd answers a start within its own deadlines: 20 s for this host's QEMU and as long for the
+// connection, some 45 s for the target's QEMU and one more for each GiB that has to be reserved
+// there. This only bounds what a broken presyncd can make a person wait for; Ctrl-C ends it.
+constexpr absl::Duration kLongestStart = absl::Minutes(30);
+constexpr absl::Duration kLongestStop = absl::Seconds(90);
+
 struct StartOptions {
   std::string name, domain, qmp, to, max_launch_time, max_bandwidth, transport, glue, dirty_log,
       compression, rdma_devices;
@@ -33,14 +39,20 @@ struct LaunchOptions {
   bool wait = false;
 };
 
-Answer AskStatus(const std::string& name, const CommandContext& context) {
-  return Ask(context, {{"command", "status"}, {"name", name}}, absl::Seconds(10));
+Answer AskStatus(const std::string& name, const CommandContext& context, const char* goes_on) {
+  return Ask(context, {{"command", "status"}, {"name", name}}, absl::Seconds(10), goes_on);
+}
+
+std::string SyncGoesOn(const std::string& name) {
+  return absl::StrCat("the sync goes on: presync status ", name, " shows it, presync stop ", name,
+                      " ends it");
 }
 
 // Waits until the first pass is done, with one progress line that is rewritten in a terminal.
 int WaitForSync(const std::string& name, const CommandContext& context) {
+  const std::string goes_on = SyncGoesOn(name);
   while (!context.interrupted) {
-    const Answer answer = AskStatus(name, context);
+    const Answer answer = AskStatus(name, context, goes_on.c_str());
     if (answer.exit_code != kOk) return answer.exit_code;
     const Json guests = answer.json.value("guests", Json::array());
     const Json guest = guests.empty() ? Json::object() : guests[0];
@@ -54,9 +66,8 @@ int WaitForSync(const std::string& name, const CommandContext& context) {
     }
     std::this_thread::sleep_for(std::chrono::milliseconds(200));
   }
-  std::fprintf(stderr, "\npresync: no longer waiting; the sync goes on (presync stop %s ends it)\n",
-               name.c_str());
-  return kFailed;
+  ShowProgress("", /*last=*/true);
+  return Interrupted(goes_on, context);
 }
 
 int Start(const StartOptions& options, const CommandContext& context) {
@@ -78,14 +89,19 @@ int Start(const StartOptions& options, const CommandContext& context) {
   if (options.rdma_queue_pairs > 0) request["rdma_queue_pairs"] = options.rdma_queue_pairs;
   if (!options.rdma_devices.empty()) request["rdma_devices"] = options.rdma_devices;
   if (!options.compression.empty()) request["compression"] = options.compression;
-  const Answer answer = Ask(context, request, absl::Seconds(90));
+  const std::string name = options.name.empty() ? options.domain : options.name;
+  const std::string goes_on = absl::StrCat("presyncd goes on with the start: presync status ", name,
+                                           " shows what comes of it, presync "
+                                           "stop ",
+                                           name, " ends it");
+  const Answer answer = Ask(context, request, kLongestStart, goes_on);
   if (answer.exit_code != kOk || !options.wait) return Print(answer, context, RenderGuest);
   return WaitForSync(TextOr(answer.json, "name", options.name), context);
 }
 
 int Status(const StatusOptions& options, const CommandContext& context) {
   do {
-    const Answer answer = AskStatus(options.name, context);
+    const Answer answer = AskStatus(options.name, context, "presyncd has not answered");
     if (answer.exit_code == kOk && !options.name.empty() && answer.json["guests"].empty() &&
         answer.json["incoming"].empty() && answer.json["open"].empty()) {
       return Fail(absl::NotFoundError(absl::StrCat("presyncd here knows no guest ", options.name)),
@@ -108,7 +124,19 @@ int Launch(const LaunchOptions& options, const CommandContext& context) {
                         {"name", options.name},
                         {"verify", options.verify},
                         {"wait_ms", options.wait ? 3'600'000 : 0}};
-  return Print(Ask(context, request, absl::Hours(2)), context, RenderLaunch);
+  const std::string goes_on =
+      options.wait ? absl::StrCat("presyncd launches ", options.name,
+                                  " as soon as its memory was copied "
+                                  "once. Until then presync stop ",
+                                  options.name,
+                                  " calls that off, and "
+                                  "ends the sync; presync status ",
+                                  options.name, " shows how far it is")
+                   : absl::StrCat(
+                         "the launch goes on, and can't be stopped any more: within a minute or "
+                         "two the guest runs there, or goes on here. presync status ",
+                         options.name, " shows which");
+  return Print(Ask(context, request, absl::Hours(2), goes_on), context, RenderLaunch);
 }
 
 void AddLinkOptions(CLI::App* app, StartOptions* o) {
@@ -168,7 +196,12 @@ RunCommand AddVerify(CLI::App* app, CommandContext* context) {
   auto name = std::make_shared<std::string>();
   app->add_option("name", *name, "The guest's name")->required();
   return [name, context] {
-    const Answer answer = Ask(*context, {{"command", "verify"}, {"name", *name}}, absl::Hours(24));
+    const std::string goes_on = absl::StrCat(
+        "presyncd goes on comparing, which harms nothing, and writes what differs to its log: "
+        "presync status ",
+        *name, " counts it. A launch ends it, and presync stop ", *name, ", with the sync");
+    const Answer answer =
+        Ask(*context, {{"command", "verify"}, {"name", *name}}, absl::Hours(24), goes_on);
     const int code = Print(answer, *context, RenderVerify);
     if (code != kOk) return code;
     return NumberOr(answer.json, "pages_differing", 0) == 0 ? int{kOk} : int{kFailed};
@@ -179,8 +212,10 @@ RunCommand AddStop(CLI::App* app, CommandContext* context) {
   auto name = std::make_shared<std::string>();
   app->add_option("name", *name, "The guest's name")->required();
   return [name, context] {
-    return Print(Ask(*context, {{"command", "stop"}, {"name", *name}}, absl::Seconds(60)), *context,
-                 RenderStopped);
+    const std::string goes_on = absl::StrCat("presyncd goes on ending the sync: presync status ",
+                                             *name, " shows when it is gone");
+    return Print(Ask(*context, {{"command", "stop"}, {"name", *name}}, kLongestStop, goes_on),
+                 *context, RenderStopped);
   };
 }
 
@@ -195,7 +230,7 @@ RunCommand AddSettle(CLI::App* app, CommandContext* context) {
       ->check(CLI::IsMember({"here", "there", "forget"}));
   return [name, where, context] {
     return Print(Ask(*context, {{"command", "settle"}, {"name", *name}, {"where", *where}},
-                     absl::Seconds(90)),
+                     absl::Seconds(90), "presyncd goes on settling it: presync status shows how"),
                  *context, RenderSettled);
   };
 }
