@@ -211,7 +211,7 @@ absl::StatusOr<Region> Region::Adopt(std::string name, const std::string& path, 
   }
   auto data = Map(fd.get(), path, size_bytes);
   if (!data.ok()) return data.status();
-  return Region(std::move(name), path, std::move(fd), *data, size_bytes);
+  return Make(std::move(name), path, std::move(fd), *data, size_bytes);
 }
 
 absl::StatusOr<Region> Region::Create(std::string name, const std::string& path,
@@ -233,7 +233,32 @@ absl::StatusOr<Region> Region::Create(std::string name, const std::string& path,
     unlink(path.c_str());
     return data.status();
   }
-  return Region(std::move(name), path, std::move(fd), *data, size_bytes);
+  absl::StatusOr<Region> region = Make(std::move(name), path, std::move(fd), *data, size_bytes);
+  if (!region.ok()) unlink(path.c_str());
+  return region;
+}
+
+absl::StatusOr<Region> Region::Make(std::string name, std::string path, UniqueFd fd,
+                                    std::byte* data, uint64_t size_bytes) {
+  Region region(std::move(name), std::move(path), std::move(fd), data, size_bytes);
+  absl::StatusOr<FaultGuard> guard = FaultGuard::Guard(data, size_bytes);
+  if (!guard.ok()) return guard.status();
+  region.guard_ = *std::move(guard);
+  return region;
+}
+
+absl::Status Region::Check() const {
+  struct stat file = {};
+  const bool shorter =
+      fstat(fd_.get(), &file) != 0 || static_cast<uint64_t>(file.st_size) < size_bytes_;
+  if (!shorter && !guard_.damaged()) return absl::OkStatus();
+  return absl::DataLossError(absl::StrCat(
+      "guest memory ", path_,
+      shorter ? absl::StrCat(": the file was cut to ", file.st_size, " of ", size_bytes_,
+                             " bytes, by its QEMU or by whoever may write it")
+              : " can't be read any more: the file was cut for a while, or the host's memory is "
+                "damaged there (the kernel's log says so)",
+      "; what was read of it is not trusted"));
 }
 
 Region::Region(std::string name, std::string path, UniqueFd fd, std::byte* data,
@@ -249,7 +274,8 @@ Region::Region(Region&& other) noexcept
       path_(std::move(other.path_)),
       fd_(std::move(other.fd_)),
       data_(std::exchange(other.data_, nullptr)),
-      size_bytes_(std::exchange(other.size_bytes_, 0)) {}
+      size_bytes_(std::exchange(other.size_bytes_, 0)),
+      guard_(std::move(other.guard_)) {}
 
 Region& Region::operator=(Region&& other) noexcept {
   // What this one held goes with the temporary.
@@ -259,10 +285,12 @@ Region& Region::operator=(Region&& other) noexcept {
   std::swap(fd_, taken.fd_);
   std::swap(data_, taken.data_);
   std::swap(size_bytes_, taken.size_bytes_);
+  std::swap(guard_, taken.guard_);
   return *this;
 }
 
 Region::~Region() {
+  guard_ = FaultGuard();
   if (data_ != nullptr) munmap(data_, size_bytes_);
 }
 
@@ -316,6 +344,13 @@ absl::StatusOr<GuestMemory> GuestMemory::Create(std::vector<Region> regions) {
   memory.first_pages_.push_back(static_cast<PageIndex>(next));
   memory.regions_ = std::move(regions);
   return memory;
+}
+
+absl::Status GuestMemory::Check() const {
+  for (const Region& region : regions_) {
+    if (absl::Status s = region.Check(); !s.ok()) return s;
+  }
+  return absl::OkStatus();
 }
 
 size_t GuestMemory::RegionOf(PageIndex page) const {

@@ -11,6 +11,7 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "predictor/page.h"
+#include "transport/memory_faults.h"
 #include "transport/unique_fd.h"
 
 namespace presync {
@@ -18,7 +19,8 @@ namespace presync {
 // One contiguous piece of guest RAM: one file on tmpfs or hugetlbfs, mapped MAP_SHARED. Owns the
 // descriptor and the mapping. Movable; the mapping's address stays.
 //
-// Reading a hole of a tmpfs file through a mapping allocates a page in it: ask Holes first.
+// Reading a hole of a tmpfs file through a mapping allocates a page in it: ask Holes first. Bytes
+// that can't be read any more read as zeros from then on: see Check.
 class Region {
  public:
   // Opens an existing file (never a symbolic link) that must be exactly `size_bytes` long, a
@@ -50,6 +52,10 @@ class Region {
   uint64_t size_bytes() const { return size_bytes_; }
   PageCount pages() const { return static_cast<PageCount>(size_bytes_ / kPageBytes); }
 
+  // Ok while all of it can be read. DATA_LOSS: the file is shorter than it was, or a page of it is
+  // damaged; what was read of it lately may be anything.
+  absl::Status Check() const;
+
   // The holes in pages [run.first, run.end()) of this region (indices within the region): pages
   // that were never touched since the file was made or the hole punched, and read as zero;
   // ascending, maximal. Walks the file: about 50 ns a populated page. On hugetlbfs no hole is ever
@@ -63,11 +69,15 @@ class Region {
 
  private:
   Region(std::string name, std::string path, UniqueFd fd, std::byte* data, uint64_t size_bytes);
+  // Of a mapping that was just made; unmaps it when it fails.
+  static absl::StatusOr<Region> Make(std::string name, std::string path, UniqueFd fd,
+                                     std::byte* data, uint64_t size_bytes);
   std::string name_;
   std::string path_;
   UniqueFd fd_;
   std::byte* data_ = nullptr;
   uint64_t size_bytes_ = 0;
+  FaultGuard guard_;
 };
 
 // All regions of one guest, in an order that both hosts agreed on, and the flat page space over
@@ -81,6 +91,9 @@ class GuestMemory {
   PageCount pages() const { return first_pages_.back(); }
   // First flat page of region `index`; FirstPage(regions().size()) is pages().
   PageIndex FirstPage(size_t index) const { return first_pages_[index]; }
+
+  // Ok while all regions can be read; else as Region::Check. Some microseconds.
+  absl::Status Check() const;
 
   // Which region holds `page`. Precondition: page < pages().
   size_t RegionOf(PageIndex page) const;

@@ -3,7 +3,9 @@
 #include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
@@ -167,6 +169,57 @@ TEST_F(RegionTest, MovesKeepTheMapping) {
   EXPECT_EQ(target->data(), data);
   EXPECT_EQ(target->pages(), 64u);
   target->data()[kSize - 1] = std::byte{1};
+}
+
+// Without a guard the first read ends the process by SIGBUS.
+TEST_F(RegionTest, AFileThatIsCutHarmsOnlyWhoeverReadsIt) {
+  auto region = Region::Create("r", path_, kSize);
+  ASSERT_TRUE(region.ok()) << region.status();
+  auto other = Region::Open("r", path_, kSize);
+  ASSERT_TRUE(other.ok()) << other.status();
+  std::memset(region->data(), 7, kSize);
+  EXPECT_TRUE(region->Check().ok());
+  Region moved = *std::move(region);  // the guard goes along
+  ASSERT_EQ(ftruncate(moved.fd(), kSize / 2), 0);
+  EXPECT_EQ(moved.data()[kSize - 1], std::byte{0});
+  moved.data()[kSize - 1] = std::byte{1};
+  const absl::Status damaged = moved.Check();
+  EXPECT_TRUE(absl::IsDataLoss(damaged)) << damaged;
+  EXPECT_THAT(std::string(damaged.message()), AllOf(HasSubstr(path_), HasSubstr("was cut to")));
+  EXPECT_TRUE(absl::IsDataLoss(other->Check())) << "nobody has read it yet";
+  // It stays so when the file is long again, for what was read is lost.
+  ASSERT_EQ(ftruncate(moved.fd(), kSize), 0);
+  EXPECT_TRUE(absl::IsDataLoss(moved.Check()));
+  EXPECT_TRUE(other->Check().ok());
+}
+
+TEST_F(RegionTest, WhatTheKernelCannotReadIsDamagedToo) {
+  auto region = Region::Create("r", path_, kSize);
+  ASSERT_TRUE(region.ok()) << region.status();
+  int ends[2];
+  ASSERT_EQ(pipe(ends), 0);
+  ASSERT_EQ(ftruncate(region->fd(), 0), 0);
+  EXPECT_EQ(write(ends[1], region->data(), 100), -1);
+  EXPECT_EQ(errno, EFAULT);
+  ASSERT_EQ(ftruncate(region->fd(), kSize), 0);
+  EXPECT_TRUE(region->Check().ok());
+  NoteUnreadable(&ends);
+  EXPECT_TRUE(region->Check().ok());
+  NoteUnreadable(region->data() + 100);
+  EXPECT_TRUE(absl::IsDataLoss(region->Check()));
+  close(ends[0]);
+  close(ends[1]);
+}
+
+TEST_F(RegionTest, AFaultElsewhereIsWhatItAlwaysWas) {
+  auto region = Region::Create("r", path_, kSize);
+  ASSERT_TRUE(region.ok()) << region.status();
+  const auto fault = [&] {
+    void* own = mmap(nullptr, kSize, PROT_READ, MAP_SHARED, region->fd(), 0);
+    if (ftruncate(region->fd(), 0) != 0) abort();
+    EXPECT_EQ(*static_cast<volatile char*>(own), 0);
+  };
+  EXPECT_DEATH(fault(), "");
 }
 
 TEST(GuestMemoryTest, RefusesNoRegion) {

@@ -36,11 +36,15 @@ absl::StatusOr<std::unique_ptr<ScratchMemory>> ScratchMemory::Create(
         mmap(nullptr, region.size_bytes(), PROT_READ | PROT_WRITE, MAP_SHARED, region.fd(), 0);
     if (view == MAP_FAILED) return absl::ErrnoToStatus(errno, "map a second view");
     scratch->views_.push_back(static_cast<std::byte*>(view));
+    auto guard = FaultGuard::Guard(scratch->views_.back(), region.size_bytes());
+    if (!guard.ok()) return guard.status();
+    scratch->guards_.push_back(*std::move(guard));
   }
   return scratch;
 }
 
 ScratchMemory::~ScratchMemory() {
+  guards_.clear();
   for (size_t i = 0; i < views_.size(); ++i) munmap(views_[i], memory_.regions()[i].size_bytes());
 }
 

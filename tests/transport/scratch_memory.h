@@ -12,6 +12,7 @@
 
 #include "absl/status/statusor.h"
 #include "transport/memory.h"
+#include "transport/memory_faults.h"
 
 namespace presync {
 
@@ -42,6 +43,7 @@ class ScratchMemory {
   explicit ScratchMemory(GuestMemory memory) : memory_(std::move(memory)) {}
   GuestMemory memory_;
   std::vector<std::byte*> views_;
+  std::vector<FaultGuard> guards_;  // of the views, for tests that cut the files
 };
 
 }  // namespace presync

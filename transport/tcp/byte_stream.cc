@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "transport/memory_faults.h"
 
 namespace presync {
 namespace {
@@ -23,6 +24,11 @@ absl::Status Gone(const char* operation, int error) {
                          : "";
   return absl::UnavailableError(
       absl::StrCat(operation, ": ", std::generic_category().message(error), hint));
+}
+
+// The kernel could not read or write one of these buffers, which no other error says.
+void NoteUnreadable(absl::Span<const iovec> parts) {
+  for (const iovec& part : parts) presync::NoteUnreadable(part.iov_base);
 }
 
 class SocketStream final : public ByteStream {
@@ -36,6 +42,7 @@ class SocketStream final : public ByteStream {
       message.msg_iovlen = parts.size();
       const ssize_t sent = sendmsg(socket_.get(), &message, MSG_NOSIGNAL);
       if (sent < 0 && errno == EINTR) continue;
+      if (sent < 0 && errno == EFAULT) NoteUnreadable(parts);
       if (sent < 0) return Gone("send", errno);
       size_t left = static_cast<size_t>(sent);
       while (!parts.empty() && left >= parts.front().iov_len) {
@@ -58,6 +65,7 @@ class SocketStream final : public ByteStream {
       const ssize_t received = recvmsg(socket_.get(), &message, 0);
       if (received > 0) return static_cast<size_t>(received);
       if (received == 0) return absl::UnavailableError("receive: the peer closed the connection");
+      if (errno == EFAULT) NoteUnreadable(parts);
       if (errno != EINTR) return Gone("receive", errno);
     }
   }
