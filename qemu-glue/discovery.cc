@@ -12,6 +12,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "qemu-glue/discovery_devices.h"
+#include "qemu-glue/nested_virtualization.h"
 #include "qemu-glue/qmp/peer_process.h"
 
 namespace presync {
@@ -204,6 +205,8 @@ absl::StatusOr<Findings> CheckTrackable(QmpClient& qmp, const GuestInfo& guest,
   if (status.ok()) status = CheckMigration(qmp, deadline, findings.problems);
   if (status.ok()) status = CheckDevices(qmp, deadline, findings);
   if (!status.ok()) return status;
+  findings.may_nest = guest.kvm && MayNest(qmp, deadline);
+  if (findings.may_nest) findings.warnings.push_back(kNestedPossible);
   return findings;
 }
 

@@ -36,13 +36,20 @@ struct GuestInfo {
 struct Problem {
   std::string what;
   std::string remedy;
+  // It writes guest memory, or may, past every dirty log: once it is gone nothing is known to be
+  // synced.
+  bool writes_unseen = false;
 };
 
 struct Findings {
   std::vector<Problem> problems;   // every one that was found; none: the guest can be mirrored
   std::vector<std::string> notes;  // worth knowing, no obstacle
+  // What presync can't rule out and an operator has to know of: whole sentences.
+  std::vector<std::string> warnings;
   // Pages may leave the guest's memory and come back while it runs (balloon, free-page reporting).
   bool memory_may_be_discarded = false;
+  // The guest may run guests of its own under KVM, which writes some of its pages unseen meanwhile.
+  bool may_nest = false;
 };
 
 // Blocks until answered. Errors as QmpClient::Execute; INVALID_ARGUMENT also for an answer that

@@ -21,23 +21,26 @@ struct Rule {
   const char* part;  // of a QOM type or of a line of `info network`
   const char* why;
   const char* remedy;
+  bool writes_unseen = false;
 };
 
 // The dirty log sees writes through QEMU's own page tables, and nothing else.
 constexpr Rule kRules[] = {
     {"vfio", "the device writes guest RAM by DMA, which the dirty log does not see",
-     "detach the device before mirroring (hot-unplug), or use an emulated or virtio one"},
+     "detach the device before mirroring (hot-unplug), or use an emulated or virtio one", true},
     {"iommufd", "devices behind it write guest RAM by DMA, which the dirty log does not see",
-     "detach the device before mirroring"},
+     "detach the device before mirroring", true},
     {"vhost-user", "another process writes guest RAM through a mapping of its own, unseen",
-     "use the in-kernel (vhost=on) or QEMU's own back end instead"},
+     "use the in-kernel (vhost=on) or QEMU's own back end instead", true},
+    {"vhost-scsi", "the kernel reads the disk into guest pages that it has pinned, unseen",
+     "use virtio-scsi with scsi-hd, or virtio-blk", true},
     {"vhost-vdpa", "the device writes guest RAM by DMA, which the dirty log does not see",
-     "use virtio with a tap or QEMU's own back end instead"},
+     "use virtio with a tap or QEMU's own back end instead", true},
     {"virtio-mem", "it takes memory from the guest and gives it back while the guest runs",
      "use plain RAM or pc-dimm devices"},
-    {"ivshmem", "other guests write its memory, unseen", "remove the device"},
+    {"ivshmem", "other guests write its memory, unseen", "remove the device", true},
     {"pvrdma", "the device writes guest RAM by DMA, which the dirty log does not see",
-     "remove the device"},
+     "remove the device", true},
     {"memory-backend-epc", "SGX memory can't be read from outside", "remove the SGX memory"},
     {"sev-guest", "the guest's memory is encrypted", "use a guest without memory encryption"},
     {"sev-snp-guest", "the guest's memory is encrypted", "use a guest without memory encryption"},
@@ -48,10 +51,13 @@ constexpr Rule kRules[] = {
 bool Judge(const std::string& text, const std::string& where, Findings& findings) {
   for (const Rule& rule : kRules) {
     if (!absl::StrContains(text, rule.part)) continue;
-    findings.problems.push_back({absl::StrCat(where, ": ", rule.why), rule.remedy});
+    findings.problems.push_back(
+        {absl::StrCat(where, ": ", rule.why), rule.remedy, rule.writes_unseen});
     return true;
   }
-  if (!absl::StrContains(text, "virtio-balloon")) return false;
+  if (!absl::StrContains(text, "virtio-balloon") && !absl::StrContains(text, "hv-balloon")) {
+    return false;
+  }
   findings.notes.push_back(absl::StrCat(
       where,
       ": pages that the balloon or free-page reporting takes become holes; presync sends "
@@ -117,6 +123,36 @@ absl::Status CheckNetwork(QmpClient& qmp, absl::Time deadline, Findings& finding
   return absl::OkStatus();
 }
 
+// Block drivers that have a device write into the buffers of a request, which are guest pages, by
+// DMA or through another process's mapping (QEMU's block/nvme.c, block/blkio.c): an ordinary disk
+// in front of them does not show it.
+constexpr const char* kUnseenDrivers[] = {"nvme",
+                                          "nvme-io_uring",
+                                          "io_uring",
+                                          "virtio-blk-vfio-pci",
+                                          "virtio-blk-vhost-user",
+                                          "virtio-blk-vhost-vdpa"};
+
+absl::Status CheckBlockNodes(QmpClient& qmp, absl::Time deadline, Findings& findings) {
+  absl::StatusOr<Json> nodes = qmp.Execute("query-named-block-nodes", {{"flat", true}}, deadline);
+  if (absl::IsFailedPrecondition(nodes.status())) return absl::OkStatus();
+  if (!nodes.ok()) return nodes.status();
+  for (const Json& node : *nodes) {
+    const std::string driver = StringAt(node, "drv");
+    if (std::none_of(std::begin(kUnseenDrivers), std::end(kUnseenDrivers),
+                     [&](const char* unseen) { return driver == unseen; })) {
+      continue;
+    }
+    findings.problems.push_back(
+        {absl::StrCat("disk back end '", StringAt(node, "node-name"), "' (driver ", driver,
+                      "): it has its device write guest RAM by itself, which the dirty log does "
+                      "not see"),
+         "use the host's own driver: -blockdev driver=host_device or file, aio=io_uring or native",
+         true});
+  }
+  return absl::OkStatus();
+}
+
 // No obstacle, but worth knowing before a customer waits for it.
 absl::Status CheckDisks(QmpClient& qmp, absl::Time deadline, Findings& findings) {
   absl::StatusOr<Json> disks = qmp.Execute("query-block", nullptr, deadline);
@@ -161,6 +197,7 @@ absl::Status CheckDevices(QmpClient& qmp, absl::Time deadline, Findings& finding
     absl::Status status = Walk(qmp, root.path, root.max_depth, deadline, findings);
     if (!status.ok()) return status;
   }
+  if (absl::Status s = CheckBlockNodes(qmp, deadline, findings); !s.ok()) return s;
   if (absl::Status s = CheckDisks(qmp, deadline, findings); !s.ok()) return s;
   return CheckNetwork(qmp, deadline, findings);
 }

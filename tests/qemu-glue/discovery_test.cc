@@ -7,6 +7,7 @@
 
 #include <map>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "qemu-glue/discovery_devices.h"
 #include "tests/qemu-glue/fake_qmp_server.h"
@@ -44,6 +45,10 @@ Json FlawedGuest(const std::string& command, const Json& arguments) {
         {{"device", "disk1"}, {"inserted", {{"cache", {{"direct", true}}}}}},
         {{"device", ""}, {"qdev", "/x/disk2"}, {"inserted", {{"cache", {{"direct", false}}}}}},
         {{"device", "cd0"}}}},
+      {"query-named-block-nodes",
+       {{{"node-name", "disk0"}, {"drv", "nvme"}},
+        {{"node-name", "disk1"}, {"drv", "qcow2"}},
+        {{"node-name", "disk2"}, {"drv", "virtio-blk-vhost-user"}}}},
       {"human-monitor-command",
        "net0: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:12:34:56\r\n"
        " \\ vhost-user-by-name: index=0,type=tap,ifname=vhost-vdpa0\r\n"
@@ -55,7 +60,10 @@ Json FlawedGuest(const std::string& command, const Json& arguments) {
         {{"name", "type"}, {"type", "string"}},
         {{"name", "bridge"}, {"type", "child<pcie-root-port>"}}}},
       {"/machine/peripheral/bridge",
-       {{{"name", "deep"}, {"type", "child<vhost-vdpa-device-pci>"}}}},
+       {{{"name", "deep"}, {"type", "child<vhost-vdpa-device-pci>"}},
+        {{"name", "host-disks"}, {"type", "child<vhost-scsi-pci>"}},
+        {{"name", "sock"}, {"type", "child<vhost-vsock-pci>"}},
+        {{"name", "balloon"}, {"type", "child<hv-balloon>"}}}},
       {"/machine/peripheral-anon", {{{"name", "device[0]"}, {"type", "child<virtio-mem-pci>"}}}},
       {"/machine/unattached", {{{"name", "device[3]"}, {"type", "child<ivshmem-plain>"}}}},
       {"/objects", {{{"name", "c"}, {"type", "child<cryptodev-vhost-user>"}}, "nonsense"}}};
@@ -79,17 +87,26 @@ TEST(Discovery, FindsEveryFlawAtOnce) {
   ASSERT_TRUE(findings.ok()) << findings.status();
   EXPECT_THAT(
       Texts(*findings),
-      ElementsAre(HasSubstr("incoming migration"), HasSubstr("is a memory-backend-ram"),
-                  HasSubstr("4096 bytes of RAM, its memory backends 2048"),
-                  HasSubstr("no migration capability x-ignore-shared"),
-                  HasSubstr("under way (active)"),
-                  HasSubstr("forbids migration: device X is not migratable"),
-                  HasSubstr("forbids migration: 7"),
-                  HasSubstr("vfio-pci (/machine/peripheral/gpu)"), HasSubstr("vhost-user-fs-pci"),
-                  HasSubstr("vhost-vdpa-device-pci"), HasSubstr("virtio-mem-pci"),
-                  HasSubstr("ivshmem-plain"), HasSubstr("cryptodev-vhost-user"),
-                  AllOf(HasSubstr("network"), HasSubstr("type=vhost-user"))));
-  EXPECT_THAT(findings->notes, ElementsAre(HasSubstr("page cache (disk0, /x/disk2)")));
+      ElementsAre(
+          HasSubstr("incoming migration"), HasSubstr("is a memory-backend-ram"),
+          HasSubstr("4096 bytes of RAM, its memory backends 2048"),
+          HasSubstr("no migration capability x-ignore-shared"), HasSubstr("under way (active)"),
+          HasSubstr("forbids migration: device X is not migratable"),
+          HasSubstr("forbids migration: 7"), HasSubstr("vfio-pci (/machine/peripheral/gpu)"),
+          HasSubstr("vhost-user-fs-pci"), HasSubstr("vhost-vdpa-device-pci"),
+          HasSubstr("vhost-scsi-pci"), HasSubstr("virtio-mem-pci"), HasSubstr("ivshmem-plain"),
+          HasSubstr("cryptodev-vhost-user"), HasSubstr("'disk0' (driver nvme)"),
+          HasSubstr("'disk2' (driver virtio-blk-vhost-user)"),
+          AllOf(HasSubstr("network"), HasSubstr("type=vhost-user"))));
+  EXPECT_THAT(findings->notes,
+              ElementsAre(HasSubstr("hv-balloon"), HasSubstr("page cache (disk0, /x/disk2)")));
+  EXPECT_TRUE(findings->memory_may_be_discarded);
+  for (const Problem& problem : findings->problems) {
+    const bool device = absl::StrContains(problem.what, "vfio-pci") ||
+                        absl::StrContains(problem.what, "driver nvme") ||
+                        absl::StrContains(problem.what, "ivshmem");
+    EXPECT_TRUE(!device || problem.writes_unseen) << problem.what;
+  }
   qmp->reset();
 }
 

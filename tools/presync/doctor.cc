@@ -16,7 +16,9 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "qemu-glue/open_guest.h"
+#include "qemu-glue/qmp/peer_process.h"
 #include "qemu-glue/qmp/qmp_client.h"
+#include "qemu-glue/ram_file_users.h"
 #include "tools/common/local_api.h"
 #include "tools/common/units.h"
 #include "transport/clock.h"
@@ -124,6 +126,15 @@ Finding ExamineDaemon(const std::string& socket) {
              "systemctl start presyncd; journalctl -u presyncd says why it does not start");
 }
 
+std::vector<std::string> OthersInMemory(QmpClient& qmp, const GuestInfo& info,
+                                        absl::Time deadline) {
+  const absl::StatusOr<PeerProcess> process = PeerProcess::Identify(qmp, deadline);
+  if (!process.ok()) return {};
+  std::vector<std::string> paths;
+  for (const RamBackend& backend : info.backends) paths.push_back(backend.path);
+  return FindRamFileUsers(paths, process->pid());
+}
+
 const char* LevelName(Level level) {
   switch (level) {
     case Level::kGood:
@@ -178,6 +189,12 @@ std::vector<Finding> ExamineGuest(const std::string& qmp_path, const std::string
   }
   for (const Problem& p : trackable->problems) findings.push_back(Bad("guest", p.what, p.remedy));
   for (const std::string& note : trackable->notes) findings.push_back(Note("guest", note, ""));
+  for (const std::string& warning : trackable->warnings) {
+    findings.push_back(Note("guest", warning, ""));
+  }
+  for (const std::string& other : OthersInMemory(**qmp, *info, deadline)) {
+    findings.push_back(Note("guest", other, ""));
+  }
   if (!trackable->problems.empty()) return findings;
 
   qmp->reset();  // a monitor serves one client at a time
