@@ -8,11 +8,30 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
-#include <fstream>
 
 #include "absl/strings/str_cat.h"
+#include "transport/unique_fd.h"
 
 namespace presync {
+namespace {
+
+absl::Status FileError(absl::string_view what, const std::string& path, int error) {
+  return absl::UnavailableError(absl::StrCat(what, " ", path, ": ", std::strerror(error)));
+}
+
+absl::Status WriteFile(const std::string& path, absl::string_view text) {
+  const UniqueFd file(::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666));
+  if (!file.valid()) return FileError("write", path, errno);
+  while (!text.empty()) {
+    const ssize_t n = ::write(file.get(), text.data(), text.size());
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) return FileError("write", path, errno);
+    text.remove_prefix(static_cast<size_t>(n));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
 
 absl::Status CheckGuestSize(const std::string& guest, const std::vector<RegionRequest>& regions,
                             uint64_t max_guest_bytes) {
@@ -34,12 +53,11 @@ bool IsBackedBy(const GuestInfo& info, const std::string& region, const struct s
 
 absl::Status ReplaceFile(const std::string& path, absl::string_view text) {
   const std::string next = path + ".new";
-  std::ofstream out(next);
-  out << text;
-  out.close();
-  if (out.good() && ::rename(next.c_str(), path.c_str()) == 0) return absl::OkStatus();
+  const absl::Status written = WriteFile(next, text);
+  if (written.ok() && ::rename(next.c_str(), path.c_str()) == 0) return absl::OkStatus();
+  const int error = errno;
   ::unlink(next.c_str());
-  return absl::UnavailableError(absl::StrCat("write ", path, ": is its file system full?"));
+  return written.ok() ? FileError("rename", next, error) : written;
 }
 
 absl::StatusOr<UniqueFd> LockFolder(const std::string& path, absl::string_view setting) {
@@ -54,7 +72,7 @@ absl::StatusOr<UniqueFd> LockFolder(const std::string& path, absl::string_view s
 
 absl::Status RemoveFile(const std::string& path) {
   if (::unlink(path.c_str()) == 0 || errno == ENOENT) return absl::OkStatus();
-  return absl::UnavailableError(absl::StrCat("remove ", path, ": ", std::strerror(errno)));
+  return FileError("remove", path, errno);
 }
 
 }  // namespace presync

@@ -35,6 +35,7 @@ absl::StatusOr<size_t> Scan(int pagemap, uint64_t start, uint64_t end, uint64_t 
           "scanning QEMU's memory: EPERM: guest RAM is tracked no longer, something in QEMU "
           "unregistered or remapped it");
     }
+    if (errno == ESRCH) return absl::UnavailableError("scanning QEMU's memory: QEMU has ended");
     if (errno == ENOTTY || errno == EINVAL) {
       return absl::UnimplementedError(
           absl::StrCat("PAGEMAP_SCAN: ", std::strerror(errno),
