@@ -11,6 +11,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "qemu-glue/guest_watch.h"
 #include "qemu-glue/qemu_guest_settings.h"
 #include "qemu-glue/qmp/peer_process.h"
 #include "qemu-glue/qmp/qmp_client.h"
@@ -67,6 +68,7 @@ class QemuSourceGuest final : public SourceGuest {
   // Kills it at once: it does nothing to its memory any more. Ok: it has ended.
   absl::Status Kill(absl::Time deadline);
   absl::StatusOr<RunState> State(absl::Time deadline) override;
+  GuestOutlook Look(absl::Time deadline) override;
 
   absl::StatusOr<RequestLook> LookAtRequests(absl::Time deadline) override;
 
@@ -77,7 +79,7 @@ class QemuSourceGuest final : public SourceGuest {
 
  private:
   QemuSourceGuest(std::unique_ptr<QmpClient> qmp, PeerProcess process)
-      : qmp_(std::move(qmp)), process_(std::move(process)) {}
+      : qmp_(std::move(qmp)), process_(std::move(process)), watch_(process_.pid()) {}
   absl::Status EnsureMonitor(absl::Time deadline);
   absl::Status TryResume(absl::Time deadline);
   absl::Status CheckIdle(std::string_view run_state) const;
@@ -89,6 +91,7 @@ class QemuSourceGuest final : public SourceGuest {
 
   std::unique_ptr<QmpClient> qmp_;
   PeerProcess process_;
+  GuestWatch watch_;
   bool was_running_ = true;  // when the save was prepared, and when the guest was stopped for it
   SavedRunState saved_;      // what was saved last
   absl::Time save_begun_ = absl::InfinitePast();  // the guest ran until then, if it ran

@@ -276,4 +276,8 @@ absl::StatusOr<RunState> QemuSourceGuest::State(absl::Time deadline) {
   return ToRunState(*status);
 }
 
+GuestOutlook QemuSourceGuest::Look(absl::Time deadline) {
+  return LookThrough(&qmp_, process_, &watch_, deadline);
+}
+
 }  // namespace presync

@@ -86,10 +86,15 @@ absl::StatusOr<pid_t> Spawn(const QemuProcess::Options& options) {
   return pid;
 }
 
+std::streamoff SizeOf(const std::string& path) {
+  std::ifstream file(path, std::ios::binary | std::ios::ate);
+  return file ? static_cast<std::streamoff>(file.tellg()) : 0;
+}
+
 }  // namespace
 
-QemuProcess::QemuProcess(pid_t pid, UniqueFd pidfd, std::string log_path)
-    : pid_(pid), pidfd_(std::move(pidfd)), log_path_(std::move(log_path)) {
+QemuProcess::QemuProcess(pid_t pid, UniqueFd pidfd, std::string log_path, std::streamoff log_begin)
+    : pid_(pid), pidfd_(std::move(pidfd)), log_path_(std::move(log_path)), log_begin_(log_begin) {
   start_ticks_ = StartTicks(pid_);
 }
 
@@ -97,6 +102,7 @@ absl::StatusOr<QemuProcess> QemuProcess::Start(const Options& options, absl::Tim
   if (options.argv.empty() || options.argv[0].empty()) {
     return absl::InvalidArgumentError("start QEMU: no arguments");
   }
+  const std::streamoff log_begin = SizeOf(options.log_path);
   absl::StatusOr<pid_t> pid = Spawn(options);
   if (!pid.ok()) return pid.status();
   // Our own child keeps its number until we reap it, so this is it.
@@ -107,7 +113,7 @@ absl::StatusOr<QemuProcess> QemuProcess::Start(const Options& options, absl::Tim
     ::waitpid(*pid, nullptr, 0);
     return status;
   }
-  QemuProcess process(*pid, std::move(pidfd), options.log_path);
+  QemuProcess process(*pid, std::move(pidfd), options.log_path, log_begin);
   if (options.on_started != nullptr) options.on_started(process.pid_, process.start_ticks_);
   absl::Status status = process.ConnectMonitor(options.qmp_path, deadline);
   if (status.ok()) return process;
@@ -185,7 +191,7 @@ std::string QemuProcess::LastWords() const {
   std::ifstream file(log_path_, std::ios::binary | std::ios::ate);
   if (!file) return "";
   const std::streamoff size = file.tellg();
-  file.seekg(std::max<std::streamoff>(0, size - kLastWordsBytes));
+  file.seekg(std::clamp(size - kLastWordsBytes, std::min(log_begin_, size), size));
   std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
   return std::string(absl::StripAsciiWhitespace(text));
 }

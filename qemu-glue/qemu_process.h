@@ -4,6 +4,7 @@
 #include <sys/types.h>
 
 #include <functional>
+#include <ios>
 #include <memory>
 #include <string>
 #include <vector>
@@ -51,11 +52,13 @@ class QemuProcess {
   // SIGKILL, then waits until it has ended and reaps it. Ok if it has ended before.
   // DEADLINE_EXCEEDED.
   absl::Status Kill(absl::Time deadline);
-  // The end of its log, a few lines.
+  // Waits for its end until `deadline`; reaps it then. False: it lives.
+  bool AwaitEnd(absl::Time deadline) { return Reap(deadline); }
+  // The end of what it wrote to its log, a few lines.
   std::string LastWords() const;
 
  private:
-  QemuProcess(pid_t pid, UniqueFd pidfd, std::string log_path);
+  QemuProcess(pid_t pid, UniqueFd pidfd, std::string log_path, std::streamoff log_begin);
   absl::Status ConnectMonitor(const std::string& path, absl::Time deadline);
   void KillDescendant(const std::string& qmp_path) const;
   bool Reap(absl::Time deadline);
@@ -63,6 +66,7 @@ class QemuProcess {
   pid_t pid_;
   UniqueFd pidfd_;
   std::string log_path_;
+  std::streamoff log_begin_ = 0;  // where what it wrote begins
   uint64_t start_ticks_ = 0;
   std::unique_ptr<QmpClient> monitor_;
   bool reaped_ = false;

@@ -8,10 +8,12 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_replace.h"
 #include "predictor/bitmap.h"
 #include "qemu-glue/copy_note.h"
 #include "qemu-glue/discovery.h"
 #include "qemu-glue/guest_notes.h"
+#include "qemu-glue/guest_shape.h"
 #include "qemu-glue/qemu_guest.h"
 #include "qemu-glue/qemu_process.h"
 #include "qemu-glue/qemu_target_host.h"
@@ -25,6 +27,7 @@ namespace {
 
 // A QEMU answers its monitor within a second; a loaded machine under emulation takes some.
 constexpr absl::Duration kQmpTimeout = absl::Seconds(10);
+constexpr absl::Duration kEndAfterFailure = absl::Seconds(1);
 
 std::vector<RamBackend> ToBackends(const std::vector<RegionRequest>& regions) {
   std::vector<RamBackend> backends;
@@ -64,6 +67,13 @@ absl::Status CheckWaits(QemuTargetGuest* guest, absl::string_view otherwise) {
   return absl::UnavailableError(otherwise);
 }
 
+// A QEMU that does not answer says nothing about what it is.
+ShapeComparison CompareWith(QemuTargetGuest* guest, const GuestShape& source, absl::Time deadline) {
+  if (guest == nullptr) return {};
+  const absl::StatusOr<GuestShape> here = DescribeShape(guest->qmp(), deadline);
+  return here.ok() ? CompareShapes(source, *here) : ShapeComparison();
+}
+
 // A place whose QEMU somebody else started: its memory files are QEMU's own.
 class AttachedPlace final : public TargetPlace {
  public:
@@ -90,6 +100,10 @@ class AttachedPlace final : public TargetPlace {
   absl::Status Check() override {
     return CheckWaits(guest_.get(), absl::StrCat("the waiting QEMU at ", qmp_path_,
                                                  " has ended or was used otherwise"));
+  }
+
+  ShapeComparison Compare(const GuestShape& source, absl::Time deadline) override {
+    return CompareWith(guest_.get(), source, deadline);
   }
 
   absl::Status EndWaiting() override {
@@ -175,6 +189,16 @@ class StartedPlace final : public TargetPlace {
   absl::Status Check() override {
     return CheckWaits(guest_.get(), absl::StrCat("the QEMU waiting for ", guest_name_,
                                                  " has ended; see ", paths_.log));
+  }
+
+  ShapeComparison Compare(const GuestShape& source, absl::Time deadline) override {
+    return CompareWith(guest_.get(), source, deadline);
+  }
+
+  std::string LastWords() override {
+    // One that could not load a state is about to end, and writes why before it does.
+    if (!process_ || !process_->AwaitEnd(MonotonicNow() + kEndAfterFailure)) return "";
+    return absl::StrReplaceAll(process_->LastWords(), {{"\n", "; "}});
   }
 
   // Killed, for it has nothing to lose: a QEMU that ends in order may empty its memory

@@ -5,6 +5,7 @@
 #include <functional>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -28,6 +29,32 @@ struct RequestLook {
   // Of the requests that ended since the look before, none had been in flight for longer than this.
   // Infinite: not known. What was not looked at is covered by the next look.
   absl::Duration longest = absl::InfiniteDuration();
+};
+
+// One thing that a guest is made of, and that the host where it will run has to have alike:
+// {"machine", "pc-q35-7.2-machine"}. What there is to compare is up to whoever knows such guests.
+struct GuestTrait {
+  std::string key;
+  std::string value;
+  bool operator==(const GuestTrait&) const = default;
+};
+using GuestShape = std::vector<GuestTrait>;
+
+// What a look at a guest found that matters to its sync, apart from its memory's bytes.
+struct GuestOutlook {
+  // Ok: nothing that is known stands in a launch's way. UNAVAILABLE: the guest's process has ended.
+  // Else why it can't be launched as it is now, with what to do.
+  absl::Status launchable;
+  // Ok: all of the guest's memory is mirrored, and no device writes it unseen. Else a part of
+  // `launchable` that counts for whoever would move the guest, in whatever state it is.
+  absl::Status mirrorable;
+  // Something wrote guest memory past every dirty log, or may have, since the last look, and is
+  // there no more: nothing is synced that was not compared since.
+  bool was_written_unseen = false;
+  // A launch has to compare all memory before the guest may run on the target.
+  bool compare_all = false;
+  std::vector<std::string> warnings;  // whole sentences, for the guest's operator
+  GuestShape shape;                   // empty: nothing is known that could be compared
 };
 
 // A guest whose moves are not presync's to make but its manager's (libvirt): the manager starts the
@@ -120,6 +147,11 @@ class SourceGuest {
     (void)deadline;
     return RequestLook{};
   }
+
+  // Looks at what a launch depends on apart from memory. Some milliseconds, unless something
+  // changed since the last look or it is the first: then up to a few tenths of a second. What can't
+  // be looked at before `deadline` is said in `launchable`.
+  virtual GuestOutlook Look(absl::Time deadline);
 
   // Null for a guest that presync itself moves. For one that has a manager the calls above do the
   // manager's part by waiting for it: BeginSave needs Begun, Resume waits until the manager has

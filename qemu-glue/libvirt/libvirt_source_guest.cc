@@ -51,6 +51,7 @@ LibvirtSourceGuest::LibvirtSourceGuest(std::unique_ptr<QmpClient> qmp, PeerProce
                                        LibvirtSourceOptions options, UniqueFd listener)
     : qmp_(std::move(qmp)),
       process_(std::move(process)),
+      watch_(process_.pid()),
       options_(std::move(options)),
       libvirt_(options_.libvirt_uri),
       listener_(std::move(listener)) {}
@@ -300,6 +301,14 @@ absl::StatusOr<RunState> LibvirtSourceGuest::State(absl::Time deadline) {
   if (absl::IsUnavailable(revived)) return RunState::kGone;
   if (!revived.ok()) return revived;
   return QueryGuestState(*qmp_, process_, deadline);
+}
+
+GuestOutlook LibvirtSourceGuest::Look(absl::Time deadline) {
+  GuestOutlook outlook = LookThrough(&qmp_, process_, &watch_, deadline);
+  // libvirt makes the target's QEMU, of the same domain, when it comes to a launch: there is
+  // nothing to compare with before.
+  outlook.shape.clear();
+  return outlook;
 }
 
 }  // namespace presync

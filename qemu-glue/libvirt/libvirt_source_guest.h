@@ -13,6 +13,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "qemu-glue/guest_watch.h"
 #include "qemu-glue/libvirt/libvirt_client.h"
 #include "qemu-glue/libvirt/saved_stream.h"
 #include "qemu-glue/qmp/peer_process.h"
@@ -54,6 +55,7 @@ class LibvirtSourceGuest final : public SourceGuest, public ManagedLaunch {
   absl::Status Quit(absl::Time deadline) override;
   absl::StatusOr<RunState> State(absl::Time deadline) override;
   absl::StatusOr<RequestLook> LookAtRequests(absl::Time deadline) override;
+  GuestOutlook Look(absl::Time deadline) override;
   ManagedLaunch* managed() override { return this; }
 
   absl::Status Expect(absl::Time deadline) override;
@@ -80,6 +82,7 @@ class LibvirtSourceGuest final : public SourceGuest, public ManagedLaunch {
   std::unique_ptr<QmpClient> qmp_;
   PeerProcess process_;
   RequestWatch requests_;
+  GuestWatch watch_;
   const LibvirtSourceOptions options_;
   const LibvirtClient libvirt_;
   UniqueFd listener_;                   // until the guest has moved

@@ -10,6 +10,7 @@
 #include <thread>
 
 #include "qemu-glue/discovery.h"
+#include "qemu-glue/guest_shape.h"
 #include "qemu-glue/qemu_guest_calls.h"
 #include "qemu-glue/qmp/qmp_client.h"
 #include "tests/fuzz/fuzz_input.h"
@@ -74,6 +75,7 @@ void Ask(const std::string& path, uint8_t which) {
       const GuestInfo guest = {.run_state = "inmigrate",
                                .backends = {{.id = "ram0", .path = "/x"}}};
       (void)CheckTarget(**qmp, guest, guest.backends, deadline);
+      (void)DescribeShape(**qmp, deadline);
       return;
     }
     case 2:

@@ -183,6 +183,21 @@ void TargetSeeds() {
   PutMessage(close, true, &sync);
   Write("target_session", "sync", sync.text());
 
+  Body shaped = OpenSession();
+  for (const auto& [key, value] : {std::pair("machine", "q35"), {"pci pcie.0/02.0", "VGA"}}) {
+    wire::Trait* trait = shaped.mutable_open_session()->add_shape();
+    trait->set_key(key);
+    trait->set_value(value);
+  }
+  FuzzOutput shape = begin(0, 0);
+  PutMessage(shaped, false, &shape);
+  PutMessage(close, true, &shape);
+  Write("target_session", "shape", shape.text());
+  shaped.mutable_open_session()->mutable_shape(0)->set_key(std::string(300, 'k'));
+  FuzzOutput long_trait = begin(0, 0);
+  PutMessage(shaped, false, &long_trait);
+  Write("target_session", "shape-too-long", long_trait.text());
+
   for (const uint16_t fails : {0x00, 0x02, 0x04, 0x08, 0x14}) {  // none, load, run in three ways
     FuzzOutput move = begin(fails, 0);
     PutMessage(OpenSession(), false, &move);
@@ -248,6 +263,10 @@ void SourceSeeds() {
   put("never-ran", 4, {opened, offer, up, ready, up, up, loaded, never});
   put("silent-at-run", 4, {opened, offer, up, ready, up, up, loaded});
   put("running-too-early", 4, {opened, offer, up, ready, loaded, running});
+  Body unlike = opened;
+  unlike.mutable_session_opened()->add_differences("machine: another");
+  unlike.mutable_session_opened()->add_warnings("disk: another");
+  put("unlike", 4, {unlike, offer, up, ready});
   put("no-link", 0, {opened, offer, up, ready});
   put("ask", 32, {never});
   put("version-1", 2 | 4, {opened, Message([](Body* b) { b->mutable_link_ready(); }), ready});

@@ -138,7 +138,10 @@ TEST_F(DaemonTest, AGuestWhoseQemuHasEndedIsReportedAndItsNoteGoes) {
   EXPECT_EQ(Guest("g1")["state"], "failed");
   EXPECT_EQ(Guest("g1")["to"], "127.0.0.1:9");
   EXPECT_FALSE(Noted("g1"));
-  EXPECT_TRUE(FlagOr(Ask("stop", "g1"), "ok", false)) << "seen";
+  const nlohmann::json stopped = Ask("stop", "g1");
+  EXPECT_TRUE(FlagOr(stopped, "ok", false)) << "seen";
+  EXPECT_EQ(stopped["state"], "failed") << "not that the guest goes on here";
+  EXPECT_EQ(stopped["problem"], "its QEMU (process " + std::to_string(::getpid()) + ") has ended");
   EXPECT_THAT(Guest("g1"), IsEmpty());
   Stop();
   EXPECT_THAT(log_.str(), HasSubstr("g1: its sync ended: its QEMU"));

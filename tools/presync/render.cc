@@ -2,7 +2,9 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -37,6 +39,18 @@ std::string Pages(const Json& object, const char* key) {
 std::string Rate(const Json& object, const char* key) {
   const int64_t rate = NumberOr(object, key, 0);
   return rate > 0 ? FormatRate(static_cast<uint64_t>(rate)) : "?";
+}
+
+// What a launch would take now. A sync that is over promises nothing, nor one whose guest can't be
+// launched as it is.
+std::string LaunchNow(const Json& guest) {
+  static constexpr const char* kGoesOn[] = {"connecting", "first-pass", "syncing", "launching"};
+  const std::string state = TextOr(guest, "state", "");
+  const bool over = std::none_of(std::begin(kGoesOn), std::end(kGoesOn),
+                                 [&state](const char* each) { return state == each; });
+  if (over) return "no launch is possible";
+  if (!FlagOr(guest, "launchable", true)) return "can't be launched now, see below";
+  return absl::StrCat("launch now = ", Millis(guest, "predicted_launch_ms"));
 }
 
 // Nothing before the first audit has ended, unless something was found.
@@ -100,8 +114,8 @@ std::string RenderGuest(const Json& guest) {
     if (device.is_string()) devices.push_back(device.get<std::string>());
   }
   if (!devices.empty()) absl::StrAppend(&text, " (", absl::StrJoin(devices, ", "), ")");
-  absl::StrAppendFormat(&text, "\n  launch now = %s (promised %s), %s left of %s, set-point %s\n",
-                        Millis(guest, "predicted_launch_ms"), Millis(guest, "max_launch_ms"),
+  absl::StrAppendFormat(&text, "\n  %s (promised %s), %s left of %s, set-point %s\n",
+                        LaunchNow(guest), Millis(guest, "max_launch_ms"),
                         Pages(guest, "residual_pages"), Pages(guest, "pages"),
                         Pages(guest, "set_point_pages"));
   absl::StrAppendFormat(
@@ -113,6 +127,9 @@ std::string RenderGuest(const Json& guest) {
   absl::StrAppend(&text, RenderResumption(guest), RenderAudit(guest));
   const std::string reason = TextOr(guest, "link_reason", "");
   if (!reason.empty()) absl::StrAppend(&text, "\n  link: ", reason);
+  for (const Json& warning : guest.value("warnings", Json::array())) {
+    if (warning.is_string()) absl::StrAppend(&text, "\n  ! ", warning.get<std::string>());
+  }
   const std::string problem = TextOr(guest, "problem", "");
   if (!problem.empty()) absl::StrAppend(&text, "\n  ! ", problem);
   return text;
@@ -191,7 +208,21 @@ std::string RenderVerify(const Json& report) {
 
 std::string RenderSettled(const Json&) { return "settled; presync status shows what is left"; }
 
-std::string RenderStopped(const Json&) { return "stopped; the guest goes on here"; }
+std::string RenderStopped(const Json& answer) {
+  const std::string state = TextOr(answer, "state", "stopped");
+  const std::string name = TextOr(answer, "name", "the guest");
+  const std::string problem = TextOr(answer, "problem", "");
+  if (state == "moved") {
+    return absl::StrCat(name, " had moved: it runs on ", TextOr(answer, "to", "the other host"),
+                        ", not here. Its sync is no longer shown",
+                        problem.empty() ? "" : ". ! " + problem);
+  }
+  if (state == "failed") {
+    return absl::StrCat("the sync of ", name, " had ended by itself: ", problem,
+                        ". It is no longer shown");
+  }
+  return "stopped; the guest goes on here";
+}
 
 void ShowProgress(const std::string& line, bool last) {
   const bool terminal = ::isatty(STDOUT_FILENO) != 0;

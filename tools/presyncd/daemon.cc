@@ -258,7 +258,8 @@ void Daemon::NoteLaunch(const SessionStatus& status, absl::Time ordered_at,
   const double link = static_cast<double>(status.progress.link_bytes_per_s);
   // Not what a verification cost, nor what libvirt does by itself, and not a launch whose end was
   // only heard of later.
-  if (link > 0 && !verified && !report->managed && report->launch > absl::ZeroDuration()) {
+  if (link > 0 && !verified && report->pages_compared == 0 && !report->managed &&
+      report->launch > absl::ZeroDuration()) {
     const double moved = static_cast<double>(PagesToBytes(report->residual_at_launch));
     fixed_costs_.Learn(status.peer, report->launch - absl::Seconds(moved / link));
   }

@@ -165,6 +165,13 @@ Daemon::SessionOr Daemon::Begin(const Asked& asked, SourceSessionOptions options
   absl::StatusOr<OpenedGuest> opened = OpenGuest(asked.open, MonotonicNow() + kOpenTimeout);
   if (!opened.ok()) return opened.status();
   for (const std::string& note : opened->notes) spdlog::info("{}: {}", asked.name, note);
+  if (!asked.domain.empty()) {
+    spdlog::info(
+        "{}: whether the target fits is found out at the launch: libvirt makes its QEMU there "
+        "then, "
+        "of the same domain",
+        asked.name);
+  }
   options.rdma.memory_may_be_discarded = opened->memory_may_be_discarded;
   const bool goes_on = options.connect_later;
   absl::StatusOr<std::unique_ptr<SourceSession>> started = SourceSession::Start(
@@ -328,6 +335,10 @@ void Daemon::ForgetEnded() {
 
 absl::StatusOr<Json> Daemon::Stop(const Json& request) {
   const std::string name = TextOr(request, "name", "");
+  SessionStatus before;  // of what is stopped: it may have ended by itself long ago
+  for (SessionStatus& status : SourcesAndWaiting()) {
+    if (status.guest == name) before = std::move(status);
+  }
   const bool waited = going_on_.Forget(name);
   std::shared_ptr<SourceSession> session;
   {
@@ -343,6 +354,7 @@ absl::StatusOr<Json> Daemon::Stop(const Json& request) {
   }
   if (session != nullptr) {
     if (absl::Status s = session->Stop(); !s.ok()) return s;
+    before = session->status();
   }
   spdlog::info("{}: sync stopped", name);
   Sync ended;
@@ -367,7 +379,11 @@ absl::StatusOr<Json> Daemon::Stop(const Json& request) {
     }
   }
   if (!removed.ok()) return removed;
-  return Json::object();
+  const bool by_itself = IsOver(before.state);
+  return Json{{"name", name},
+              {"state", std::string(StateName(by_itself ? before.state : SessionState::kStopped))},
+              {"to", before.peer},
+              {"problem", by_itself ? before.problem : ""}};
 }
 
 }  // namespace presync

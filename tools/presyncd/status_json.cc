@@ -49,6 +49,8 @@ Json AuditToJson(const ComparisonStatus& status) {
 Json SourceStatusToJson(const SessionStatus& status) {
   const SyncProgress& p = status.progress;
   const ComparisonStatus& c = status.comparisons;
+  // A sync that is over promises nothing.
+  const bool over = IsOver(status.state);
   return {{"name", status.guest},
           {"qmp", status.guest_address},
           {"session", status.session},
@@ -59,11 +61,13 @@ Json SourceStatusToJson(const SessionStatus& status) {
           {"link_reason", status.link_reason},
           {"dirty_log", status.dirty_log},
           {"problem", status.problem},
+          {"launchable", status.launchable && !over},
+          {"warnings", status.warnings},
           {"uptime_s", absl::ToDoubleSeconds(status.uptime)},
           {"reconnects", status.reconnects},
           {"max_launch_ms", MillisToJson(status.promise)},
           {"fixed_cost_ms", MillisToJson(status.fixed_cost)},
-          {"predicted_launch_ms", MillisToJson(p.predicted_launch)},
+          {"predicted_launch_ms", over ? Json() : MillisToJson(p.predicted_launch)},
           {"pages", p.pages},
           {"residual_pages", p.residual},
           {"set_point_pages", p.set_point},

@@ -10,6 +10,10 @@
 
 namespace presync {
 
+// How long a target gives the QEMU that waits there for its monitor to answer; a source waits
+// longer for the session.
+inline constexpr absl::Duration kWaitingGuestTimeout = absl::Seconds(30);
+
 // Both sides say Hello and agree on a version. FAILED_PRECONDITION: no common version, with what
 // both sides speak and which one to upgrade; else as ControlChannel.
 absl::StatusOr<uint32_t> ExchangeHello(ControlChannel* channel, absl::Time deadline);
@@ -26,6 +30,13 @@ bool IsAside(const wire::ControlMessage& message);
 absl::StatusOr<wire::ControlMessage> Expect(ControlChannel* channel,
                                             wire::ControlMessage::BodyCase wanted,
                                             absl::Time deadline);
+
+// The most that a guest's shape may have on the wire: it is somebody else's text. A guest of 500
+// devices has some 1,500 traits of 40 bytes.
+inline constexpr int kMaxTraits = 4096;
+inline constexpr size_t kMaxTraitBytes = 256;
+// Of what differs so many are named.
+inline constexpr int kMaxShapeTexts = 32;
 
 // A peer's words, cut and cleaned of control characters: they go to an operator's terminal.
 std::string PrintableText(absl::string_view text);

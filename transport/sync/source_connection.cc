@@ -17,6 +17,26 @@ namespace {
 
 using Body = wire::ControlMessage;
 
+// How soon a wait for the target is given up that nobody wants any more.
+constexpr absl::Duration kLookForEnd = absl::Milliseconds(250);
+
+// How long a target may take to answer OpenSession: as long as it gives its own QEMU to start, and
+// a second for each GiB, for it reserves the guest's memory first (transport/memory.h).
+absl::Duration OpenTimeout(const GuestMemory& memory) {
+  const double gib = static_cast<double>(PagesToBytes(memory.pages())) / (uint64_t{1} << 30);
+  return kWaitingGuestTimeout + absl::Seconds(15 + gib);
+}
+
+absl::StatusOr<Body> AwaitOpened(ControlChannel* channel, const SessionRequest& request,
+                                 absl::Time deadline) {
+  while (true) {
+    const absl::Time look = std::min(deadline, MonotonicNow() + kLookForEnd);
+    absl::StatusOr<Body> opened = Expect(channel, Body::kSessionOpened, look);
+    if (!absl::IsDeadlineExceeded(opened.status()) || look == deadline) return opened;
+    if (request.give_up()) return absl::CancelledError("the sync was ended");
+  }
+}
+
 absl::StatusOr<std::unique_ptr<ControlChannel>> DialControl(Dialer* dialer, absl::Time deadline,
                                                             uint32_t* version) {
   absl::StatusOr<Connection> connection =
@@ -33,6 +53,28 @@ absl::StatusOr<std::unique_ptr<ControlChannel>> DialControl(Dialer* dialer, absl
   if (!common.ok()) return common.status();
   *version = *common;
   return channel;
+}
+
+// All of it or nothing: of a part what is left out would seem to be missing.
+void AddShape(const GuestShape& shape, wire::OpenSession* open) {
+  const bool fits =
+      shape.size() <= kMaxTraits &&
+      std::all_of(shape.begin(), shape.end(), [](const GuestTrait& trait) {
+        return trait.key.size() <= kMaxTraitBytes && trait.value.size() <= kMaxTraitBytes;
+      });
+  for (size_t i = 0; fits && i < shape.size(); ++i) {
+    wire::Trait* trait = open->add_shape();
+    trait->set_key(shape[i].key);
+    trait->set_value(shape[i].value);
+  }
+}
+
+std::vector<std::string> TakeTexts(const google::protobuf::RepeatedPtrField<std::string>& texts) {
+  std::vector<std::string> taken;
+  for (int i = 0; i < std::min(texts.size(), kMaxShapeTexts); ++i) {
+    taken.push_back(PrintableText(texts[i]));
+  }
+  return taken;
 }
 
 SourceSync::TargetContent ToContent(wire::SessionOpened::Content content) {
@@ -146,7 +188,8 @@ absl::Status OpenFirstLink(Dialer* dialer, const GuestMemory* memory, const Sess
     return rdma;
   }
   if (request.transport == Transport::kRdma) return rdma;
-  connection->why = absl::StrCat("TCP, for RDMA can't be used: ", rdma.message());
+  connection->rdma_problem = std::string(rdma.message());
+  connection->why = absl::StrCat("TCP, for RDMA can't be used: ", connection->rdma_problem);
   return opening.Open(wire::OpenLink::TCP, std::max(deadline, MonotonicNow() + absl::Seconds(10)));
 }
 
@@ -193,10 +236,16 @@ absl::StatusOr<SourceConnection> ConnectSource(Dialer* dialer, const GuestMemory
     spec->set_name(region.name());
     spec->set_size_bytes(region.size_bytes());
   }
+  AddShape(request.shape, open);
   if (absl::Status s = connection.channel->Send(message, deadline); !s.ok()) return s;
-  absl::StatusOr<Body> opened = Expect(connection.channel.get(), Body::kSessionOpened, deadline);
+  const absl::Time began = MonotonicNow();
+  absl::StatusOr<Body> opened = AwaitOpened(connection.channel.get(), request,
+                                            std::max(deadline, began + OpenTimeout(*memory)));
   if (!opened.ok()) return opened.status();
+  deadline += MonotonicNow() - began;  // the link has its own time
   connection.content = ToContent(opened->session_opened().content());
+  connection.differences = TakeTexts(opened->session_opened().differences());
+  connection.warnings = TakeTexts(opened->session_opened().warnings());
   request.on_content(connection.content);
   const absl::Status linked =
       connection.version >= kLinksVersion

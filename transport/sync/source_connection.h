@@ -9,6 +9,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "transport/guest.h"
 #include "transport/link.h"
 #include "transport/memory.h"
 #include "transport/rdma/rdma_options.h"
@@ -41,9 +42,12 @@ struct SessionRequest {
   std::string tcp_reason = "TCP was asked for";  // for people, with kTcp
   RdmaSourceOptions rdma;
   MakeSourceLink make_link = nullptr;  // null: TCP connections
+  GuestShape shape;                    // for the target to compare with; empty: nothing is compared
   // Told what the target's memory holds as soon as the target says it: it says so once, and a
   // connection that breaks before its link is up changes nothing about that.
   std::function<void(SourceSync::TargetContent)> on_content = [](SourceSync::TargetContent) {};
+  // Asked while the target makes ready, which may take long: true ends the waiting.
+  std::function<bool()> give_up = [] { return false; };
 };
 
 struct SourceConnection {
@@ -52,15 +56,20 @@ struct SourceConnection {
   SourceSync::TargetContent content = SourceSync::TargetContent::kUnknown;
   std::vector<std::string> devices;  // of the link, by name; none for TCP
   std::string why;                   // why it is this kind of link, for people
-  uint32_t version = 0;              // of the conversation
-  uint32_t link_number = 0;          // of `link`
-  uint32_t links_opened = 0;         // the next one's number is one more
+  std::string rdma_problem;          // why RDMA could not be had, where it was tried
+  // How the guest that waits there would differ from this one: a launch would fail of these, and
+  // would not notice those.
+  std::vector<std::string> differences, warnings;
+  uint32_t version = 0;       // of the conversation
+  uint32_t link_number = 0;   // of `link`
+  uint32_t links_opened = 0;  // the next one's number is one more
 };
 
 // Connects, agrees on a version, opens the session and brings up a link. Blocks until then or
-// `deadline`; with RDMA longer by the time that registering the guest's memory takes (RdmaTimeout).
-// kAuto takes TCP when RDMA can't be had, and `why` says so. Errors: those of Dialer and
-// ControlChannel; whatever the target refused with; with kRdma those of ConnectRdma.
+// `deadline`; longer by the time that the target needs for the guest's memory and for its QEMU, and
+// with RDMA by what registering the guest's memory takes (RdmaTimeout). CANCELLED: given up. kAuto
+// takes TCP when RDMA can't be had, and `why` says so. Errors: those of Dialer and ControlChannel;
+// whatever the target refused with; with kRdma those of ConnectRdma.
 absl::StatusOr<SourceConnection> ConnectSource(Dialer* dialer, const GuestMemory* memory,
                                                const SessionRequest& request, absl::Time deadline);
 

@@ -132,6 +132,7 @@ absl::Status Handover::BeforeGivingUp() {
   if (absl::Status s = sync_->Flush(deadline_); !s.ok()) return s;
   Mark("last scan");
   if (absl::Status s = LoadAndCompare(written); !s.ok()) return s;
+  if (absl::Status s = memory_.Check(); !s.ok()) return s;  // zeros may have been sent for it
   ManagedLaunch* managed = guest_->managed();
   return managed == nullptr ? absl::OkStatus() : managed->StandsStill(deadline_);
 }

@@ -58,8 +58,14 @@ absl::StatusOr<std::unique_ptr<SourceSession>> SourceSession::Start(
       SourceSync::Create(session->memory_.get(), session->log_.get(), session->options_.sync);
   if (!sync.ok()) return sync.status();
   session->sync_ = *std::move(sync);
+  session->LookAtGuest(absl::Seconds(10));
   if (!session->options_.connect_later) {
     if (absl::Status s = session->Connect(); !s.ok()) return s;
+    if (absl::Status s = session->CheckFit(); !s.ok()) {
+      session->CloseSession();
+      session->sync_->DetachLink();
+      return s;
+    }
   }
   session->Publish();
   session->thread_ = std::thread([raw = session.get()] { raw->Run(); });
@@ -211,6 +217,7 @@ void SourceSession::Run() {
       if (absl::Status s = TickConnected(); !s.ok()) LoseLink(s);
     }
     LookAtRequests();
+    WatchGuest();
     if (!connected_) comparisons_.Drop(NoComparison());
     if (MonotonicNow() >= next_publish_) Publish();
 
@@ -228,11 +235,7 @@ void SourceSession::Run() {
                      options_.guest, " can't be launched: it is ", StateName(state_))));
   }
   if (!Open() && !Ended()) {
-    if (connected_ && ForgetRequested()) {
-      Body close;
-      close.mutable_close_session();
-      connection_.channel->Send(close, MonotonicNow() + absl::Seconds(1)).IgnoreError();
-    }
+    if (connected_ && ForgetRequested()) CloseSession();
     state_ = SessionState::kStopped;
   }
   comparisons_.End(absl::FailedPreconditionError(
@@ -254,6 +257,13 @@ void SourceSession::ReleaseMemory() {
   sync_.reset();
   log_.reset();
   memory_.reset();
+}
+
+// The target forgets the guest.
+void SourceSession::CloseSession() {
+  Body close;
+  close.mutable_close_session();
+  connection_.channel->Send(close, MonotonicNow() + absl::Seconds(1)).IgnoreError();
 }
 
 absl::Status SourceSession::TickConnected() {
@@ -331,6 +341,8 @@ SessionRequest SourceSession::Request() const {
 absl::Status SourceSession::Connect() {
   SessionRequest request = Request();
   request.on_content = [this](SourceSync::TargetContent content) { sync_->NoteContent(content); };
+  request.shape = outlook_.shape;
+  request.give_up = [this] { return StopRequested(); };
   // What failed a moment ago is not tried again with every reconnection.
   const bool spare = request.transport == Transport::kAuto && MonotonicNow() < next_rdma_;
   if (spare) request.transport = Transport::kTcp;
@@ -338,18 +350,22 @@ absl::Status SourceSession::Connect() {
       dialer_.get(), memory_.get(), request, MonotonicNow() + options_.connect_timeout);
   if (!connection.ok()) return connection.status();
   connection_ = *std::move(connection);
-  if (spare) connection_.why = absl::StrCat("TCP, for RDMA failed: ", rdma_problem_);
+  if (spare && !rdma_problem_.empty()) {
+    connection_.why = absl::StrCat("TCP, for RDMA failed: ", rdma_problem_);
+  }
   sync_->AttachLink(connection_.link.get(), connection_.content);
   resumption_.OnAttached(connection_.content, attached_before_, *sync_, 0, MonotonicNow());
   resumption_.Look(*sync_, 0);
   attached_before_ = true;
   connected_ = true;
+  compared_shape_ = outlook_.shape;
+  NoteFit();
   problem_.clear();
   state_ = SessionState::kFirstPass;  // the next Tick says if that is already over
   if (connection_.link->name() == "rdma") {
     rdma_since_ = MonotonicNow();
   } else if (!spare) {
-    rdma_problem_ = connection_.why;
+    rdma_problem_ = connection_.rdma_problem;
     PostponeRdma();
   }
   options_.log(false, absl::StrCat(options_.guest, ": ", std::string(connection_.link->name()),
@@ -358,6 +374,9 @@ absl::Status SourceSession::Connect() {
 }
 
 void SourceSession::LoseLink(const absl::Status& why) {
+  // It takes its memory along, and so the dirty log: what that says helps nobody.
+  if (GuestIsGone()) return EndWithGuest();
+  if (absl::Status s = memory_.Check(); !s.ok()) return EndWithMemory(s);
   problem_ = std::string(why.message());
   if (guest_->managed() != nullptr) guest_->managed()->Forget();
   if (!connected_) {  // then it was the dirty log, without which there is nothing to go on
@@ -393,7 +412,9 @@ void SourceSession::Publish() {
                           .link_devices = connection_.devices,
                           .link_reason = connection_.why,
                           .dirty_log = std::string(log_->name()),
-                          .problem = problem_,
+                          .problem = Problem(),
+                          .launchable = outlook_.launchable.ok() && differences_.empty(),
+                          .warnings = Warnings(),
                           .uptime = MonotonicNow() - started_,
                           .promise = sync_->options().max_launch_time,
                           .fixed_cost = sync_->options().fixed_cost,

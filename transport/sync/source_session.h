@@ -53,6 +53,8 @@ struct SourceSessionOptions {
   // How often the requests of the guest's devices are looked at. Each look takes QEMU's main loop
   // some 0.1 ms, and is waited for: 1 to 5 ms under TCG (2026-11-30).
   absl::Duration look_every = absl::Milliseconds(500);
+  // How often the guest is looked at: its state, and whether devices came or went.
+  absl::Duration watch_every = absl::Seconds(5);
   // Memory that the background audit compares a second; 0: no audit.
   uint64_t audit_bytes_per_s = 0;
   // Called when a launch has ended that the guest's manager began by itself. The session's thread.
@@ -89,7 +91,11 @@ struct SessionStatus {
   std::vector<std::string> link_devices;  // of an RDMA link, by name
   std::string link_reason;                // why it is this kind of link
   std::string dirty_log;
-  std::string problem;  // why it is connecting, failed or in doubt; empty if all is well
+  // Why it is connecting, failed or in doubt, or why the guest can't be launched as it is; empty if
+  // all is well.
+  std::string problem;
+  bool launchable = false;            // what is known stands in no launch's way
+  std::vector<std::string> warnings;  // what the guest's operator has to know
   absl::Duration uptime = absl::ZeroDuration();
   absl::Duration promise = absl::ZeroDuration();
   absl::Duration fixed_cost = absl::ZeroDuration();
@@ -165,7 +171,18 @@ class SourceSession {
   void RemoveRecord();
   void Serve(LaunchOrder* order);
   absl::Status CheckLaunchable() const;
-  absl::Status CheckRuns();
+  absl::Status CheckGuest();
+  void LookAtGuest(absl::Duration longest);
+  void WatchGuest();
+  void ProveAgain();
+  void EndWithGuest();
+  void EndWithMemory(const absl::Status& why);
+  bool GuestIsGone();
+  std::string Problem() const;
+  std::vector<std::string> Warnings() const;
+  absl::Status CheckFit() const;
+  void NoteFit();
+  void CloseSession();
   void HandOver(LaunchOrder* order);
   void ServeManaged(LaunchOrder* order);
   void BeginManaged(LaunchOrder* order);
@@ -225,6 +242,12 @@ class SourceSession {
   bool attached_before_ = false;
   SessionState state_ = SessionState::kConnecting;
   std::string problem_;
+  GuestOutlook outlook_;                                 // as it was at the last look
+  GuestShape compared_shape_;                            // what the target was told of it
+  std::vector<std::string> differences_, fit_warnings_;  // as the target last found them
+  bool unproven_again_ = false;  // memory was written unseen, and the copy is not compared yet
+  absl::Time next_watch_ = absl::InfinitePast();
+  absl::Time next_memory_look_ = absl::InfinitePast();
   uint32_t reconnects_ = 0;
   absl::Time next_connect_ = absl::InfinitePast();
   absl::Time next_ping_ = absl::InfinitePast();

@@ -38,22 +38,32 @@ absl::Status SourceSession::CheckLaunchable() const {
   return absl::OkStatus();
 }
 
-absl::Status SourceSession::CheckRuns() {
-  const absl::StatusOr<RunState> run_state = guest_->State(MonotonicNow() + absl::Seconds(10));
-  if (!run_state.ok()) return run_state.status();
-  if (*run_state == RunState::kRunning) return absl::OkStatus();
+// Looks anew: what happened to the guest since the last look must not be found when it stands
+// still.
+absl::Status SourceSession::CheckGuest() {
+  LookAtGuest(absl::Seconds(10));
+  if (!outlook_.launchable.ok()) return outlook_.launchable;
+  if (outlook_.shape != compared_shape_) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "the guest's devices, or its disks, changed a moment ago; whether ", dialer_->peer(),
+        " still fits is found out first: try again when presync status says syncing"));
+  }
+  if (absl::Status s = CheckFit(); !s.ok()) return s;
+  if (!unproven_again_) return absl::OkStatus();
   return absl::FailedPreconditionError(
-      "the guest is paused here; a launch would run it on the target: resume it first");
+      "something wrote the guest's memory unseen until a moment ago; all of the copy is compared "
+      "again first: try again when presync status says syncing");
 }
 
 void SourceSession::Serve(LaunchOrder* order) {
   absl::Status fit = CheckLaunchable();
-  if (fit.ok()) fit = CheckRuns();
+  if (fit.ok()) fit = CheckGuest();
   if (!fit.ok()) return Answer(order, fit);
   HandOver(order);
 }
 
 void SourceSession::HandOver(LaunchOrder* order) {
+  order->options.verify |= outlook_.compare_all;
   comparisons_.Drop(absl::AbortedError("a launch ended it"));
   recording_.End("a launch ended it");
   log_->StopRecording();

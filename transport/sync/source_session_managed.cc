@@ -29,6 +29,8 @@ absl::Status SourceSession::OnLaunchComing() {
     ready = absl::FailedPreconditionError(
         absl::StrCat(options_.guest, " is not in sync yet (", StateName(state_),
                      "): wait until presync status says syncing"));
+  } else if (!outlook_.mirrorable.ok()) {
+    ready = outlook_.mirrorable;
   } else {
     ready = managed->Expect(MonotonicNow() + kGuestTimeout);
   }
@@ -89,7 +91,7 @@ void SourceSession::ServeManaged(LaunchOrder* order) {
 
 void SourceSession::BeginManaged(LaunchOrder* order) {
   absl::Status fit = CheckLaunchable();
-  if (fit.ok()) fit = CheckRuns();
+  if (fit.ok()) fit = CheckGuest();
   if (fit.ok()) fit = guest_->managed()->Order();
   if (!fit.ok()) return Answer(order, fit);
   manager_told_ = true;

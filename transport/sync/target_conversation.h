@@ -13,6 +13,7 @@
 #include "absl/time/time.h"
 #include "transport/clock.h"
 #include "transport/guest.h"
+#include "transport/sync/conversation.h"
 #include "transport/sync/handover_record.h"
 #include "transport/sync/target_links.h"
 #include "transport/sync/target_service.h"
@@ -32,6 +33,7 @@ class TargetConversation {
 
  private:
   absl::Status Open(const wire::OpenSession& open);
+  void CompareShape(const wire::OpenSession& open, wire::SessionOpened* opened);
   absl::Status CloseOlderHandovers();
   absl::Status OpenTcpLink(uint32_t streams, wire::ControlMessage opened);
   absl::StatusOr<wire::SessionOpened::Content> PreparePlace(const wire::OpenSession& open);
@@ -39,9 +41,11 @@ class TargetConversation {
   absl::Status ReserveRecord();
   void OnLinkUp();
   absl::Status Serve();
+  absl::Status CheckMemory();
   absl::Status Handle(const wire::ControlMessage& message);
   absl::Status BeginHandover();
   absl::Status TakeState(const wire::StateChunk& chunk);
+  absl::Status WithLastWords(absl::Status status);
   absl::Status AnswerHashes(const wire::HashRequest& request);
   void FinishHashing();
   absl::Status Load(const wire::Load& load);
@@ -54,7 +58,7 @@ class TargetConversation {
   }
 
   static constexpr absl::Duration kSendTimeout = absl::Seconds(5);
-  static constexpr absl::Duration kGuestTimeout = absl::Seconds(30);
+  static constexpr absl::Duration kGuestTimeout = kWaitingGuestTimeout;
 
   TargetService* const service_;
   ControlChannel* const channel_;

@@ -36,6 +36,12 @@ struct CopyOwner {
   std::string peer_name;  // in its certificate; empty: it showed none
 };
 
+// How a guest that waits here would differ from the one that comes.
+struct ShapeComparison {
+  std::vector<std::string> differences;  // a launch would fail of these
+  std::vector<std::string> warnings;     // a launch would not notice them, but the guest may
+};
+
 // One guest's place on this host: its memory, and the process that waits for its device state.
 // Destroying a place ends the process and removes the memory that were made for it, unless Keep was
 // called. One thread at a time may use it.
@@ -55,6 +61,17 @@ class TargetPlace {
 
   // Ok while the waiting guest's process lives.
   virtual absl::Status Check() = 0;
+
+  // Compares the waiting guest with the one that is to come. Says nothing where that can't be known
+  // before a launch. Precondition: Waiting was ok.
+  virtual ShapeComparison Compare(const GuestShape& source, absl::Time deadline) {
+    (void)source, (void)deadline;
+    return {};
+  }
+
+  // What the waiting guest's process wrote to its log last, on one line: why it ended. Empty: it is
+  // not known, or nothing was written.
+  virtual std::string LastWords() { return ""; }
 
   // Ends the waiting guest's process, which never ran, so that it can't touch the memory any more;
   // the memory stays. Waiting starts a new one. Ok: it is certain that the process is gone.

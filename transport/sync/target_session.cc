@@ -21,6 +21,8 @@ constexpr absl::Duration kStreamsTimeout = absl::Seconds(10);
 // In a handover the source is busy with other things than pings: longer than its rounds and the
 // standstill together may take.
 constexpr absl::Duration kHandoverTimeout = absl::Minutes(3);
+// Some ten questions to a QEMU that has nothing else to do.
+constexpr absl::Duration kCompareTimeout = absl::Seconds(5);
 constexpr int kMaxRegions = 256;
 constexpr uint64_t kMaxRegionBytes = uint64_t{1} << 43;  // 8 TiB
 
@@ -54,6 +56,14 @@ absl::Status CheckRequest(const wire::OpenSession& open) {
     if (!IsPlainName(region.name()) || region.size_bytes() == 0 ||
         region.size_bytes() > kMaxRegionBytes || region.size_bytes() % kPageBytes != 0) {
       return absl::InvalidArgumentError("a memory region has a bad name or size");
+    }
+  }
+  if (open.shape_size() > kMaxTraits) {
+    return absl::InvalidArgumentError("a guest's shape has too many traits");
+  }
+  for (const wire::Trait& trait : open.shape()) {
+    if (trait.key().size() > kMaxTraitBytes || trait.value().size() > kMaxTraitBytes) {
+      return absl::InvalidArgumentError("a trait of a guest is too long");
     }
   }
   return absl::OkStatus();
@@ -153,8 +163,27 @@ absl::Status TargetConversation::Open(const wire::OpenSession& open) {
                                          [this] { OnLinkUp(); });
   Body opened;
   opened.mutable_session_opened()->set_content(*content);
+  CompareShape(open, opened.mutable_session_opened());
   return version_ >= kLinksVersion ? Send(opened)
                                    : OpenTcpLink(open.tcp_streams(), std::move(opened));
+}
+
+// Says how the guest that waits here differs from the one that is to come: what follows is for the
+// source to decide.
+void TargetConversation::CompareShape(const wire::OpenSession& open, wire::SessionOpened* opened) {
+  GuestShape shape;
+  for (const wire::Trait& trait : open.shape()) {
+    shape.push_back({PrintableText(trait.key()), PrintableText(trait.value())});
+  }
+  if (shape.empty()) return;
+  const ShapeComparison compared = slot_->place->Compare(shape, MonotonicNow() + kCompareTimeout);
+  for (const std::string& text : compared.differences) {
+    if (opened->differences_size() < kMaxShapeTexts) opened->add_differences(text);
+    service_->Log(true, absl::StrCat(slot_->guest, ": does not fit: ", text));
+  }
+  for (const std::string& text : compared.warnings) {
+    if (opened->warnings_size() < kMaxShapeTexts) opened->add_warnings(text);
+  }
 }
 
 // What waits at the guest's address from now on is this session's. A record of an earlier one that
@@ -311,9 +340,18 @@ absl::Status TargetConversation::Serve() {
       return absl::UnavailableError(absl::StrCat(channel_->peer(), " fell silent"));
     }
     if (absl::Status s = Handle(*message); !s.ok()) return s;
+    if (over_) break;
+    if (absl::Status s = CheckMemory(); !s.ok()) return s;
     if (absl::Status s = links_->Check(); !s.ok()) return s;
   }
   return absl::OkStatus();
+}
+
+// Memory that can't be read is no copy of anything: the source begins anew, with new memory.
+absl::Status TargetConversation::CheckMemory() {
+  absl::Status status = slot_->place->memory().Check();
+  if (!status.ok()) forget_ = true;
+  return status;
 }
 
 absl::Status TargetConversation::Handle(const Body& message) {

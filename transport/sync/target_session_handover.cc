@@ -33,6 +33,9 @@ absl::Status WriteAll(int fd, absl::string_view bytes, absl::Time deadline) {
       continue;
     }
     if (errno == EINTR) continue;
+    if (errno == EPIPE || errno == ECONNRESET) {
+      return absl::UnavailableError("the waiting guest ended while it took its device state");
+    }
     if (errno != EAGAIN) {
       return absl::UnavailableError(
           absl::StrCat("the waiting guest does not take its device state: ", std::strerror(errno)));
@@ -83,7 +86,16 @@ absl::Status TargetConversation::TakeState(const wire::StateChunk& chunk) {
     staged_ += chunk.data();
     return absl::OkStatus();
   }
-  return WriteAll(state_stream_.get(), chunk.data(), MonotonicNow() + kGuestTimeout);
+  return WithLastWords(WriteAll(state_stream_.get(), chunk.data(), MonotonicNow() + kGuestTimeout));
+}
+
+// A QEMU that can't load a state says why in its log, and ends.
+absl::Status TargetConversation::WithLastWords(absl::Status status) {
+  if (status.ok()) return status;
+  const std::string words = PrintableText(slot_->place->LastWords());
+  if (words.empty()) return status;
+  return absl::Status(status.code(),
+                      absl::StrCat(status.message(), "; QEMU's last words: ", words));
 }
 
 absl::Status TargetConversation::AnswerHashes(const wire::HashRequest& request) {
@@ -121,14 +133,17 @@ absl::Status TargetConversation::Load(const wire::Load& load) {
   // Nothing of the network's may touch the guest's memory from here on.
   if (absl::Status s = links_->CloseAll(); !s.ok()) return s;
   if (absl::Status s = LookAtCopy(); !s.ok()) return s;
+  if (absl::Status s = CheckMemory(); !s.ok()) return s;
   // Loading writes it: from here on it is no copy, whatever becomes of this presyncd.
   if (absl::Status s = slot_->place->ForgetCopy(); !s.ok()) return s;
   loading_ = true;
   slot_->content_kept = slot_->noted = false;
   const absl::Time deadline = MonotonicNow() + kGuestTimeout;
-  if (absl::Status s = WriteAll(state_stream_.get(), staged_, deadline); !s.ok()) return s;
+  if (absl::Status s = WriteAll(state_stream_.get(), staged_, deadline); !s.ok()) {
+    return WithLastWords(std::move(s));
+  }
   state_stream_.reset();
-  if (absl::Status s = guest_->AwaitLoaded(deadline); !s.ok()) return s;
+  if (absl::Status s = guest_->AwaitLoaded(deadline); !s.ok()) return WithLastWords(std::move(s));
   loaded_ = true;
   Body loaded;
   loaded.mutable_loaded();
@@ -140,6 +155,7 @@ absl::Status TargetConversation::RunGuest() {
   if (!loaded_)
     return absl::InvalidArgumentError("the order to run came before everything was loaded");
   FinishHashing();
+  if (absl::Status s = CheckMemory(); !s.ok()) return s;
   if (absl::Status s = record_->Append(HandoverPhase::kToldToRun); !s.ok()) return s;
   const absl::Time deadline = MonotonicNow() + kGuestTimeout;
   absl::Status run = guest_->Run(deadline);

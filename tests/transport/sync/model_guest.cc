@@ -104,6 +104,18 @@ void World::SetRunning(bool source, bool running) {
   if (source_ && target_) ever_both_ = true;
 }
 
+void World::set_outlook(std::optional<GuestOutlook> outlook) {
+  MutexLock lock(&mutex_);
+  outlook_ = std::move(outlook);
+}
+
+std::optional<GuestOutlook> World::TakeOutlook() {
+  MutexLock lock(&mutex_);
+  std::optional<GuestOutlook> taken = outlook_;
+  if (outlook_) outlook_->was_written_unseen = false;
+  return taken;
+}
+
 ModelSourceGuest::ModelSourceGuest(World* world, ModelMemory* memory, std::string fails,
                                    int64_t device_writes_page)
     : world_(world),
@@ -162,6 +174,11 @@ absl::StatusOr<RunState> ModelSourceGuest::State(absl::Time) {
 
 absl::StatusOr<RequestLook> ModelSourceGuest::LookAtRequests(absl::Time) {
   return RequestLook{.at = MonotonicNow(), .longest = memory_->longest_read()};
+}
+
+GuestOutlook ModelSourceGuest::Look(absl::Time deadline) {
+  const std::optional<GuestOutlook> scripted = world_->TakeOutlook();
+  return scripted ? *scripted : SourceGuest::Look(deadline);
 }
 
 absl::StatusOr<UniqueFd> ModelTargetGuest::BeginLoad(absl::Time) {

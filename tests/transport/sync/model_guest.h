@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
@@ -60,12 +61,17 @@ class World {
   bool source_running() const { return source_; }
   bool target_running() const { return target_; }
   bool ever_both() const { return ever_both_; }
+  // What a look at the source guest finds, instead of whether it runs. `was_written_unseen` is told
+  // once. Nothing: whether it runs.
+  void set_outlook(std::optional<GuestOutlook> outlook) ABSL_LOCKS_EXCLUDED(mutex_);
+  std::optional<GuestOutlook> TakeOutlook() ABSL_LOCKS_EXCLUDED(mutex_);
 
  private:
   Mutex mutex_;
   std::atomic<bool> source_ = true;
   std::atomic<bool> target_ = false;
   std::atomic<bool> ever_both_ = false;
+  std::optional<GuestOutlook> outlook_ ABSL_GUARDED_BY(mutex_);
 };
 
 // Which call of a model guest fails, by name: "prepare-save", "begin-save", "stop", "finish-save",
@@ -87,6 +93,7 @@ class ModelSourceGuest final : public SourceGuest {
   absl::Status Quit(absl::Time deadline) override;
   absl::StatusOr<RunState> State(absl::Time deadline) override;
   absl::StatusOr<RequestLook> LookAtRequests(absl::Time deadline) override;
+  GuestOutlook Look(absl::Time deadline) override;
 
  private:
   absl::Status Step(const char* name);

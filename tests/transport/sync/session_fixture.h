@@ -73,6 +73,11 @@ class ModelHost final : public TargetHost {
   void set_keeps_copies() { keeps_copies_ = true; }
   // The process that waits ends, though nobody asked it to.
   void set_waiting_gone() { waiting_gone_ = true; }
+  // What is found when a guest of this shape is compared with the one that waits. Before a session.
+  void set_compare(std::function<ShapeComparison(const GuestShape&)> compare) {
+    compare_ = std::move(compare);
+  }
+  void set_last_words(std::string words) { last_words_ = std::move(words); }
   // What a presyncd that comes after a kill would find.
   bool noted() const { return note_.has_value(); }
   ModelMemory& memory() { return *memory_; }
@@ -99,6 +104,10 @@ class ModelHost final : public TargetHost {
       if (!host_->waiting_gone_) return absl::OkStatus();
       return absl::UnavailableError("the waiting guest has ended, as scripted");
     }
+    ShapeComparison Compare(const GuestShape& source, absl::Time) override {
+      return host_->compare_(source);
+    }
+    std::string LastWords() override { return host_->last_words_; }
     absl::Status EndWaiting() override {
       unknown_ |= host_->waiting_gone_.exchange(false);
       guest_.reset();
@@ -128,6 +137,10 @@ class ModelHost final : public TargetHost {
   World* const world_;
   std::unique_ptr<ModelMemory> memory_;
   std::string fails_;
+  std::string last_words_;
+  std::function<ShapeComparison(const GuestShape&)> compare_ = [](const GuestShape&) {
+    return ShapeComparison();
+  };
   absl::Status orphan_;
   bool keeps_copies_ = false;
   std::optional<CopyOwner> note_;  // on disk, so to say
@@ -166,6 +179,7 @@ class SessionTest : public ::testing::Test {
  protected:
   SessionTest() : source_(kRegions), host_(&world_) {
     for (PageIndex page = 0; page < kPages; page += 2) source_.Write(page, page + 1);
+    source_options_.watch_every = absl::Milliseconds(50);
     StartTarget();
   }
 
