@@ -45,6 +45,18 @@ absl::Status CheckJobs(const Json& jobs) {
       "it (block-job-cancel)"));
 }
 
+// The QOM paths of the devices that the answers list.
+std::set<std::string> DevicesIn(const std::vector<Json>& answers) {
+  constexpr const char* kFolders[] = {"/machine/peripheral/", "/machine/peripheral-anon/"};
+  std::set<std::string> paths;
+  for (size_t i = 0; i < std::size(kFolders); ++i) {
+    for (const Json& device : answers[kFirstList + i]) {
+      paths.insert(absl::StrCat(kFolders[i], StringAt(device, "name")));
+    }
+  }
+  return paths;
+}
+
 std::string ListBackends(const std::vector<RamBackend>& backends) {
   return absl::StrJoin(backends, ", ", [](std::string* out, const RamBackend& backend) {
     absl::StrAppend(out, "'", backend.id, "' of ", backend.size_bytes >> 20, " MiB");
@@ -96,7 +108,7 @@ GuestOutlook GuestWatch::Look(QmpClient& qmp, absl::Time deadline) {
   std::string lists;
   for (int i = kFirstList; i < kQuestions; ++i)
     absl::StrAppend(&lists, ToText((*answers)[i]), "\n");
-  const bool written_unseen_before = written_unseen_;
+  const bool written_unseen_before = written_unseen_ || CameAndWent(qmp);
   const bool disks_changed = LookAtDisks(qmp, deadline);
   if (!looked_ || lists != lists_ || disks_changed) {
     if (absl::Status s = LookCloser(qmp, deadline); !s.ok()) {
@@ -105,6 +117,7 @@ GuestOutlook GuestWatch::Look(QmpClient& qmp, absl::Time deadline) {
     }
     lists_ = lists;
     looked_ = true;
+    devices_ = DevicesIn(*answers);
   }
   LookForOthers();
   if (may_nest_ && !ever_nested_) ever_nested_ = RunsHypervisor(qmp, deadline);
@@ -126,6 +139,19 @@ GuestOutlook GuestWatch::Unknown(absl::Status why) const {
   outlook.compare_all = ever_nested_;
   outlook.launchable = std::move(why);
   return outlook;
+}
+
+// Whether a device was there between the last look and this one, and at neither of them.
+bool GuestWatch::CameAndWent(QmpClient& qmp) {
+  std::set<std::string> known = devices_;
+  bool unknown = false;
+  while (true) {
+    const absl::StatusOr<QmpEvent> event = qmp.WaitEvent("DEVICE_DELETED", MonotonicNow());
+    if (!event.ok()) return unknown && looked_;
+    const std::string path = StringAt(event->data, "path");
+    // Its parts are told of as well, and before the first look a device was none of ours.
+    if (std::count(path.begin(), path.end(), '/') == 3) unknown |= known.erase(path) == 0;
+  }
 }
 
 // Whether the block nodes are others than at the last look; looks from time to time only.

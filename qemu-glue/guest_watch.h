@@ -6,6 +6,7 @@
 
 #include <future>
 #include <memory>
+#include <set>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -34,7 +35,9 @@ class GuestWatch {
 
   // See SourceGuest::Look. The first look takes the guest's memory back ends for what is mirrored.
   // QEMU tells nobody that a device was added, so its lists of devices and objects are compared
-  // with those of the look before, and where they differ everything is looked at anew.
+  // with those of the look before, and where they differ everything is looked at anew. It does tell
+  // that a device went: of one that came and went between two looks nothing is known, so it counts
+  // as one that wrote unseen.
   GuestOutlook Look(QmpClient& qmp, absl::Time deadline);
 
   // What is to be said where it can't be looked at: what was known, and why a launch is not
@@ -42,6 +45,7 @@ class GuestWatch {
   GuestOutlook Unknown(absl::Status why) const;
 
  private:
+  bool CameAndWent(QmpClient& qmp);
   bool LookAtDisks(QmpClient& qmp, absl::Time deadline);
   absl::Status LookCloser(QmpClient& qmp, absl::Time deadline);
   void TakeFindings(const Findings& findings);
@@ -50,8 +54,9 @@ class GuestWatch {
 
   pid_t qemu_;
   bool looked_ = false;
-  std::string lists_;   // of devices and objects, as they were at the last look
-  GuestOutlook known_;  // since the last closer look; whether it runs is not in it
+  std::string lists_;              // of devices and objects, as they were at the last look
+  std::set<std::string> devices_;  // the QOM paths of the devices among them
+  GuestOutlook known_;             // since the last closer look; whether it runs is not in it
   std::vector<RamBackend> mirrored_;
   bool written_unseen_ = false;  // now
   bool ever_nested_ = false;     // an inner hypervisor was seen

@@ -64,25 +64,36 @@ class GuestWatchTest : public ::testing::Test {
         {"qom-get /machine/cpu vmx", false},
         {"qom-get /machine/cpu svm", false},
     };
-    server_ = std::make_unique<FakeQmpServer>(
-        AnswerEach([this](const std::string& command, const Json& arguments) {
-          std::string key = command;
-          for (const char* name : {"path", "property"}) {
-            const std::string value = StringAt(arguments, name);
-            if (!value.empty()) absl::StrAppend(&key, " ", value);
-          }
-          if (command == "human-monitor-command") key = StringAt(arguments, "command-line");
-          MutexLock lock(&mutex_);
-          ++asked_[key];
-          const auto it = answers_.find(key);
-          return it == answers_.end() ? Json() : it->second;
-        }));
+    server_ = std::make_unique<FakeQmpServer>([this](FakeQmpConnection& qemu) { Serve(qemu); });
     qmp_ = *QmpClient::Connect(server_->path(), Soon());
   }
   ~GuestWatchTest() override {
     qmp_.reset();
     server_.reset();
     ::unlink(ram_.c_str());
+  }
+
+  // As AnswerEach; an event comes before the next answer.
+  void Serve(FakeQmpConnection& qemu) {
+    qemu.Greet();
+    for (Json command = qemu.ReadCommand(); !command.is_null(); command = qemu.ReadCommand()) {
+      const Json* arguments = FindMember(command, "arguments");
+      std::string key = StringAt(command, "execute");
+      for (const char* name : {"path", "property", "command-line"}) {
+        const std::string value = arguments == nullptr ? "" : StringAt(*arguments, name);
+        if (value.empty()) continue;
+        key = name == std::string("command-line") ? value : absl::StrCat(key, " ", value);
+      }
+      MutexLock lock(&mutex_);
+      ++asked_[key];
+      for (const std::string& event : std::exchange(events_, {})) qemu.Send(event + "\n");
+      const auto it = answers_.find(key);
+      if (it == answers_.end() || it->second.is_null()) {
+        qemu.Refuse(command, "not in the script");
+      } else {
+        qemu.Reply(command, it->second);
+      }
+    }
   }
 
   void Answer(const std::string& question, Json answer) {
@@ -98,6 +109,14 @@ class GuestWatchTest : public ::testing::Test {
     Answer("qom-list /machine/peripheral", {{{"name", "new"}, {"type", "child<" + type + ">"}}});
     Answer("qom-list /machine/peripheral/new", Json::array());
   }
+  // QEMU tells of a device and of its parts.
+  void TellDeleted(const std::string& path) {
+    MutexLock lock(&mutex_);
+    for (const char* part : {"", "/virtio-backend"}) {
+      const Json data = {{"path", absl::StrCat(path, part)}};
+      events_.push_back(ToText({{"event", "DEVICE_DELETED"}, {"data", data}}));
+    }
+  }
   void Unplug() { Answer("qom-list /machine/peripheral", Json::array()); }
 
   std::string ram_;
@@ -105,6 +124,7 @@ class GuestWatchTest : public ::testing::Test {
   Mutex mutex_;
   std::map<std::string, Json> answers_ ABSL_GUARDED_BY(mutex_);
   std::map<std::string, int> asked_ ABSL_GUARDED_BY(mutex_);
+  std::vector<std::string> events_ ABSL_GUARDED_BY(mutex_);
   std::unique_ptr<FakeQmpServer> server_;
   std::unique_ptr<QmpClient> qmp_;
   GuestWatch watch_{::getpid()};
@@ -134,6 +154,23 @@ TEST_F(GuestWatchTest, ADeviceThatWritesUnseenForbidsALaunchAndThenWantsAProof) 
   EXPECT_TRUE(outlook.launchable.ok()) << outlook.launchable;
   EXPECT_TRUE(outlook.was_written_unseen);
   EXPECT_FALSE(Look().was_written_unseen) << "said once";
+}
+
+TEST_F(GuestWatchTest, ADeviceThatCameAndWentBetweenTwoLooksCountsAsOneThatWroteUnseen) {
+  TellDeleted("/machine/peripheral/old");  // before the sync began
+  Plug("virtio-rng-pci");
+  EXPECT_FALSE(Look().was_written_unseen);
+  TellDeleted("/machine/peripheral/new");
+  Unplug();
+  EXPECT_FALSE(Look().was_written_unseen) << "it was known, and harmless";
+  TellDeleted("/machine/peripheral-anon/device[0]");
+  EXPECT_TRUE(Look().was_written_unseen);
+  EXPECT_FALSE(Look().was_written_unseen);
+  Plug("virtio-rng-pci");
+  Look();
+  TellDeleted("/machine/peripheral/new");
+  TellDeleted("/machine/peripheral/new");
+  EXPECT_TRUE(Look().was_written_unseen) << "another one by the same name was there meanwhile";
 }
 
 TEST_F(GuestWatchTest, MemoryThatCameIsNamed) {
