@@ -376,7 +376,7 @@ absl::Status SourceSession::Connect() {
 void SourceSession::LoseLink(const absl::Status& why) {
   // It takes its memory along, and so the dirty log: what that says helps nobody.
   if (GuestIsGone()) return EndWithGuest();
-  if (absl::Status s = memory_.Check(); !s.ok()) return EndWithMemory(s);
+  if (absl::Status s = memory_->Check(); !s.ok()) return EndWithMemory(s);
   problem_ = std::string(why.message());
   if (guest_->managed() != nullptr) guest_->managed()->Forget();
   if (!connected_) {  // then it was the dirty log, without which there is nothing to go on

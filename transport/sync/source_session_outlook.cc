@@ -46,7 +46,7 @@ void SourceSession::WatchGuest() {
   if (Open() || Ended()) return;
   if (const absl::Time now = MonotonicNow(); now >= next_memory_look_) {
     next_memory_look_ = now + kMemoryLookEvery;
-    if (absl::Status s = memory_.Check(); !s.ok()) return EndWithMemory(s);
+    if (absl::Status s = memory_->Check(); !s.ok()) return EndWithMemory(s);
   }
   ManagedLaunch* managed = guest_->managed();
   const bool in_haste = managed != nullptr && (managed->expected() || manager_told_);
