@@ -6,12 +6,16 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
+#include "transport/clock.h"
 #include "transport/wire/version.h"
 
 namespace presync {
 namespace {
 
 using Body = wire::ControlMessage;
+
+// How soon a wait is given up that nobody wants any more.
+constexpr absl::Duration kLookForEnd = absl::Milliseconds(250);
 
 std::string HostName() {
   char name[256] = {};
@@ -79,11 +83,15 @@ bool IsAside(const Body& message) {
   }
 }
 
-absl::StatusOr<Body> Expect(ControlChannel* channel, Body::BodyCase wanted, absl::Time deadline) {
+absl::StatusOr<Body> Expect(ControlChannel* channel, Body::BodyCase wanted, absl::Time deadline,
+                            absl::FunctionRef<bool()> give_up) {
   while (true) {
-    absl::StatusOr<Body> message = channel->Receive(deadline);
+    const absl::Time look = std::min(deadline, MonotonicNow() + kLookForEnd);
+    absl::StatusOr<Body> message = channel->Receive(look);
     if (!message.ok()) {
       if (!absl::IsDeadlineExceeded(message.status())) return message.status();
+      if (give_up()) return absl::CancelledError("no longer waited for");
+      if (look < deadline) continue;
       return absl::DeadlineExceededError(absl::StrCat(channel->peer(), " did not answer in time"));
     }
     if (message->body_case() == wanted) return message;

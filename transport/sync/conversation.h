@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
@@ -26,10 +27,10 @@ uint32_t CommonVersion(uint32_t newest_a, uint32_t oldest_a, uint32_t newest_b, 
 bool IsAside(const wire::ControlMessage& message);
 
 // Waits for the message `wanted`. Asides are passed over; Refused becomes its status; anything else
-// is INVALID_ARGUMENT.
-absl::StatusOr<wire::ControlMessage> Expect(ControlChannel* channel,
-                                            wire::ControlMessage::BodyCase wanted,
-                                            absl::Time deadline);
+// is INVALID_ARGUMENT. CANCELLED: `give_up`, which is asked some times a second, said so.
+absl::StatusOr<wire::ControlMessage> Expect(
+    ControlChannel* channel, wire::ControlMessage::BodyCase wanted, absl::Time deadline,
+    absl::FunctionRef<bool()> give_up = [] { return false; });
 
 // The most that a guest's shape may have on the wire: it is somebody else's text. A guest of 500
 // devices has some 1,500 traits of 40 bytes.

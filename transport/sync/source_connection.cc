@@ -17,24 +17,11 @@ namespace {
 
 using Body = wire::ControlMessage;
 
-// How soon a wait for the target is given up that nobody wants any more.
-constexpr absl::Duration kLookForEnd = absl::Milliseconds(250);
-
 // How long a target may take to answer OpenSession: as long as it gives its own QEMU to start, and
 // a second for each GiB, for it reserves the guest's memory first (transport/memory.h).
 absl::Duration OpenTimeout(const GuestMemory& memory) {
   const double gib = static_cast<double>(PagesToBytes(memory.pages())) / (uint64_t{1} << 30);
   return kWaitingGuestTimeout + absl::Seconds(15 + gib);
-}
-
-absl::StatusOr<Body> AwaitOpened(ControlChannel* channel, const SessionRequest& request,
-                                 absl::Time deadline) {
-  while (true) {
-    const absl::Time look = std::min(deadline, MonotonicNow() + kLookForEnd);
-    absl::StatusOr<Body> opened = Expect(channel, Body::kSessionOpened, look);
-    if (!absl::IsDeadlineExceeded(opened.status()) || look == deadline) return opened;
-    if (request.give_up()) return absl::CancelledError("the sync was ended");
-  }
 }
 
 absl::StatusOr<std::unique_ptr<ControlChannel>> DialControl(Dialer* dialer, absl::Time deadline,
@@ -239,8 +226,9 @@ absl::StatusOr<SourceConnection> ConnectSource(Dialer* dialer, const GuestMemory
   AddShape(request.shape, open);
   if (absl::Status s = connection.channel->Send(message, deadline); !s.ok()) return s;
   const absl::Time began = MonotonicNow();
-  absl::StatusOr<Body> opened = AwaitOpened(connection.channel.get(), request,
-                                            std::max(deadline, began + OpenTimeout(*memory)));
+  absl::StatusOr<Body> opened =
+      Expect(connection.channel.get(), Body::kSessionOpened,
+             std::max(deadline, began + OpenTimeout(*memory)), request.give_up);
   if (!opened.ok()) return opened.status();
   deadline += MonotonicNow() - began;  // the link has its own time
   connection.content = ToContent(opened->session_opened().content());
