@@ -73,13 +73,13 @@ void SessionComparisons::Begin(SourceSync* sync, bool may_begin, absl::Time now)
   const PageRun all = {0, memory_->pages()};
   status_.proving = sync->unproven();
   if (sync->unproven()) return BeginOne(Kind::kProof, sync, all, kPiece);
-  if (!may_begin) return;
-  if (Ordered()) return BeginOne(Kind::kOrdered, sync, all, kPiece);
+  if (may_begin && Ordered()) return BeginOne(Kind::kOrdered, sync, all, kPiece);
+  // At any time: what is settled late is compared while the guest stands still.
   if (!sync->unsettled().ripe().empty() && now >= next_settling_) {
     next_settling_ = now + options_.settle_every;
     return BeginOne(Kind::kSettling, sync, all, LiveComparison::kMostPiecePages);
   }
-  if (options_.audit_bytes_per_s == 0 || now < next_audit_) return;
+  if (!may_begin || options_.audit_bytes_per_s == 0 || now < next_audit_) return;
   const double rate = static_cast<double>(options_.audit_bytes_per_s) / kPageBytes;
   const PageCount most = std::clamp<PageCount>(
       static_cast<PageCount>(std::min(rate * absl::ToDoubleSeconds(kAuditEvery), 1e9)),
@@ -149,6 +149,11 @@ void SessionComparisons::Drop(const absl::Status& why) {
   }
   status_.proving = false;
   Answer(why);
+}
+
+void SessionComparisons::DropButSettling(const absl::Status& why) {
+  if (current_ != nullptr && kind_ == Kind::kSettling) return Answer(why);
+  Drop(why);
 }
 
 void SessionComparisons::End(const absl::Status& why) {

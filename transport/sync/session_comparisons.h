@@ -56,8 +56,8 @@ class SessionComparisons {
   // --- The session's thread ---
 
   // One step; call it every few milliseconds while the session is connected to a target that can
-  // hash. `may_begin`: something new may begin, apart from a proof, which goes first. Errors: the
-  // channel's and the dirty log's.
+  // hash. `may_begin`: something new may begin, apart from a proof, which goes first, and settling.
+  // Errors: the channel's and the dirty log's.
   absl::Status Step(SourceSync* sync, ControlChannel* channel, bool may_begin, absl::Time now)
       ABSL_LOCKS_EXCLUDED(mutex_);
   // An id for hash requests of somebody else: no other request of the session has had it.
@@ -71,6 +71,8 @@ class SessionComparisons {
   }
   // The comparison under way ends without a result, and who waits for one is told `why`.
   void Drop(const absl::Status& why) ABSL_LOCKS_EXCLUDED(mutex_);
+  // The same, but pages go on being settled.
+  void DropButSettling(const absl::Status& why) ABSL_LOCKS_EXCLUDED(mutex_);
   // The same for ever.
   void End(const absl::Status& why) ABSL_LOCKS_EXCLUDED(mutex_);
 

@@ -56,10 +56,7 @@ absl::Status SourceSession::Compare() {
     return absl::OkStatus();
   }
   const bool syncing = state_ == SessionState::kSyncing;
-  if (!syncing && !sync_->unproven()) {
-    comparisons_.Drop(NoComparison());
-    return absl::OkStatus();
-  }
+  if (!syncing && !sync_->unproven()) comparisons_.DropButSettling(NoComparison());
   const bool may_begin = syncing && waiting_launches_ == 0;
   const bool unproven = sync_->unproven();
   absl::Status stepped =

@@ -145,7 +145,7 @@ class SourceSync {
   // The target's copies of these pages are not what they should be: they are sent again.
   void Distrust(absl::Span<const PageRun> runs) { ledger_.Distrust(runs); }
   // These pages were watched by ArmAndWatch, not touched by the newest Scan, and their bytes were
-  // found equal meanwhile: they are synced. `zero`: those of them that are zero on the target.
+  // found equal meanwhile: they are synced. `zero`: those of them that were holes after that.
   void MarkProven(absl::Span<const PageRun> equal, absl::Span<const PageRun> zero);
   // What the guest's devices said; and whether that is worth asking.
   void OnRequestLook(const RequestLook& look) { unsettled_.OnLook(look, options_.now()); }

@@ -24,7 +24,10 @@ void SourceSync::MarkProven(absl::Span<const PageRun> equal, absl::Span<const Pa
     ledger_.MarkSynced(run);
     NoteRead(run);
   }
-  for (const PageRun& run : zero) ledger_.MarkTargetZero(run);
+  for (const PageRun& run : zero) {
+    ledger_.MarkTargetZero(run);
+    unsettled_.Forget(run);  // it was a hole after it was armed: no request has it
+  }
   // As good as sent: armed, and the target has it.
   policy_->OnSent(newly);
 }
