@@ -108,7 +108,8 @@ GuestOutlook GuestWatch::Look(QmpClient& qmp, absl::Time deadline) {
   std::string lists;
   for (int i = kFirstList; i < kQuestions; ++i)
     absl::StrAppend(&lists, ToText((*answers)[i]), "\n");
-  const bool written_unseen_before = written_unseen_ || CameAndWent(qmp);
+  const bool came_and_went = CameAndWent(qmp);  // each event counts at one look
+  const bool written_unseen_before = written_unseen_ || came_and_went;
   const bool disks_changed = LookAtDisks(qmp, deadline);
   if (!looked_ || lists != lists_ || disks_changed) {
     if (absl::Status s = LookCloser(qmp, deadline); !s.ok()) {

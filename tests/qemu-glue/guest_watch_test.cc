@@ -150,6 +150,7 @@ TEST_F(GuestWatchTest, ADeviceThatWritesUnseenForbidsALaunchAndThenWantsAProof) 
   EXPECT_EQ(outlook.launchable, outlook.mirrorable);
   EXPECT_FALSE(outlook.was_written_unseen);
   Unplug();
+  TellDeleted("/machine/peripheral/new");
   outlook = Look();
   EXPECT_TRUE(outlook.launchable.ok()) << outlook.launchable;
   EXPECT_TRUE(outlook.was_written_unseen);
