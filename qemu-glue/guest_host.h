@@ -38,14 +38,14 @@ class GuestHost final : public TargetHost {
     return qemu_->TakeKept(may_be_used);
   }
 
-  absl::Status EndOrphan(const std::string& address) override {
-    if (!LibvirtTargetHost::IsAddress(address)) return qemu_->EndOrphan(address);
-    return libvirt_ == nullptr ? NoLibvirt(address) : libvirt_->EndOrphan(address);
+  absl::Status EndOrphan(const HandoverEntry& entry) override {
+    if (!LibvirtTargetHost::IsAddress(entry.detail)) return qemu_->EndOrphan(entry);
+    return libvirt_ == nullptr ? NoLibvirt(entry.detail) : libvirt_->EndOrphan(entry.detail);
   }
   // See RecoveryHost.
-  absl::Status RunOrphan(const std::string& address) {
-    if (!LibvirtTargetHost::IsAddress(address)) return qemu_->RunOrphan(address);
-    return libvirt_ == nullptr ? NoLibvirt(address) : libvirt_->RunOrphan(address);
+  absl::Status RunOrphan(const HandoverEntry& entry) {
+    if (!LibvirtTargetHost::IsAddress(entry.detail)) return qemu_->RunOrphan(entry);
+    return libvirt_ == nullptr ? NoLibvirt(entry.detail) : libvirt_->RunOrphan(entry.detail);
   }
 
   QemuTargetHost* qemu() { return qemu_.get(); }

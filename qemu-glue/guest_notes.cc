@@ -11,12 +11,12 @@
 
 namespace presync {
 
-void WriteGuestNote(const GuestNote& note) {
+absl::Status WriteGuestNote(const GuestNote& note) {
   const Json json = {{"pid", note.pid},
                      {"start_ticks", note.start_ticks},
                      {"qmp", note.qmp},
                      {"files", note.files}};
-  ReplaceFile(note.path, ToText(json) + "\n").IgnoreError();
+  return ReplaceFile(note.path, ToText(json) + "\n");
 }
 
 std::vector<GuestNote> ReadGuestNotes(const std::string& folder) {

@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "absl/status/status.h"
+
 namespace presync {
 
 // One QEMU. The file NAME.guest in presyncd's run folder, JSON.
@@ -19,8 +21,8 @@ struct GuestNote {
   std::vector<std::string> files;
 };
 
-// Replaces the file `note.path`.
-void WriteGuestNote(const GuestNote& note);
+// Replaces the file `note.path`. UNAVAILABLE: it can't.
+absl::Status WriteGuestNote(const GuestNote& note);
 
 // All notes in `folder`; files that are none are passed over.
 std::vector<GuestNote> ReadGuestNotes(const std::string& folder);

@@ -11,6 +11,7 @@
 #include "absl/strings/strip.h"
 #include "qemu-glue/dirty_log/probe.h"
 #include "qemu-glue/qemu_guest.h"
+#include "qemu-glue/qemu_guest_calls.h"
 #include "qemu-glue/qmp/peer_process.h"
 #include "qemu-glue/qmp/qmp_client.h"
 #include "transport/clock.h"
@@ -47,13 +48,6 @@ absl::StatusOr<std::string> GlueSocketOf(const absl::StatusOr<PeerProcess>& proc
         "LD_PRELOAD=presync_glue.so PRESYNC_GLUE_SOCKET=PATH");
   }
   return path;
-}
-
-// The process is held by its descriptor: what has its number while it lives is this one.
-ProcessIdentity IdentityOf(const absl::StatusOr<PeerProcess>& process) {
-  if (!process.ok()) return {};
-  const ProcessIdentity identity = IdentifyProcess(process->pid());
-  return process->HasEnded() ? ProcessIdentity() : identity;
 }
 
 absl::StatusOr<GuestMemory> OpenMemory(const GuestInfo& info) {
@@ -97,7 +91,7 @@ absl::StatusOr<OpenedGuest> OpenGuest(const OpenGuestOptions& options, absl::Tim
   absl::StatusOr<GuestInfo> info = DescribeGuest(**qmp, deadline);
   if (!info.ok()) return info.status();
   const absl::StatusOr<PeerProcess> process = PeerProcess::Identify(**qmp, deadline);
-  const ProcessIdentity identity = IdentityOf(process);
+  const ProcessIdentity identity = process.ok() ? IdentityOf(*process) : ProcessIdentity();
   if (absl::Status s = options.check(*info, identity); !s.ok()) return s;
   absl::StatusOr<Findings> findings = CheckTrackable(**qmp, *info, deadline);
   if (!findings.ok()) return findings.status();

@@ -1,5 +1,12 @@
 #include "qemu-glue/process_identity.h"
 
+#include <poll.h>
+#include <signal.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
 #include <fstream>
 #include <iterator>
 #include <optional>
@@ -8,6 +15,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
+#include "transport/unique_fd.h"
 
 namespace presync {
 namespace {
@@ -51,6 +59,39 @@ bool IsAlive(pid_t pid, uint64_t start_ticks) {
 
 ProcessIdentity IdentifyProcess(pid_t pid) {
   return {.pid = pid, .start_ticks = StartTicks(pid), .boot = BootId()};
+}
+
+absl::Status EndProcess(const ProcessIdentity& process, absl::Duration longest) {
+  const UniqueFd held(static_cast<int>(::syscall(SYS_pidfd_open, process.pid, 0)));
+  if (!Lives(process)) return absl::OkStatus();
+  // It lived after it was held: it is this one.
+  if (!held.valid() || ::syscall(SYS_pidfd_send_signal, held.get(), SIGKILL, nullptr, 0) != 0) {
+    if (!Lives(process)) return absl::OkStatus();
+    return absl::PermissionDeniedError(
+        absl::StrCat("kill QEMU (process ", process.pid, "): ", std::strerror(errno)));
+  }
+  pollfd p = {.fd = held.get(), .events = POLLIN, .revents = 0};
+  if (::poll(&p, 1, static_cast<int>(absl::ToInt64Milliseconds(longest))) > 0) {
+    return absl::OkStatus();
+  }
+  return absl::DeadlineExceededError(
+      absl::StrCat("QEMU (process ", process.pid, ") was killed and has not ended yet"));
+}
+
+std::string FormatProcess(const ProcessIdentity& process) {
+  if (!process.known()) return "";
+  return absl::StrCat(process.pid, " ", process.start_ticks, " ", process.boot);
+}
+
+ProcessIdentity ParseProcess(const std::string& text) {
+  const std::vector<std::string> fields = absl::StrSplit(text, ' ');
+  ProcessIdentity process;
+  if (fields.size() != 3 || !absl::SimpleAtoi(fields[0], &process.pid) || process.pid <= 0 ||
+      !absl::SimpleAtoi(fields[1], &process.start_ticks)) {
+    return {};
+  }
+  process.boot = fields[2];
+  return process;
 }
 
 bool Lives(const ProcessIdentity& process) {

@@ -7,6 +7,9 @@
 #include <cstdint>
 #include <string>
 
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+
 namespace presync {
 
 // When a process started, in clock ticks since boot; 0: there is none with this number.
@@ -28,5 +31,14 @@ ProcessIdentity IdentifyProcess(pid_t pid);
 
 // Whether that very process lives; a zombie does not.
 bool Lives(const ProcessIdentity& process);
+
+// Kills that very process, and returns when it has ended. DEADLINE_EXCEEDED: it has not;
+// PERMISSION_DENIED.
+absl::Status EndProcess(const ProcessIdentity& process, absl::Duration longest);
+
+// "PID START BOOT", for a record that a later presyncd reads; empty if it is not known().
+std::string FormatProcess(const ProcessIdentity& process);
+// Not known() if it is not of that form.
+ProcessIdentity ParseProcess(const std::string& text);
 
 }  // namespace presync

@@ -12,6 +12,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "qemu-glue/guest_watch.h"
+#include "qemu-glue/process_identity.h"
 #include "qemu-glue/qemu_guest_settings.h"
 #include "qemu-glue/qmp/peer_process.h"
 #include "qemu-glue/qmp/qmp_client.h"
@@ -58,9 +59,11 @@ class QemuSourceGuest final : public SourceGuest {
 
   // A guest that did not run when it was stopped to be saved stays stopped; QEMU (7.2 always, later
   // ones after a completed save) can then save it again only after a `cont`. On an object that did
-  // not begin the save (presyncd was restarted) it ends a save that an earlier one left behind,
-  // runs the guest (there is no telling whether it was paused before) and puts back what can be
-  // known of the settings.
+  // not begin the save (presyncd was restarted, or QEMU refused to prepare it) it looks for
+  // presync's own mark first, x-ignore-shared: without it whatever QEMU does is somebody else's,
+  // and nothing is touched. With it a save that an earlier presyncd left behind is ended, the guest
+  // runs (there is no telling whether it was paused before), and what can be known of the settings
+  // is put back.
   absl::Status Resume(absl::Time deadline) override;
 
   // Asks QEMU to quit and, after half the time, kills it.
@@ -71,6 +74,11 @@ class QemuSourceGuest final : public SourceGuest {
   GuestOutlook Look(absl::Time deadline) override;
 
   absl::StatusOr<RequestLook> LookAtRequests(absl::Time deadline) override;
+  absl::Status StandsStill(absl::Time deadline) override;
+  absl::Status HoldStill(absl::Time deadline) override;
+
+  // A record says that the guest was given up: Resume runs it also where it was only held still.
+  void NoteGivenUp() { given_up_ = true; }
 
   pid_t pid() const { return process_.pid(); }
   QmpClient& qmp() { return *qmp_; }
@@ -88,12 +96,14 @@ class QemuSourceGuest final : public SourceGuest {
   absl::StatusOr<bool> EndMigration(absl::Time deadline);
   absl::Status RunAgain(bool completed, absl::Time deadline);
   absl::Status RestoreSettings(absl::Time deadline);
+  absl::StatusOr<bool> BearsOurMark(absl::Time deadline);
 
   std::unique_ptr<QmpClient> qmp_;
   PeerProcess process_;
   GuestWatch watch_;
   bool was_running_ = true;  // when the save was prepared, and when the guest was stopped for it
   SavedRunState saved_;      // what was saved last
+  bool given_up_ = false;    // and held still, or to be resumed as one that was
   absl::Time save_begun_ = absl::InfinitePast();  // the guest ran until then, if it ran
   std::optional<MigrationSettings> settings_;     // set from PrepareSave until Resume
   UniqueFd stream_;                               // set from PrepareSave until BeginSave
@@ -114,6 +124,8 @@ class QemuTargetGuest final : public TargetGuest {
   absl::Status PrepareLoad(absl::Time deadline);
 
   absl::StatusOr<UniqueFd> BeginLoad(absl::Time deadline) override;
+  absl::Status StayPaused(absl::Time deadline) override;
+  bool HasRun() override;
 
   // INTERNAL: the guest runs although nobody ran it. UNAVAILABLE: QEMU ended, as it does when it
   // can't load the state; its log says why.
@@ -128,16 +140,19 @@ class QemuTargetGuest final : public TargetGuest {
   absl::StatusOr<RunState> State(absl::Time deadline) override;
 
   pid_t pid() const { return process_.pid(); }
+  const ProcessIdentity& identity() const { return identity_; }
   QmpClient& qmp() { return *qmp_; }
   const std::vector<GuestStep>& steps() const { return steps_; }
 
  private:
-  QemuTargetGuest(std::unique_ptr<QmpClient> qmp, PeerProcess process)
-      : qmp_(std::move(qmp)), process_(std::move(process)) {}
+  QemuTargetGuest(std::unique_ptr<QmpClient> qmp, PeerProcess process, ProcessIdentity identity)
+      : qmp_(std::move(qmp)), process_(std::move(process)), identity_(std::move(identity)) {}
 
   std::unique_ptr<QmpClient> qmp_;
   PeerProcess process_;
+  const ProcessIdentity identity_;
   std::optional<MigrationSettings> settings_;  // set from PrepareLoad until Run
+  bool has_run_ = false;                       // before it was told to
   UniqueFd stream_;                            // set from PrepareLoad until BeginLoad
   std::vector<GuestStep> steps_;
 };

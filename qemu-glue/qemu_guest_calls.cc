@@ -116,6 +116,7 @@ absl::Status ReviveMonitor(std::unique_ptr<QmpClient>* qmp, const PeerProcess& p
 RunState ToRunState(std::string_view run_state) {
   if (run_state == "running") return RunState::kRunning;
   if (run_state == "inmigrate") return RunState::kIncoming;
+  if (run_state == "postmigrate") return RunState::kLeft;
   return RunState::kPaused;
 }
 
@@ -164,6 +165,12 @@ absl::StatusOr<Stream> MakeStream() {
 QmpCommand PassEnd(const Stream& stream, const std::string& name) {
   // QEMU replaces a descriptor that an earlier try left under this name.
   return {"getfd", {{"fdname", name}}, stream.qemus.get()};
+}
+
+// Looked at before it is asked whether it still is: then the number was not another one's yet.
+ProcessIdentity IdentityOf(const PeerProcess& process) {
+  const ProcessIdentity identity = IdentifyProcess(process.pid());
+  return process.HasEnded() ? ProcessIdentity() : identity;
 }
 
 absl::Status EndProcess(QmpClient& qmp, const PeerProcess& process, absl::Time deadline) {

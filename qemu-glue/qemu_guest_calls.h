@@ -9,6 +9,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "qemu-glue/process_identity.h"
 #include "qemu-glue/qmp/peer_process.h"
 #include "qemu-glue/qmp/qmp_client.h"
 #include "transport/guest.h"
@@ -66,6 +67,9 @@ struct Stream {
 };
 absl::StatusOr<Stream> MakeStream();
 QmpCommand PassEnd(const Stream& stream, const std::string& name);
+
+// Which process it is, for who comes later; not known() if it has ended.
+ProcessIdentity IdentityOf(const PeerProcess& process);
 
 // Asks QEMU to quit, waits for its end, and kills it when half the time is over.
 absl::Status EndProcess(QmpClient& qmp, const PeerProcess& process, absl::Time deadline);

@@ -80,7 +80,7 @@ absl::StatusOr<UniqueFd> QemuSourceGuest::BeginSave(absl::Time deadline) {
   const absl::Time start = save_begun_ = MonotonicNow();
   UniqueFd stream = std::move(stream_);
   saved_ = SavedRunState();
-  for (const char* event : {"MIGRATION", "STOP"}) qmp_->DropEvents(event);
+  for (const char* event : {"MIGRATION", "STOP", "RESUME"}) qmp_->DropEvents(event);
   const absl::StatusOr<Json> started =
       qmp_->Execute("migrate", {{"uri", absl::StrCat("fd:", kStreamName)}}, deadline);
   if (started.ok()) {
@@ -103,8 +103,9 @@ absl::Status QemuSourceGuest::CheckIdle(std::string_view run_state) const {
   }
   if (run_state == "postmigrate") {
     return absl::FailedPreconditionError(
-        "begin to save the guest: QEMU stands where an earlier migration stopped it and starts no "
-        "other from there; run the guest first (`cont`)");
+        "begin to save the guest: it was moved away from here by QEMU's own migration "
+        "(postmigrate), and may run elsewhere: look where it runs, and never resume it here while "
+        "it may; if it certainly runs nowhere, `cont` by hand");
   }
   return absl::OkStatus();
 }
@@ -173,6 +174,11 @@ absl::Status QemuSourceGuest::Resume(absl::Time deadline) {
 
 absl::Status QemuSourceGuest::TryResume(absl::Time deadline) {
   const absl::Time start = MonotonicNow();
+  if (!settings_.has_value()) {
+    const absl::StatusOr<bool> ours = BearsOurMark(deadline);
+    if (!ours.ok()) return ours.status();
+    if (!*ours) return absl::OkStatus();
+  }
   const absl::StatusOr<bool> completed = EndMigration(deadline);
   if (!completed.ok()) return completed.status();
   absl::StatusOr<std::string> run_state = QueryRunState(*qmp_, deadline);
@@ -180,12 +186,22 @@ absl::Status QemuSourceGuest::TryResume(absl::Time deadline) {
   // Without a save of ours only a state that a save leaves behind is ours to undo: a guest that is
   // paused for any other reason is the operator's.
   was_running_ &= CheckRan().ok();
-  const bool left_behind = *run_state == "finish-migrate" || *run_state == "postmigrate";
+  const bool left_behind = *run_state == "finish-migrate" || *run_state == "postmigrate" ||
+                           (given_up_ && *run_state == "paused");
   if (was_running_ && (settings_.has_value() || left_behind)) {
     if (absl::Status status = RunAgain(*completed, deadline); !status.ok()) return status;
   }
   steps_.push_back({"resume", MonotonicNow() - start});
   return RestoreSettings(deadline);
+}
+
+// Whether a save of presync's, of this object or of an earlier presyncd's, was begun and not
+// undone.
+absl::StatusOr<bool> QemuSourceGuest::BearsOurMark(absl::Time deadline) {
+  absl::StatusOr<std::optional<MigrationSettings>> abandoned =
+      MigrationSettings::FindAbandoned(*qmp_, SaveParameters(), deadline);
+  if (!abandoned.ok()) return abandoned.status();
+  return abandoned->has_value();
 }
 
 absl::Status QemuSourceGuest::RestoreSettings(absl::Time deadline) {
@@ -224,7 +240,8 @@ absl::Status QemuSourceGuest::RunAgain(bool completed, absl::Time deadline) {
     absl::StatusOr<std::string> run_state = QueryRunState(*qmp_, deadline);
     if (!run_state.ok()) return run_state.status();
     if (*run_state == "running") return absl::OkStatus();
-    const bool ours = *run_state == "postmigrate" && completed;
+    const bool ours =
+        (*run_state == "postmigrate" && completed) || (*run_state == "paused" && given_up_);
     if (!ours && *run_state != "finish-migrate") return absl::OkStatus();
     if (MonotonicNow() >= deadline) {
       return absl::DeadlineExceededError(
@@ -239,6 +256,30 @@ absl::Status QemuSourceGuest::RunAgain(bool completed, absl::Time deadline) {
         qmp_->WaitEvent("RESUME", std::min(deadline, MonotonicNow() + kAskAgain));
     if (!event.ok() && !absl::IsDeadlineExceeded(event.status())) return event.status();
   }
+}
+
+// QEMU refuses `cont` until its migration has completed, and takes it from then on. It says RESUME
+// whenever its vCPUs begin to run, so nothing has to be asked while the guest stands still.
+absl::Status QemuSourceGuest::StandsStill(absl::Time) {
+  if (!qmp_->WaitEvent("RESUME", MonotonicNow()).ok()) return qmp_->health();
+  return absl::FailedPreconditionError(
+      absl::StrCat("somebody resumed the guest (QEMU process ", pid(),
+                   ") after its state was saved: what the target has is older"));
+}
+
+absl::Status QemuSourceGuest::HoldStill(absl::Time deadline) {
+  if (process_.HasEnded()) return absl::OkStatus();
+  if (absl::Status s = EnsureMonitor(deadline); !s.ok()) {
+    return absl::IsUnavailable(s) ? absl::OkStatus() : s;
+  }
+  const absl::StatusOr<std::string> run_state = QueryRunState(*qmp_, deadline);
+  if (!run_state.ok()) return run_state.status();
+  if (*run_state != "running") return absl::OkStatus();
+  if (absl::Status s = qmp_->Execute("stop", nullptr, deadline).status(); !s.ok()) return s;
+  given_up_ = true;
+  return absl::AbortedError(
+      absl::StrCat("somebody resumed it here (QEMU process ", pid(),
+                   ") although it was given up and may run on the target: it was stopped again"));
 }
 
 absl::Status QemuSourceGuest::Quit(absl::Time deadline) {

@@ -43,7 +43,9 @@ absl::StatusOr<std::unique_ptr<QemuTargetGuest>> QemuTargetGuest::Create(
         ") was started without -S, so it would run the guest as soon as it is loaded, while the "
         "source may still have it; start it with -incoming defer -S"));
   }
-  return std::unique_ptr<QemuTargetGuest>(new QemuTargetGuest(std::move(qmp), *std::move(process)));
+  ProcessIdentity identity = IdentityOf(*process);
+  return std::unique_ptr<QemuTargetGuest>(
+      new QemuTargetGuest(std::move(qmp), *std::move(process), std::move(identity)));
 }
 
 absl::Status QemuTargetGuest::PrepareLoad(absl::Time deadline) {
@@ -65,6 +67,7 @@ absl::Status QemuTargetGuest::PrepareLoad(absl::Time deadline) {
   absl::StatusOr<Stream> stream = MakeStream();
   if (!stream.ok()) return stream.status();
   qmp_->DropEvents("MIGRATION");
+  qmp_->DropEvents("RESUME");
   const absl::StatusOr<std::vector<Json>> begun =
       qmp_->ExecuteAll({PassEnd(*stream, kStreamName),
                         {"migrate-incoming", {{"uri", absl::StrCat("fd:", kStreamName)}}}},
@@ -82,6 +85,16 @@ absl::StatusOr<UniqueFd> QemuTargetGuest::BeginLoad(absl::Time deadline) {
   return std::move(stream_);
 }
 
+absl::Status QemuTargetGuest::StayPaused(absl::Time deadline) {
+  return qmp_->Execute("stop", nullptr, deadline).status();
+}
+
+// QEMU says RESUME whenever its vCPUs begin to run.
+bool QemuTargetGuest::HasRun() {
+  has_run_ = has_run_ || qmp_->WaitEvent("RESUME", MonotonicNow()).ok();
+  return has_run_;
+}
+
 absl::Status QemuTargetGuest::AwaitLoaded(absl::Time deadline) {
   const absl::Time start = MonotonicNow();
   absl::StatusOr<MigrationState> state =
@@ -93,10 +106,11 @@ absl::Status QemuTargetGuest::AwaitLoaded(absl::Time deadline) {
   if (!state.ok()) return state.status();
   absl::StatusOr<std::string> run_state = QueryRunState(*qmp_, deadline);
   if (!run_state.ok()) return run_state.status();
-  if (*run_state == "running") {
+  has_run_ = has_run_ || *run_state == "running";
+  if (HasRun()) {
     return absl::InternalError(
-        absl::StrCat("THE TARGET GUEST RUNS although nobody ran it (QEMU process ", process_.pid(),
-                     "): someone sent `cont`; stop it at once, the source may run too"));
+        absl::StrCat("THE TARGET GUEST RAN although presync did not run it (QEMU process ",
+                     process_.pid(), "): someone sent `cont` while it was loaded"));
   }
   if (*run_state != "paused") {
     return absl::FailedPreconditionError(
@@ -141,6 +155,7 @@ absl::Status QemuTargetGuest::Run(absl::Time deadline) {
 }
 
 absl::Status QemuTargetGuest::Discard(absl::Time deadline) {
+  (void)HasRun();
   return EndProcess(*qmp_, process_, deadline);
 }
 

@@ -21,6 +21,7 @@
 #include "qemu-glue/process_identity.h"
 #include "qemu-glue/qemu_guest.h"
 #include "qemu-glue/qemu_target_place.h"
+#include "qemu-glue/qmp/listener.h"
 #include "qemu-glue/qmp/qmp_client.h"
 #include "qemu-glue/target_files.h"
 #include "transport/clock.h"
@@ -107,26 +108,56 @@ absl::StatusOr<std::vector<std::string>> FillTemplate(const std::vector<std::str
   return filled;
 }
 
-// The QEMU that an earlier presyncd started and that answers at `qmp_path`: the very process of the
-// note, never another one that was given its socket since. NOT_FOUND: it has ended.
-absl::StatusOr<std::unique_ptr<QemuSourceGuest>> OpenOrphan(const std::string& folder,
-                                                            const std::string& qmp_path,
-                                                            absl::Time deadline) {
-  for (const GuestNote& note : ReadGuestNotes(folder)) {
-    if (note.qmp != qmp_path || !IsAlive(note)) continue;
-    absl::StatusOr<std::unique_ptr<QmpClient>> qmp = QmpClient::Connect(qmp_path, deadline);
-    // One that is just starting has no monitor yet, and is no QEMU that has ended.
-    while ((absl::IsNotFound(qmp.status()) || absl::IsUnavailable(qmp.status())) && IsAlive(note)) {
-      if (MonotonicNow() >= deadline) return absl::DeadlineExceededError(qmp.status().message());
-      absl::SleepFor(absl::Milliseconds(10));
-      qmp = QmpClient::Connect(qmp_path, deadline);
-    }
-    if (!IsAlive(note)) break;
-    if (!qmp.ok()) return qmp.status();
-    if ((*qmp)->peer_pid() != note.pid) break;
-    return QemuSourceGuest::Create(*std::move(qmp), deadline);
+// Connects to the very process that is meant, never to another one that was given its socket since.
+// NOT_FOUND: it has ended.
+absl::StatusOr<std::unique_ptr<QemuSourceGuest>> OpenProcess(const std::string& qmp_path, pid_t pid,
+                                                             uint64_t start_ticks,
+                                                             absl::Time deadline) {
+  const auto lives = [&] { return IsAlive(pid, start_ticks); };
+  absl::Status ended = absl::NotFoundError(
+      absl::StrCat("the QEMU that waited at ", qmp_path, " (process ", pid, ") has ended"));
+  if (!lives()) return ended;
+  absl::StatusOr<std::unique_ptr<QmpClient>> qmp = QmpClient::Connect(qmp_path, deadline);
+  // One that is just starting has no monitor yet, and is no QEMU that has ended.
+  while ((absl::IsNotFound(qmp.status()) || absl::IsUnavailable(qmp.status())) && lives()) {
+    if (MonotonicNow() >= deadline) return absl::DeadlineExceededError(qmp.status().message());
+    absl::SleepFor(absl::Milliseconds(10));
+    qmp = QmpClient::Connect(qmp_path, deadline);
   }
-  return absl::NotFoundError(absl::StrCat("the QEMU that was started at ", qmp_path, " has ended"));
+  if (!lives()) return ended;
+  if (!qmp.ok()) return qmp.status();
+  if ((*qmp)->peer_pid() != pid) {
+    return absl::AbortedError(absl::StrCat("the QEMU that waited at ", qmp_path, " (process ", pid,
+                                           ") lives, but its socket is another process's now (",
+                                           (*qmp)->peer_pid(), ")"));
+  }
+  return QemuSourceGuest::Create(*std::move(qmp), deadline);
+}
+
+// The QEMU of a record. Records of older presyncds do not name the process: a note may, and without
+// one only an address at which nobody listens is a QEMU's that has ended. FAILED_PRECONDITION:
+// somebody does.
+absl::StatusOr<std::unique_ptr<QemuSourceGuest>> OpenOrphan(const std::string& folder,
+                                                            const HandoverEntry& entry,
+                                                            absl::Time deadline) {
+  const std::string& qmp_path = entry.detail;
+  if (const ProcessIdentity process = ParseProcess(entry.process); process.known()) {
+    if (!Lives(process)) {
+      return absl::NotFoundError(
+          absl::StrCat("the QEMU at ", qmp_path, " (process ", process.pid, ") has ended"));
+    }
+    return OpenProcess(qmp_path, process.pid, process.start_ticks, deadline);
+  }
+  for (const GuestNote& note : ReadGuestNotes(folder)) {
+    if (note.qmp != qmp_path) continue;
+    return OpenProcess(qmp_path, note.pid, note.start_ticks, deadline);
+  }
+  if (ListenerLives(qmp_path)) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("the record, of an older presyncd, does not say which process waited at ",
+                     qmp_path, ", and a QEMU answers there: look whether it is the one"));
+  }
+  return absl::NotFoundError(absl::StrCat("the QEMU at ", qmp_path, " has ended"));
 }
 
 // A folder that is there already keeps its rights: it may be everybody's /dev/shm.
@@ -193,25 +224,28 @@ absl::StatusOr<std::unique_ptr<TargetPlace>> QemuTargetHost::MakePlace(
                           *std::move(memory), /*fresh=*/true);
 }
 
-absl::Status QemuTargetHost::EndOrphan(const std::string& address) {
+absl::Status QemuTargetHost::EndOrphan(const HandoverEntry& entry) {
+  const std::string& address = entry.detail;
   const absl::Time deadline = MonotonicNow() + kQmpTimeout;
   absl::StatusOr<std::unique_ptr<QemuSourceGuest>> guest =
-      OpenOrphan(options_.run_folder, address, deadline);
+      OpenOrphan(options_.run_folder, entry, deadline);
   if (absl::IsNotFound(guest.status())) return absl::OkStatus();
   if (!guest.ok()) return guest.status();
   const absl::StatusOr<RunState> state = (*guest)->State(deadline);
-  if (!state.ok()) return absl::IsUnavailable(state.status()) ? absl::OkStatus() : state.status();
+  if (!state.ok()) return state.status();
+  if (*state == RunState::kGone) return absl::OkStatus();
   if (*state == RunState::kRunning) {
-    return absl::FailedPreconditionError(
+    return absl::AlreadyExistsError(
         absl::StrCat("the guest at ", address, " runs, though nobody told it to"));
   }
   return (*guest)->Kill(deadline);  // its memory may be a copy, which it could empty
 }
 
-absl::Status QemuTargetHost::RunOrphan(const std::string& address) {
+absl::Status QemuTargetHost::RunOrphan(const HandoverEntry& entry) {
+  const std::string& address = entry.detail;
   const absl::Time deadline = MonotonicNow() + kQmpTimeout;
   absl::StatusOr<std::unique_ptr<QemuSourceGuest>> guest =
-      OpenOrphan(options_.run_folder, address, deadline);
+      OpenOrphan(options_.run_folder, entry, deadline);
   if (!guest.ok()) return guest.status();
   const absl::StatusOr<RunState> state = (*guest)->State(deadline);
   if (!state.ok()) return state.status();
@@ -235,7 +269,7 @@ absl::Status QemuTargetHost::RunOrphan(const std::string& address) {
 void QemuTargetHost::EndWaitingLeftovers() {
   for (const GuestNote& note : ReadGuestNotes(options_.run_folder)) {
     absl::StatusOr<std::unique_ptr<QemuSourceGuest>> guest =
-        OpenOrphan(options_.run_folder, note.qmp, MonotonicNow() + kQmpTimeout);
+        OpenProcess(note.qmp, note.pid, note.start_ticks, MonotonicNow() + kQmpTimeout);
     if (!guest.ok()) continue;
     const absl::StatusOr<RunState> state = (*guest)->State(MonotonicNow() + kQmpTimeout);
     if (state.ok() && *state == RunState::kIncoming) {

@@ -51,7 +51,7 @@ class QemuTargetHost final : public TargetHost {
 
   absl::StatusOr<std::unique_ptr<TargetPlace>> MakePlace(
       const std::string& guest, const std::vector<RegionRequest>& regions) override;
-  absl::Status EndOrphan(const std::string& address) override;
+  absl::Status EndOrphan(const HandoverEntry& entry) override;
   // Waits some seconds for QEMUs and a presyncd that are still ending. A copy is whole if its files
   // are the very ones, its presyncd has ended, and none of its QEMUs lives.
   std::vector<KeptPlace> TakeKept(
@@ -63,7 +63,7 @@ class QemuTargetHost final : public TargetHost {
 
   // Runs a guest that had been told to run when presyncd ended. Ok if it runs. NOT_FOUND: its QEMU
   // has ended. FAILED_PRECONDITION: it is not in a state to be run, with which.
-  absl::Status RunOrphan(const std::string& address);
+  absl::Status RunOrphan(const HandoverEntry& entry);
 
   // Removes memory files and sockets of guests that ran here and have ended. Call it now and then.
   void RemoveLeftovers() ABSL_LOCKS_EXCLUDED(mutex_);

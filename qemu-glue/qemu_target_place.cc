@@ -14,6 +14,7 @@
 #include "qemu-glue/discovery.h"
 #include "qemu-glue/guest_notes.h"
 #include "qemu-glue/guest_shape.h"
+#include "qemu-glue/process_identity.h"
 #include "qemu-glue/qemu_guest.h"
 #include "qemu-glue/qemu_process.h"
 #include "qemu-glue/qemu_target_host.h"
@@ -74,6 +75,10 @@ ShapeComparison CompareWith(QemuTargetGuest* guest, const GuestShape& source, ab
   return here.ok() ? CompareShapes(source, *here) : ShapeComparison();
 }
 
+std::string ProcessOf(const QemuTargetGuest* guest) {
+  return guest == nullptr ? "" : FormatProcess(guest->identity());
+}
+
 // A place whose QEMU somebody else started: its memory files are QEMU's own.
 class AttachedPlace final : public TargetPlace {
  public:
@@ -116,6 +121,7 @@ class AttachedPlace final : public TargetPlace {
   // The QEMU is its operator's: a sync that ends before any handover leaves it waiting.
   void Keep() override {}
   std::string address() const override { return qmp_path_; }
+  std::string process() const override { return ProcessOf(guest_.get()); }
 
  private:
   const std::string qmp_path_;
@@ -154,11 +160,13 @@ class StartedPlace final : public TargetPlace {
     if (guest_ != nullptr && Check().ok()) return guest_.get();
     if (absl::Status s = EndWaiting(); !s.ok()) return s;
     // The note comes first: were this presyncd killed while QEMU starts, nobody would know of it.
+    absl::Status noted;
     absl::StatusOr<QemuProcess> process = QemuProcess::Start(
         {.argv = command_,
          .qmp_path = paths_.qmp,
          .log_path = paths_.log,
-         .on_started = [this](pid_t pid, uint64_t start_ticks) { WriteNote(pid, start_ticks); }},
+         .on_started = [&](pid_t pid,
+                           uint64_t start_ticks) { noted = WriteNote(pid, start_ticks); }},
         deadline);
     if (!process.ok()) {
       // It would have the memory files taken for leftovers.
@@ -166,6 +174,10 @@ class StartedPlace final : public TargetPlace {
       return process.status();
     }
     process_.emplace(*std::move(process));
+    if (!noted.ok()) {  // a later presyncd would not know of it
+      EndWaiting().IgnoreError();
+      return noted;
+    }
     GuestInfo info;
     absl::StatusOr<std::unique_ptr<QemuTargetGuest>> guest =
         AttachTo(process_->TakeMonitor(), regions_, &info, deadline);
@@ -244,17 +256,18 @@ class StartedPlace final : public TargetPlace {
   }
 
   std::string address() const override { return paths_.qmp; }
+  std::string process() const override { return ProcessOf(guest_.get()); }
 
  private:
   // For a presyncd that comes after this one: whose files these are.
-  void WriteNote(pid_t pid, uint64_t start_ticks) const {
+  absl::Status WriteNote(pid_t pid, uint64_t start_ticks) const {
     GuestNote note = {.path = paths_.note,
                       .pid = pid,
                       .start_ticks = start_ticks,
                       .qmp = paths_.qmp,
                       .files = {paths_.qmp, paths_.glue}};
     note.files.insert(note.files.end(), paths_.ram.begin(), paths_.ram.end());
-    WriteGuestNote(note);
+    return WriteGuestNote(note);
   }
 
   // The QEMU must have mapped the very files that are mirrored into.

@@ -45,12 +45,27 @@ class HookTest(unittest.TestCase):
     def test_guests_that_are_not_mirrored_are_nobodys_business(self):
         for code in (0, 1, 3):
             self.presync(code)
-            for operation in ("prepare", "migrate", "start", "started", "stopped", "release", "restore", "reconnect"):
+            for operation in ("prepare", "migrate", "started", "stopped", "release", "restore", "reconnect"):
                 self.assertEqual(self.call(operation).returncode, 0)
         self.mirror(OTHER)
-        for operation in ("prepare", "migrate", "start", "started", "stopped", "release"):
+        for operation in ("prepare", "migrate", "started", "stopped", "release"):
             self.assertEqual(self.call(operation).returncode, 0)
         self.assertFalse(self.calls.exists())
+
+    def test_a_guest_that_moved_away_is_not_started_again(self):
+        for code, allowed in ((0, True), (1, False), (3, True), (127, True)):
+            self.presync(code)
+            done = self.call("start")
+            self.assertEqual(done.returncode == 0, allowed, code)
+            self.assertEqual(self.calls.read_text(encoding="ascii").splitlines()[-1], "may-start web1")
+        self.presync(1)
+        self.assertIn("no words", self.call("start").stderr)
+        # But libvirt may bring it back: then it comes from where it runs. Once.
+        self.assertEqual(self.call("migrate").returncode, 0)
+        self.assertEqual(self.call("start").returncode, 0)
+        self.assertEqual(self.call("start").returncode, 1)
+        (self.folder / "presync").unlink()
+        self.assertEqual(self.call("start").returncode, 0, "a host without presync starts what it likes")
 
     def test_a_mirrored_guest_is_asked_about_with_its_xml(self):
         self.mirror(KNOWN)

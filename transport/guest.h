@@ -18,6 +18,7 @@ namespace presync {
 enum class RunState {
   kRunning,
   kPaused,    // stopped, could run
+  kLeft,      // stands where a move that succeeded left it: it may run elsewhere
   kIncoming,  // a target that still waits for, or loads, its device state
   kGone,      // its process has ended
 };
@@ -87,14 +88,6 @@ class ManagedLaunch {
   // What the target's process answers on the guest's stream (StateReturn): for the process here.
   // UNAVAILABLE: it does not listen any more.
   virtual absl::Status TakeReturn(absl::string_view bytes) = 0;
-
-  // Ok while the guest stands still for the launch that was begun. FAILED_PRECONDITION: its manager
-  // has let it go on here.
-  virtual absl::Status StandsStill(absl::Time deadline) = 0;
-
-  // The guest was given up, and whether it runs on the target is not known: it must stand still
-  // here, whatever its manager thinks. Stops it if it runs.
-  virtual absl::Status HoldStill(absl::Time deadline) = 0;
 };
 
 // A guest on the host it runs on. One thread at a time may use it. Every call that blocks takes a
@@ -153,6 +146,15 @@ class SourceGuest {
   // be looked at before `deadline` is said in `launchable`.
   virtual GuestOutlook Look(absl::Time deadline);
 
+  // Directly before it is given up: Ok while the guest stands still since Stop.
+  // FAILED_PRECONDITION: its manager, or a person, has let it go on here.
+  virtual absl::Status StandsStill(absl::Time deadline) = 0;
+
+  // The guest was given up, and whether it runs on the target is not known: it must stand still
+  // here, whatever its manager, or a person, thinks. Ok: it does, or its process is gone. ABORTED:
+  // it ran; it was stopped again.
+  virtual absl::Status HoldStill(absl::Time deadline) = 0;
+
   // Null for a guest that presync itself moves. For one that has a manager the calls above do the
   // manager's part by waiting for it: BeginSave needs Begun, Resume waits until the manager has
   // taken its migration back, Quit until it has ended the guest here.
@@ -177,7 +179,16 @@ class TargetGuest {
   // guest stopped may be written before the residual is in place.
   virtual absl::StatusOr<UniqueFd> BeginLoad(absl::Time deadline) = 0;
 
-  // Returns when the whole state is loaded and the guest is paused, ready to run.
+  // Directly before what was saved last is written to the stream: an order to run that somebody
+  // else gave meanwhile is taken back.
+  virtual absl::Status StayPaused(absl::Time) { return absl::OkStatus(); }
+
+  // Whether the guest was seen to run here, if only for a moment, whoever told it to. After it was
+  // discarded it says what was known until then.
+  virtual bool HasRun() { return false; }
+
+  // Returns when the whole state is loaded and the guest is paused, ready to run. INTERNAL: it ran
+  // although nobody of presync's told it to.
   virtual absl::Status AwaitLoaded(absl::Time deadline) = 0;
 
   // Runs the guest. Ok means it runs. FAILED_PRECONDITION: it refused, or its process had ended

@@ -229,6 +229,15 @@ absl::Status LibvirtClient::AbortJob(const std::string& uuid) const {
   return LastError(absl::StrCat("end what libvirt does with the domain ", uuid));
 }
 
+absl::StatusOr<bool> LibvirtClient::StartsByItself(const std::string& uuid) const {
+  absl::StatusOr<Handle> domain = Open(uri_, uuid);
+  if (!domain.ok()) return domain.status();
+  int on = 0;
+  if (virDomainGetAutostart(domain->get(), &on) == 0) return on != 0;
+  // One without a definition can't be started again at all.
+  return absl::StatusOr<bool>(false);
+}
+
 absl::Status LibvirtClient::Resume(const std::string& uuid) const {
   absl::StatusOr<Handle> domain = Open(uri_, uuid);
   if (!domain.ok()) return domain.status();

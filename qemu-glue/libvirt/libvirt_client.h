@@ -65,6 +65,9 @@ class LibvirtClient {
   // Changes (or adds) a domain's definition; a guest that runs is not touched.
   absl::Status Define(const std::string& xml) const;
 
+  // Whether libvirt starts the domain by itself when its host comes up.
+  absl::StatusOr<bool> StartsByItself(const std::string& uuid) const;
+
   absl::StatusOr<DomainState> State(const std::string& uuid) const;
   absl::StatusOr<DomainJob> Job(const std::string& uuid) const;
 

@@ -16,6 +16,7 @@ absl::StatusOr<std::string> LibvirtClient::Version() const { return Missing(); }
 absl::StatusOr<QmpVersion> LibvirtClient::Qemu() const { return Missing(); }
 absl::StatusOr<DomainInfo> LibvirtClient::Find(const std::string&) const { return Missing(); }
 absl::Status LibvirtClient::Define(const std::string&) const { return Missing(); }
+absl::StatusOr<bool> LibvirtClient::StartsByItself(const std::string&) const { return Missing(); }
 absl::StatusOr<DomainState> LibvirtClient::State(const std::string&) const { return Missing(); }
 absl::StatusOr<DomainJob> LibvirtClient::Job(const std::string&) const { return Missing(); }
 absl::Status LibvirtClient::Move(const std::string&, const DomainMove&) const { return Missing(); }

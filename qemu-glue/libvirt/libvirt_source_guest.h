@@ -56,6 +56,8 @@ class LibvirtSourceGuest final : public SourceGuest, public ManagedLaunch {
   absl::StatusOr<RunState> State(absl::Time deadline) override;
   absl::StatusOr<RequestLook> LookAtRequests(absl::Time deadline) override;
   GuestOutlook Look(absl::Time deadline) override;
+  absl::Status StandsStill(absl::Time deadline) override;
+  absl::Status HoldStill(absl::Time deadline) override;
   ManagedLaunch* managed() override { return this; }
 
   absl::Status Expect(absl::Time deadline) override;
@@ -65,8 +67,6 @@ class LibvirtSourceGuest final : public SourceGuest, public ManagedLaunch {
   std::optional<absl::Status> TakeOrderEnd() override;
   bool Begun() override;
   absl::Status TakeReturn(absl::string_view bytes) override;
-  absl::Status StandsStill(absl::Time deadline) override;
-  absl::Status HoldStill(absl::Time deadline) override;
 
  private:
   LibvirtSourceGuest(std::unique_ptr<QmpClient> qmp, PeerProcess process,

@@ -168,7 +168,10 @@ absl::Status LibvirtTargetGuest::AwaitLoaded(absl::Time deadline) {
 }
 
 // Whether QEMU has said that it runs the guest, if only for a moment.
-bool LibvirtTargetGuest::HasRun() { return qmp_->WaitEvent("RESUME", MonotonicNow()).ok(); }
+bool LibvirtTargetGuest::HasRun() {
+  has_run_ = has_run_ || qmp_->WaitEvent("RESUME", MonotonicNow()).ok();
+  return has_run_;
+}
 
 // libvirt says `cont` when the source's QEMU has heard that all is loaded. When that does not come
 // it never will, for the source has lost us: then this QEMU is ended, so that it is certain.

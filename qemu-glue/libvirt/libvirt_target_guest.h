@@ -65,6 +65,7 @@ class LibvirtTargetGuest final : public TargetGuest {
   // Breaks the stream, at which QEMU ends or libvirt ends it; destroys the domain if neither does.
   absl::Status Discard(absl::Time deadline) override;
   absl::StatusOr<RunState> State(absl::Time deadline) override;
+  bool HasRun() override;
 
  private:
   LibvirtTargetGuest(std::unique_ptr<QmpClient> qmp, PeerProcess process, std::string uri,
@@ -75,13 +76,13 @@ class LibvirtTargetGuest final : public TargetGuest {
         uuid_(std::move(uuid)),
         stream_path_(std::move(stream_path)) {}
   absl::Status SetIgnoreShared(bool on, absl::Time deadline);
-  bool HasRun();
 
   std::unique_ptr<QmpClient> qmp_;
   PeerProcess process_;
   const std::string uri_, uuid_, stream_path_;
   ReturnBytes on_return_ = [](absl::string_view) {};
   std::unique_ptr<HeldBackStream> stream_;
+  bool has_run_ = false;
 };
 
 }  // namespace presync

@@ -85,6 +85,7 @@ class ArrivingGuest final : public TargetGuest {
   absl::Status AwaitLoaded(absl::Time deadline) override {
     return loading_ == nullptr ? NoneWaits() : loading_->AwaitLoaded(deadline);
   }
+  bool HasRun() override { return loading_ != nullptr && loading_->HasRun(); }
   absl::Status Run(absl::Time deadline) override {
     return loading_ == nullptr ? NoneWaits() : loading_->Run(deadline);
   }
@@ -139,6 +140,8 @@ class LibvirtPlace final : public TargetPlace {
   absl::Status EndWaiting() override { return guest_.Discard(MonotonicNow() + 2 * kQmpTimeout); }
   void Keep() override { kept_ = true; }
   std::string address() const override { return absl::StrCat(kScheme, arrival_->uuid); }
+  // What becomes of a domain libvirt knows, by its UUID.
+  std::string process() const override { return address(); }
 
  private:
   const std::shared_ptr<LibvirtArrival> arrival_;

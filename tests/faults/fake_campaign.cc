@@ -26,6 +26,7 @@ struct Options {
   uint64_t repeat = 1;
   int jobs = 12;
   std::string json;
+  bool actors = false;
   bool log = false;
   bool quiet = false;
 };
@@ -71,7 +72,7 @@ class Campaign {
       if (number >= Total()) return;
       const uint64_t run = options_.only >= 0 ? static_cast<uint64_t>(options_.only) : number;
       under_way[worker] = static_cast<int64_t>(run) + 1;
-      const Plan plan = DrawPlan(options_.seed, run);
+      const Plan plan = DrawPlan(options_.seed, run, options_.actors);
       const Outcome outcome = RunPlan(plan, options_.log);
       under_way[worker] = 0;
       Take(run, plan, outcome);
@@ -90,11 +91,15 @@ class Campaign {
     doubled_ += outcome.doubled ? 1 : 0;
     differing_ += outcome.pages_differing;
     failed_ += outcome.restart_failed ? 1 : 0;
+    by_force_ += outcome.doubled_by_force ? 1 : 0;
+    lost_by_force_ += outcome.lost_by_force ? 1 : 0;
+    unnoticed_ += outcome.doubled_unnoticed ? 1 : 0;
     if (!outcome.ok()) {
-      std::printf("run %llu: %s: %s\n  replay: tests/fault_campaign --seed %llu --run %llu --log\n",
-                  static_cast<unsigned long long>(run), PlanText(plan).c_str(),
-                  outcome.text.c_str(), static_cast<unsigned long long>(options_.seed),
-                  static_cast<unsigned long long>(run));
+      std::printf(
+          "run %llu: %s: %s\n  replay: tests/fault_campaign %s--seed %llu --run %llu --log\n",
+          static_cast<unsigned long long>(run), PlanText(plan).c_str(), outcome.text.c_str(),
+          options_.actors ? "--actors " : "", static_cast<unsigned long long>(options_.seed),
+          static_cast<unsigned long long>(run));
       violations_.push_back({{"run", run}, {"plan", PlanText(plan)}, {"what", outcome.text}});
     } else if (options_.only >= 0) {
       std::printf("run %llu: %s: %s\n", static_cast<unsigned long long>(run),
@@ -124,16 +129,22 @@ class Campaign {
                                    {"guests_doubled", doubled_},
                                    {"pages_differing", differing_},
                                    {"restarts_failed", failed_},
+                                   {"doubled_by_force", by_force_},
+                                   {"lost_by_force", lost_by_force_},
+                                   {"doubled_unnoticed", unnoticed_},
                                    {"violations", violations_},
                                    {"seconds", seconds}};
     if (!options_.json.empty()) std::ofstream(options_.json) << report.dump(1) << "\n";
     std::printf(
         "%llu runs in %.1f s (%.0f a second), seed %llu: guests lost %llu, doubled %llu, pages "
-        "differing %llu, restarts failed %llu\n",
+        "differing %llu, restarts failed %llu; doubled by force %llu, lost by force %llu, doubled "
+        "unnoticed %llu\n",
         static_cast<unsigned long long>(done_), seconds, static_cast<double>(done_) / seconds,
         static_cast<unsigned long long>(options_.seed), static_cast<unsigned long long>(lost_),
         static_cast<unsigned long long>(doubled_), static_cast<unsigned long long>(differing_),
-        static_cast<unsigned long long>(failed_));
+        static_cast<unsigned long long>(failed_), static_cast<unsigned long long>(by_force_),
+        static_cast<unsigned long long>(lost_by_force_),
+        static_cast<unsigned long long>(unnoticed_));
     return violations_.empty() && done_ > 0 ? 0 : 1;
   }
 
@@ -147,6 +158,9 @@ class Campaign {
   uint64_t doubled_ ABSL_GUARDED_BY(mutex_) = 0;
   uint64_t differing_ ABSL_GUARDED_BY(mutex_) = 0;
   uint64_t failed_ ABSL_GUARDED_BY(mutex_) = 0;
+  uint64_t by_force_ ABSL_GUARDED_BY(mutex_) = 0;
+  uint64_t lost_by_force_ ABSL_GUARDED_BY(mutex_) = 0;
+  uint64_t unnoticed_ ABSL_GUARDED_BY(mutex_) = 0;
   std::map<std::string, Row> by_fault_ ABSL_GUARDED_BY(mutex_);
   nlohmann::json violations_ ABSL_GUARDED_BY(mutex_) = nlohmann::json::array();
 };
@@ -160,6 +174,7 @@ int Main(int argc, char** argv) {
   app.add_option("--repeat", options.repeat);
   app.add_option("--jobs", options.jobs)->check(CLI::Range(1, 64));
   app.add_option("--json", options.json);
+  app.add_flag("--actors", options.actors);
   app.add_flag("--log", options.log);
   app.add_flag("--quiet", options.quiet);
   CLI11_PARSE(app, argc, argv);

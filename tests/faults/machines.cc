@@ -37,6 +37,10 @@ const char* Name(VmState state) {
       return "running";
     case VmState::kStopped:
       return "stopped";
+    case VmState::kPaused:
+      return "paused";
+    case VmState::kLeft:
+      return "moved elsewhere";
     case VmState::kGone:
       return "gone";
   }
@@ -68,7 +72,8 @@ void Machines::GuestWrites(bool at_source, int pages) {
   MutexLock lock(&mutex_);
   const bool runs = at_source ? source_ == VmState::kRunning
                               : target_ != nullptr && target_->state == VmState::kRunning;
-  if (!runs) return;
+  // Whoever resumed a guest that has been given up spoils that copy, and nobody else's.
+  if (!runs || restarted_ || (at_source ? by_hand_source_ : by_hand_target_)) return;
   ModelMemory& memory = at_source ? source_memory_ : target_->memory;
   for (int i = 0; i < pages; ++i) {
     // Some pages are hot; one write in nine makes a page zero.
@@ -85,10 +90,15 @@ void Machines::GuestWrites(bool at_source, int pages) {
 
 void Machines::Look() {
   const bool target_runs = target_ != nullptr && target_->state == VmState::kRunning;
-  if (source_ == VmState::kRunning && target_runs) ever_two_ = true;
+  const int running =
+      (source_ == VmState::kRunning ? 1 : 0) + (target_runs ? 1 : 0) + (elsewhere_ ? 1 : 0);
+  if (running < 2 || by_hand()) return;
+  (forced_ ? two_by_force_ : ever_two_) = true;
 }
 
-int Machines::running() const { return (source_runs() ? 1 : 0) + (target_runs() ? 1 : 0); }
+int Machines::running() const {
+  return (source_runs() ? 1 : 0) + (target_runs() ? 1 : 0) + (elsewhere_ ? 1 : 0);
+}
 
 bool Machines::source_runs() const { return source_state() == VmState::kRunning; }
 
@@ -99,7 +109,8 @@ bool Machines::target_runs() const {
 
 std::vector<PageIndex> Machines::WrongPages() {
   MutexLock lock(&mutex_);
-  if (target_ != nullptr && target_->state == VmState::kRunning) {
+  if (restarted_ || forced_ || elsewhere_) return {};  // another guest's, or nobody's to look at
+  if (target_ != nullptr && target_->state == VmState::kRunning && !by_hand_target_) {
     return truth_->Differences(target_->memory.scratch());
   }
   if (source_ == VmState::kRunning) return truth_->Differences(source_memory_.scratch());
@@ -108,9 +119,12 @@ std::vector<PageIndex> Machines::WrongPages() {
 
 void Machines::KillSource() {
   MutexLock lock(&mutex_);
-  const bool target_has_it = target_ != nullptr && target_->state == VmState::kRunning;
+  const bool target_has_it =
+      elsewhere_ || (target_ != nullptr && !by_hand_target_ &&
+                     (target_->state == VmState::kRunning || target_->state == VmState::kPaused));
   if (source_ != VmState::kGone && !target_has_it) guest_killed_ = true;
   source_ = VmState::kGone;
+  by_hand_source_ = false;
   source_memory_.Die();
 }
 
@@ -119,6 +133,7 @@ void Machines::KillTarget() {
   if (target_ == nullptr || target_->state == VmState::kGone) return;
   if (target_->told) guest_killed_ = true;
   target_->state = VmState::kGone;
+  by_hand_target_ = false;
 }
 
 void Machines::EndTarget() {
@@ -153,13 +168,15 @@ bool Machines::MoveSource(std::initializer_list<VmState> from, VmState to) {
   MutexLock lock(&mutex_);
   if (!Contains(from, source_)) return false;
   source_ = to;
+  by_hand_source_ = false;  // presync's own doing, or the end of it
   Look();
   return true;
 }
 
 absl::StatusOr<std::shared_ptr<Machines::TargetVm>> Machines::NewTarget() {
   MutexLock lock(&mutex_);
-  if (target_ != nullptr && target_->state == VmState::kRunning) {
+  if (target_ != nullptr &&
+      (target_->state == VmState::kRunning || target_->state == VmState::kPaused)) {
     return absl::AlreadyExistsError("the guest runs on this host already");
   }
   target_ = std::make_shared<TargetVm>(kFaultRegions);
@@ -183,11 +200,97 @@ bool Machines::MoveTarget(TargetVm* vm, std::initializer_list<VmState> from, VmS
     MutexLock lock(&mutex_);
     if (!Contains(from, vm->state)) return false;
     vm->state = to;
+    if (vm == target_.get()) by_hand_target_ = false;
     Look();
   }
   // What the guest writes from here on nothing may overwrite.
   if (to == VmState::kRunning) GuestWrites(/*at_source=*/false, 40);
   return true;
+}
+
+// What people and services do. --------------------------------------------------------------------
+
+bool Machines::ContSource() {
+  MutexLock lock(&mutex_);
+  if (source_ != VmState::kStopped || !saved_) return false;
+  source_ = VmState::kRunning;
+  by_hand_source_ = true;
+  return true;
+}
+
+bool Machines::ContTarget() {
+  MutexLock lock(&mutex_);
+  if (target_ == nullptr || target_->state != VmState::kLoaded || target_->told) return false;
+  target_->state = VmState::kRunning;
+  target_->untold = true;
+  by_hand_target_ = true;
+  return true;
+}
+
+bool Machines::PauseTarget() {
+  MutexLock lock(&mutex_);
+  if (target_ == nullptr || target_->state != VmState::kRunning || by_hand_target_) return false;
+  target_->state = VmState::kPaused;
+  return true;
+}
+
+void Machines::ContPaused() {
+  MutexLock lock(&mutex_);
+  if (target_ == nullptr || target_->state != VmState::kPaused) return;
+  target_->state = VmState::kRunning;
+  Look();
+}
+
+bool Machines::MigrateAway() {
+  MutexLock lock(&mutex_);
+  const bool target_has_it = target_ != nullptr && (target_->state == VmState::kRunning ||
+                                                    target_->state == VmState::kPaused);
+  if (source_ != VmState::kRunning || saving_ || by_hand_source_ || target_has_it || restarted_) {
+    return false;
+  }
+  source_ = VmState::kLeft;
+  elsewhere_ = true;
+  return true;
+}
+
+bool Machines::StartSourceAgain() {
+  MutexLock lock(&mutex_);
+  if (source_ != VmState::kGone || restarted_) return false;
+  source_ = VmState::kRunning;
+  saving_ = saved_ = false;
+  restarted_ = true;
+  Look();
+  return true;
+}
+
+void Machines::EndStrayTarget() {
+  MutexLock lock(&mutex_);
+  if (target_ == nullptr || !by_hand_target_) return;
+  target_->state = VmState::kGone;
+  by_hand_target_ = false;
+}
+
+// It runs by hand, and is to run: that is in order now.
+void Machines::LetTargetRun(TargetVm* vm) {
+  MutexLock lock(&mutex_);
+  if (vm == target_.get()) by_hand_target_ = false;
+  Look();
+}
+
+bool Machines::target_lives() const {
+  MutexLock lock(&mutex_);
+  return target_ != nullptr && target_->state != VmState::kGone;
+}
+
+bool Machines::RanUntold(const TargetVm& vm) const {
+  MutexLock lock(&mutex_);
+  return vm.untold;
+}
+
+void Machines::NoteSaving(bool saving, bool saved) {
+  MutexLock lock(&mutex_);
+  saving_ = saving;
+  saved_ = saved;
 }
 
 void Machines::SetNote(TargetVm* vm, std::optional<CopyOwner> note) {
@@ -237,6 +340,14 @@ absl::Status AliveUnlessGone(VmState state) {
                                  : absl::OkStatus();
 }
 
+absl::Status HoldSourceOf(Machines* machines, Monitor* monitor, Life* life) {
+  return monitor->Call(life, "source hold-still", [machines] {
+    return !machines->restarted() && machines->MoveSource({VmState::kRunning}, VmState::kStopped)
+               ? absl::AbortedError("somebody resumed it: it was stopped again")
+               : absl::OkStatus();
+  });
+}
+
 // The source's guest. -------------------------------------------------------------------------
 
 class FaultySource final : public SourceGuest {
@@ -245,7 +356,13 @@ class FaultySource final : public SourceGuest {
       : machines_(machines), monitor_(monitor), life_(life) {}
 
   absl::Status PrepareSave(absl::Time) override {
-    return monitor_->Call(life_, "source prepare-save", [this] { return Alive(); });
+    return monitor_->Call(life_, "source prepare-save", [this] {
+      if (machines_->source_state() == VmState::kLeft) {
+        return absl::FailedPreconditionError("it was moved away by QEMU's own migration");
+      }
+      machines_->NoteSaving(/*saving=*/true, /*saved=*/false);
+      return Alive();
+    });
   }
 
   absl::StatusOr<UniqueFd> BeginSave(absl::Time) override {
@@ -277,6 +394,7 @@ class FaultySource final : public SourceGuest {
       if (absl::Status s = Alive(); !s.ok()) return s;
       WriteAll(stream_.get(), std::string(kStoppedStateBytes, 's'));
       stream_.reset();
+      machines_->NoteSaving(/*saving=*/true, /*saved=*/true);
       return absl::OkStatus();
     });
   }
@@ -284,17 +402,30 @@ class FaultySource final : public SourceGuest {
   absl::Status Resume(absl::Time) override {
     return monitor_->Call(life_, "source resume", [this] {
       stream_.reset();
-      machines_->MoveSource({VmState::kStopped}, VmState::kRunning);
+      machines_->NoteSaving(/*saving=*/false, /*saved=*/false);
+      machines_->MoveSource({VmState::kStopped, VmState::kRunning}, VmState::kRunning);
       return Alive();
     });
   }
 
+  absl::Status StandsStill(absl::Time) override {
+    absl::Status status;
+    const absl::Status acted = life_->Act([&] {
+      if (machines_->source_state() == VmState::kRunning) {
+        status = absl::FailedPreconditionError("somebody resumed it after its state was saved");
+      }
+    });
+    return acted.ok() ? status : acted;
+  }
+
   absl::Status Quit(absl::Time) override {
     return monitor_->Call(life_, "source quit", [this] {
-      machines_->MoveSource({VmState::kRunning, VmState::kStopped}, VmState::kGone);
+      machines_->MoveSource({VmState::kRunning, VmState::kStopped, VmState::kLeft}, VmState::kGone);
       return absl::OkStatus();
     });
   }
+
+  absl::Status HoldStill(absl::Time) override { return HoldSourceOf(machines_, monitor_, life_); }
 
   absl::StatusOr<RunState> State(absl::Time) override {
     RunState state = RunState::kGone;
@@ -302,6 +433,7 @@ class FaultySource final : public SourceGuest {
       const VmState vm = machines_->source_state();
       state = vm == VmState::kRunning ? RunState::kRunning
               : vm == VmState::kGone  ? RunState::kGone
+              : vm == VmState::kLeft  ? RunState::kLeft
                                       : RunState::kPaused;
       return absl::OkStatus();
     });
@@ -388,14 +520,21 @@ class FaultyTarget final : public TargetGuest {
       if (machines_->MoveTarget(vm_.get(), {VmState::kLoaded}, VmState::kRunning)) {
         return absl::OkStatus();
       }
+      if (machines_->state_of(*vm_) == VmState::kRunning) {
+        machines_->LetTargetRun(vm_.get());
+        return absl::OkStatus();
+      }
       machines_->NoteToldToRun(vm_.get(), false);
       return absl::FailedPreconditionError(
           "the guest's process had ended before it was told to run");
     });
   }
 
+  bool HasRun() override { return machines_->RanUntold(*vm_); }
+
   absl::Status Discard(absl::Time) override {
     return monitor_->Call(life_, "target discard", [this] {
+      machines_->EndStrayTarget();
       machines_->MoveTarget(vm_.get(), {VmState::kWaiting, VmState::kLoaded}, VmState::kGone);
       machines_->NoteToldToRun(vm_.get(), false);
       return absl::OkStatus();
@@ -461,6 +600,7 @@ class FaultyPlace final : public TargetPlace {
     unknown_ |= guest_ != nullptr && machines_->state_of(*vm_) == VmState::kGone;
     guest_.reset();
     return life_->Act([this] {
+      machines_->EndStrayTarget();
       machines_->MoveTarget(vm_.get(), {VmState::kWaiting, VmState::kLoaded}, VmState::kGone);
     });
   }
@@ -468,6 +608,7 @@ class FaultyPlace final : public TargetPlace {
   bool TakeUnknown() override { return std::exchange(unknown_, false); }
   void Keep() override { kept_ = true; }
   std::string address() const override { return "the target's QEMU"; }
+  std::string process() const override { return "the target's QEMU"; }
 
   absl::Status NoteCopy(const CopyOwner& owner) override {
     return life_->Act([&] { machines_->SetNote(vm_.get(), owner); });
@@ -496,10 +637,11 @@ absl::Status EndOrphanOf(Machines* machines, Life* life) {
     const std::shared_ptr<Machines::TargetVm> vm = machines->target();
     if (vm == nullptr) return;
     if (machines->state_of(*vm) == VmState::kRunning) {
-      status = absl::FailedPreconditionError("the guest runs, though nobody told it to");
+      status = absl::AlreadyExistsError("the guest runs, though nobody told it to");
       return;
     }
-    machines->MoveTarget(vm.get(), {VmState::kWaiting, VmState::kLoaded}, VmState::kGone);
+    machines->MoveTarget(vm.get(), {VmState::kWaiting, VmState::kLoaded, VmState::kPaused},
+                         VmState::kGone);
   });
   return acted.ok() ? status : acted;
 }
@@ -526,7 +668,7 @@ class FaultyHost final : public TargetHost {
     if (!status.ok()) return status;
     return std::make_unique<FaultyPlace>(machines_, monitor_, life_, std::move(vm));
   }
-  absl::Status EndOrphan(const std::string&) override { return EndOrphanOf(machines_, life_); }
+  absl::Status EndOrphan(const HandoverEntry&) override { return EndOrphanOf(machines_, life_); }
 
   // As QemuTargetHost: a copy whose QEMU is certainly gone.
   std::vector<KeptPlace> TakeKept(
@@ -552,30 +694,37 @@ class FaultyHost final : public TargetHost {
 
 class FaultyRecovery final : public RecoveryHost {
  public:
-  FaultyRecovery(Machines* machines, Monitor* monitor, Life* life,
-                 std::function<absl::StatusOr<wire::Outcome>(const HandoverEntry&)> ask)
+  FaultyRecovery(Machines* machines, Monitor* monitor, Life* life, AskPeer ask)
       : machines_(machines), monitor_(monitor), life_(life), ask_(std::move(ask)) {}
 
   absl::Status ResumeSource(const HandoverEntry&) override {
     return monitor_->Call(life_, "recovery resume", [this] {
-      machines_->MoveSource({VmState::kStopped}, VmState::kRunning);
+      machines_->NoteSaving(/*saving=*/false, /*saved=*/false);
+      machines_->MoveSource({VmState::kStopped, VmState::kRunning}, VmState::kRunning);
       return absl::OkStatus();
     });
   }
   absl::Status QuitSource(const HandoverEntry&) override {
     return monitor_->Call(life_, "recovery quit", [this] {
-      if (machines_->source_state() == VmState::kRunning) {
-        return absl::FailedPreconditionError("the guest has moved, but the old one runs");
+      // Another process by now is another guest's.
+      if (!machines_->restarted()) {
+        machines_->MoveSource({VmState::kStopped, VmState::kRunning}, VmState::kGone);
       }
-      machines_->MoveSource({VmState::kStopped}, VmState::kGone);
       return absl::OkStatus();
     });
   }
-  absl::StatusOr<wire::Outcome> AskTarget(const HandoverEntry& entry) override {
-    return ask_(entry);
+  absl::Status HoldSource(const HandoverEntry&) override {
+    return HoldSourceOf(machines_, monitor_, life_);
   }
-  absl::Status EndOrphan(const std::string&) override { return EndOrphanOf(machines_, life_); }
-  absl::Status RunOrphan(const std::string&) override {
+  absl::StatusOr<wire::Outcome> AskTarget(const HandoverEntry& entry, bool end_it) override {
+    return ask_(entry, end_it);
+  }
+  absl::Status EndOrphan(const HandoverEntry&) override { return EndOrphanOf(machines_, life_); }
+  bool OrphanLives(const HandoverEntry&) override {
+    const std::shared_ptr<Machines::TargetVm> vm = machines_->target();
+    return vm != nullptr && machines_->state_of(*vm) != VmState::kGone;
+  }
+  absl::Status RunOrphan(const HandoverEntry&) override {
     absl::Status status;
     const absl::Status acted = life_->Act([&] {
       const std::shared_ptr<Machines::TargetVm> vm = machines_->target();
@@ -585,7 +734,8 @@ class FaultyRecovery final : public RecoveryHost {
       } else if (state == VmState::kWaiting) {
         status = absl::FailedPreconditionError("it was told to run, but its state is not loaded");
       } else {
-        machines_->MoveTarget(vm.get(), {VmState::kLoaded}, VmState::kRunning);
+        machines_->MoveTarget(vm.get(), {VmState::kLoaded, VmState::kPaused}, VmState::kRunning);
+        machines_->LetTargetRun(vm.get());
       }
     });
     return acted.ok() ? status : acted;
@@ -595,7 +745,7 @@ class FaultyRecovery final : public RecoveryHost {
   Machines* const machines_;
   Monitor* const monitor_;
   Life* const life_;
-  const std::function<absl::StatusOr<wire::Outcome>(const HandoverEntry&)> ask_;
+  const AskPeer ask_;
 };
 
 }  // namespace
@@ -613,9 +763,8 @@ std::unique_ptr<TargetHost> MakeTargetHost(Machines* machines, Monitor* monitor,
   return std::make_unique<FaultyHost>(machines, monitor, life, no_room);
 }
 
-std::unique_ptr<RecoveryHost> MakeRecoveryHost(
-    Machines* machines, Monitor* monitor, Life* life,
-    std::function<absl::StatusOr<wire::Outcome>(const HandoverEntry&)> ask) {
+std::unique_ptr<RecoveryHost> MakeRecoveryHost(Machines* machines, Monitor* monitor, Life* life,
+                                               AskPeer ask) {
   return std::make_unique<FaultyRecovery>(machines, monitor, life, std::move(ask));
 }
 

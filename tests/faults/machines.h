@@ -31,6 +31,8 @@ enum class VmState {
   kLoaded,   // paused, could run
   kRunning,
   kStopped,  // by a handover, at the source
+  kPaused,   // by its operator, at the target
+  kLeft,     // moved away from the source by QEMU's own migration
   kGone,
 };
 
@@ -41,6 +43,8 @@ class Machines {
 
   // The guest writes some pages where it runs, and notes what they hold.
   void GuestWrites(bool at_source, int pages);
+
+  struct TargetVm;
 
   // From outside. -----------------------------------------------------------------------------
   int running() const ABSL_LOCKS_EXCLUDED(mutex_);
@@ -59,6 +63,29 @@ class Machines {
   void NoteTargetCrashed() ABSL_LOCKS_EXCLUDED(mutex_);
   std::string Describe() const ABSL_LOCKS_EXCLUDED(mutex_);
 
+  // What people and services do, with QEMU's own commands; false: it is in no state for that. ---
+  // `cont` at a source whose state is saved, and at the QEMU that waits with its state loaded: a
+  // guest that then runs does so by hand, until presync lets it, or ends it.
+  bool ContSource() ABSL_LOCKS_EXCLUDED(mutex_);
+  bool ContTarget() ABSL_LOCKS_EXCLUDED(mutex_);
+  bool PauseTarget() ABSL_LOCKS_EXCLUDED(mutex_);
+  void ContPaused() ABSL_LOCKS_EXCLUDED(mutex_);
+  // QEMU's own migration, to a third host.
+  bool MigrateAway() ABSL_LOCKS_EXCLUDED(mutex_);
+  // A service that starts the guest's QEMU when it has ended.
+  bool StartSourceAgain() ABSL_LOCKS_EXCLUDED(mutex_);
+  // A person ends the guest that somebody ran at the target although it runs at the source.
+  void EndStrayTarget() ABSL_LOCKS_EXCLUDED(mutex_);
+  // From now on two may run, or none, because a person insisted.
+  void NoteForced() { forced_ = true; }
+  void LetTargetRun(TargetVm* vm) ABSL_LOCKS_EXCLUDED(mutex_);
+  bool forced() const { return forced_; }
+  bool two_by_force() const { return two_by_force_; }
+  bool by_hand() const { return by_hand_source_ || by_hand_target_; }
+  bool restarted() const { return restarted_; }
+  bool elsewhere() const { return elsewhere_; }
+  bool target_lives() const ABSL_LOCKS_EXCLUDED(mutex_);
+
   // As presyncd sees them. --------------------------------------------------------------------
   ModelMemory& source_memory() { return source_memory_; }
   VmState source_state() const ABSL_LOCKS_EXCLUDED(mutex_);
@@ -72,6 +99,7 @@ class Machines {
     ModelMemory memory;
     VmState state = VmState::kGone;  // guarded by the machines' mutex
     bool told = false;               // it was run, or had the order to
+    bool untold = false;             // somebody ran it before that
     std::optional<CopyOwner> note;   // durable; guarded by the machines' mutex
   };
   void SetNote(TargetVm* vm, std::optional<CopyOwner> note) ABSL_LOCKS_EXCLUDED(mutex_);
@@ -84,6 +112,8 @@ class Machines {
       ABSL_LOCKS_EXCLUDED(mutex_);
   // The order to run comes: a QEMU that is killed from now on was the guest. False: it was refused.
   void NoteToldToRun(TargetVm* vm, bool told) ABSL_LOCKS_EXCLUDED(mutex_);
+  bool RanUntold(const TargetVm& vm) const ABSL_LOCKS_EXCLUDED(mutex_);
+  void NoteSaving(bool saving, bool saved) ABSL_LOCKS_EXCLUDED(mutex_);
 
  private:
   void Look() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -97,6 +127,14 @@ class Machines {
   std::vector<std::shared_ptr<TargetVm>> all_targets_ ABSL_GUARDED_BY(mutex_);
   std::atomic<bool> ever_two_ = false;
   std::atomic<bool> guest_killed_ = false;
+  bool saving_ ABSL_GUARDED_BY(mutex_) = false;  // presync's settings are on at the source
+  bool saved_ ABSL_GUARDED_BY(mutex_) = false;   // and its state is saved: QEMU takes `cont`
+  std::atomic<bool> by_hand_source_ = false;
+  std::atomic<bool> by_hand_target_ = false;
+  std::atomic<bool> forced_ = false;
+  std::atomic<bool> two_by_force_ = false;
+  std::atomic<bool> restarted_ = false;
+  std::atomic<bool> elsewhere_ = false;
 };
 
 inline const std::vector<PageCount> kFaultRegions = {160, 96};
@@ -125,9 +163,12 @@ std::unique_ptr<DirtyLog> MakeSourceLog(Machines* machines, Life* life);
 std::unique_ptr<TargetHost> MakeTargetHost(Machines* machines, Monitor* monitor, Life* life,
                                            const std::atomic<bool>* no_room);
 
-// Recovery at either host; `ask` is how the source asks the target.
-std::unique_ptr<RecoveryHost> MakeRecoveryHost(
-    Machines* machines, Monitor* monitor, Life* life,
-    std::function<absl::StatusOr<wire::Outcome>(const HandoverEntry&)> ask);
+// How the source asks the target: RecoveryHost::AskTarget.
+using AskPeer =
+    std::function<absl::StatusOr<wire::Outcome>(const HandoverEntry& entry, bool end_it)>;
+
+// Recovery at either host; `ask` is null at a target.
+std::unique_ptr<RecoveryHost> MakeRecoveryHost(Machines* machines, Monitor* monitor, Life* life,
+                                               AskPeer ask);
 
 }  // namespace presync

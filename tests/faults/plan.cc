@@ -9,7 +9,7 @@
 namespace presync {
 namespace {
 
-constexpr std::array<std::pair<Fault, const char*>, 25> kNames = {{
+constexpr std::array<std::pair<Fault, const char*>, 33> kNames = {{
     {Fault::kNone, "none"},
     {Fault::kCrashSource, "crash source presyncd"},
     {Fault::kCrashTarget, "crash target presyncd"},
@@ -35,6 +35,14 @@ constexpr std::array<std::pair<Fault, const char*>, 25> kNames = {{
     {Fault::kTargetMonitorErrs, "target QMP errs"},
     {Fault::kTargetMonitorCloses, "target QMP closes"},
     {Fault::kTargetMonitorStalls, "target QMP stalls"},
+    {Fault::kContSource, "cont at the source"},
+    {Fault::kContTarget, "cont at the waiting QEMU"},
+    {Fault::kPauseTarget, "pause at the target"},
+    {Fault::kQuitTarget, "quit at the target"},
+    {Fault::kMigrateAway, "QEMU's own migration"},
+    {Fault::kService, "a service restarts QEMU"},
+    {Fault::kSettleRight, "settle, right"},
+    {Fault::kSettleWrong, "settle, wrong, with --force"},
 }};
 
 // The protocol's messages from the sync to the end, and the calls that reach the guests.
@@ -87,8 +95,21 @@ Strike DrawStrike(Fault fault, std::mt19937_64* random) {
 const std::vector<Fault>& AllFaults() {
   static const std::vector<Fault>* const all = [] {
     auto* faults = new std::vector<Fault>;
-    for (const auto& [fault, name] : kNames) faults->push_back(fault);
+    for (const auto& [fault, name] : kNames) {
+      if (fault < Fault::kContSource) faults->push_back(fault);
+    }
     return faults;
+  }();
+  return *all;
+}
+
+const std::vector<Fault>& AllActors() {
+  static const std::vector<Fault>* const all = [] {
+    auto* actors = new std::vector<Fault>;
+    for (const auto& [fault, name] : kNames) {
+      if (fault >= Fault::kContSource) actors->push_back(fault);
+    }
+    return actors;
   }();
   return *all;
 }
@@ -100,7 +121,26 @@ const char* FaultName(Fault fault) {
   return "?";
 }
 
-Plan DrawPlan(uint64_t campaign_seed, uint64_t run) {
+// Where it matters what somebody does: from the moment on that the guest's state is saved.
+Strike DrawActor(Fault actor, std::mt19937_64* random) {
+  static const std::vector<std::string> steps = {
+      "source finish-save",  "load",       "loaded",     "run", "running",
+      "target await-loaded", "target run", "source quit"};
+  auto& rng = *random;
+  Strike strike = {.fault = actor, .step = "", .before = rng() % 2 == 0};
+  if (actor == Fault::kService) {
+    strike.in_sync = true;
+  } else if (rng() % 4 != 0 && actor != Fault::kMigrateAway) {
+    strike.step = steps[rng() % steps.size()];
+  } else {
+    strike.in_sync = rng() % 3 == 0;
+    strike.at = absl::Microseconds(rng() % 40'000);
+  }
+  strike.lasts = absl::Milliseconds(rng() % 200);  // until a person has typed
+  return strike;
+}
+
+Plan DrawPlan(uint64_t campaign_seed, uint64_t run, bool actors) {
   std::seed_seq mixed = {campaign_seed, campaign_seed >> 32, run, run >> 32};
   std::mt19937_64 rng(mixed);
   Plan plan = {.seed = rng(), .strikes = {}, .verify = rng() % 2 == 0};
@@ -108,6 +148,11 @@ Plan DrawPlan(uint64_t campaign_seed, uint64_t run) {
   if (rng() % 4 == 0 && plan.strikes[0].fault != Fault::kNone) {
     plan.strikes.push_back(DrawStrike(AllFaults()[1 + rng() % (AllFaults().size() - 1)], &rng));
   }
+  if (!actors) return plan;
+  const std::vector<Fault>& all = AllActors();
+  plan.strikes.insert(plan.strikes.begin(),
+                      DrawActor(all[run / AllFaults().size() % all.size()], &rng));
+  if (rng() % 2 == 0) plan.strikes.push_back(DrawActor(all[rng() % all.size()], &rng));
   return plan;
 }
 

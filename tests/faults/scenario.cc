@@ -22,6 +22,7 @@
 #include "tests/faults/side.h"
 #include "transport/clock.h"
 #include "transport/mutex.h"
+#include "transport/sync/departures.h"
 #include "transport/sync/recovery.h"
 #include "transport/sync/source_session.h"
 #include "transport/sync/target_service.h"
@@ -70,6 +71,9 @@ class Scenario {
   void StrikeAtMoments(bool in_sync, absl::Time begin);
   void Hit(size_t index);
   void Later(absl::Duration after, std::function<void()> what);
+  void Settle(bool wrong);
+  void ServiceLooks();
+  void PersonLooks();
   void Heal();
 
   bool RestartCrashed();
@@ -90,7 +94,9 @@ class Scenario {
   std::vector<std::unique_ptr<Life>> past_lives_;
   Network network_;
   std::atomic<bool> no_room_ = false;
-  std::array<std::atomic<bool>, 4> hit_ = {};
+  std::atomic<bool> service_ = false;
+  std::shared_mutex source_mutex_;  // a person's word is whole before the source's presyncd ends
+  std::array<std::atomic<bool>, 8> hit_ = {};
   std::shared_mutex strike_mutex_;   // a strike is whole before healing begins
   std::atomic<bool> armed_ = false;  // faults may come
   std::atomic<bool> healed_ = false;
@@ -178,9 +184,10 @@ void Scenario::EndTarget() {
 void Scenario::StartSource(const std::string& folder) {
   source_.life = std::make_unique<Life>(folder);
   Life* const life = source_.life.get();
-  const auto ask = [this, life](const HandoverEntry& entry) {
+  const auto ask = [this, life](const HandoverEntry& entry, bool end_it) {
     const std::unique_ptr<Dialer> dialer = network_.MakeDialer(life);
-    return AskOutcome(dialer.get(), entry.session, entry.guest, MonotonicNow() + kSwitchover);
+    return AskOutcome(dialer.get(), entry.session, entry.guest, end_it,
+                      MonotonicNow() + kSwitchover);
   };
   source_.recovery_host = MakeRecoveryHost(&machines_, &source_monitor_, life, ask);
   source_.recovery = std::make_unique<Recovery>(
@@ -190,6 +197,7 @@ void Scenario::StartSource(const std::string& folder) {
 }
 
 void Scenario::EndSource() {
+  std::unique_lock lock(source_mutex_);
   if (source_.life == nullptr) return;
   source_.session.reset();
   source_.recovery.reset();
@@ -210,7 +218,10 @@ GuestMemory Scenario::MapMemory() {
 }
 
 absl::Status Scenario::StartSession() {
-  source_.session.reset();
+  {
+    std::unique_lock lock(source_mutex_);
+    source_.session.reset();
+  }
   Life* const life = source_.life.get();
   SourceSessionOptions options;
   options.guest = "g1";
@@ -226,6 +237,7 @@ absl::Status Scenario::StartSession() {
   auto session = SourceSession::Start(options, network_.MakeDialer(life), MapMemory(),
                                       MakeSourceLog(&machines_, life),
                                       MakeSourceGuest(&machines_, &source_monitor_, life));
+  std::unique_lock lock(source_mutex_);
   if (session.ok()) source_.session = *std::move(session);
   return session.status();
 }
@@ -339,9 +351,69 @@ void Scenario::Hit(size_t index) {
       return target_monitor_.Break(MonitorFault::kClosed);
     case Fault::kTargetMonitorStalls:
       return target_monitor_.Break(MonitorFault::kSlow);
+    case Fault::kContSource:
+      hit_[index] = machines_.ContSource();
+      return;
+    case Fault::kContTarget:
+      hit_[index] = machines_.ContTarget();
+      return;
+    case Fault::kPauseTarget:
+      hit_[index] = machines_.PauseTarget();
+      return;
+    case Fault::kQuitTarget:
+      return machines_.KillTarget();
+    case Fault::kMigrateAway:
+      hit_[index] = machines_.MigrateAway();
+      return;
+    case Fault::kService:
+      service_ = true;
+      return;
+    case Fault::kSettleRight:
+    case Fault::kSettleWrong:
+      // Whoever is at this step may have to answer the person.
+      return Later(strike.lasts,
+                   [this, wrong = strike.fault == Fault::kSettleWrong] { Settle(wrong); });
     default:
       return;
   }
+}
+
+// A person looks at both hosts, and types what they saw; or the opposite, and insists.
+void Scenario::Settle(bool wrong) {
+  // Who types looks first whether anything is open; most often nothing is.
+  for (int i = 0; i < 100 && !healed_; ++i) {
+    {
+      std::shared_lock lock(source_mutex_);
+      if (source_.session != nullptr && source_.session->status().state == SessionState::kInDoubt) {
+        break;
+      }
+    }
+    absl::SleepFor(absl::Milliseconds(5));
+  }
+  std::shared_lock lock(source_mutex_);
+  if (source_.life == nullptr || source_.life->crashed()) return;
+  const bool there = machines_.target_runs();
+  if (!there && !wrong && machines_.target_lives()) return;  // nobody can be certain
+  const Word word = {.decision = there != wrong ? Decision::kRunsThere : Decision::kRunsHere,
+                     .force = wrong};
+  const bool live = source_.session != nullptr && !IsOver(source_.session->status().state);
+  if (live && source_.session->status().state != SessionState::kInDoubt) return;
+  if (wrong) machines_.NoteForced();
+  if (live) {
+    source_.session->Decide(word).status().IgnoreError();
+  } else {
+    source_.recovery->Decide("g1", word, [](const std::string&) { return false; })
+        .status()
+        .IgnoreError();
+  }
+}
+
+// What a unit with Restart=always does, and its ExecCondition=.
+void Scenario::ServiceLooks() {
+  if (!service_ || machines_.source_state() != VmState::kGone) return;
+  const std::string folder =
+      source_.life->crashed() ? source_durable_ : source_.life->record_folder();
+  if (CheckMayStart(folder, "g1").ok()) machines_.StartSourceAgain();
 }
 
 // Nothing is broken any more; what is under way may still be late.
@@ -365,6 +437,7 @@ void Scenario::Heal() {
   target_monitor_.Break(MonitorFault::kNone);
   source_.life->Continue();
   target_.life->Continue();
+  machines_.ContPaused();  // who paused it goes on with it
 }
 
 // The run. ----------------------------------------------------------------------------------------
@@ -394,6 +467,9 @@ bool Scenario::AwaitSettled() {
       }
       return false;
     });
+    source_.recovery->HoldGivenUp([&](const std::string&) { return live; });
+    ServiceLooks();
+    PersonLooks();
     what.clear();
     if (live) {
       const SessionStatus status = source_.session->status();
@@ -405,23 +481,53 @@ bool Scenario::AwaitSettled() {
     for (const Recovery* recovery : {source_.recovery.get(), target_.recovery.get()}) {
       for (const OpenMatter& matter : recovery->open()) {
         // A guest whose QEMU was killed is a person's matter, and status says so.
-        if (!(machines_.guest_killed() && matter.for_a_person)) what = MatterText(matter);
+        const bool persons =
+            machines_.guest_killed() || machines_.forced() || machines_.restarted();
+        if (!(persons && matter.for_a_person)) what = MatterText(matter);
       }
     }
+    // What a person made so presync, or the person, ends in a moment.
+    if (machines_.running() > 1 && machines_.by_hand()) what = "two run by hand";
     if (what.empty()) return true;
     absl::SleepFor(absl::Milliseconds(3));
   }
-  outcome_.restart_failed = true;
+  outcome_.restart_failed = machines_.running() <= 1;  // two that last are judged as such
   Wrong(absl::StrCat("not settled: ", what));
   return false;
 }
 
+// Somebody ran the guest that waited at the target. As docs/reliability.md has it: where it runs at
+// its source, too, that one is ended; else it is said to be the one.
+void Scenario::PersonLooks() {
+  for (const OpenMatter& matter : target_.recovery->open()) {
+    if (!matter.for_a_person || !machines_.by_hand()) continue;
+    const bool given_up = !CheckMayStart(source_.life->record_folder(), "g1").ok();
+    if (machines_.source_runs() || !given_up) {
+      machines_.EndStrayTarget();
+      continue;
+    }
+    const absl::Status said =
+        target_.recovery
+            ->Decide("g1", {.decision = Decision::kRan}, [](const std::string&) { return false; })
+            .status();
+    if (said.ok() && machines_.target() != nullptr)
+      machines_.LetTargetRun(machines_.target().get());
+  }
+}
+
 void Scenario::Judge(const char* when) {
+  outcome_.doubled_by_force = outcome_.doubled_by_force || machines_.two_by_force();
+  if (machines_.running() > 1 && !machines_.forced() && !machines_.ever_two()) {
+    outcome_.doubled_unnoticed = true;
+    Wrong(absl::StrCat(when, ": two guests run, and nobody knows: ", machines_.Describe()));
+  }
   if (machines_.ever_two()) {
     outcome_.doubled = true;
     Wrong(absl::StrCat(when, ": two guests ran"));
   }
-  if (machines_.running() == 0 && !machines_.guest_killed()) {
+  if (machines_.running() == 0 && !machines_.guest_killed() && machines_.forced()) {
+    outcome_.lost_by_force = true;
+  } else if (machines_.running() == 0 && !machines_.guest_killed()) {
     outcome_.lost = true;
     Wrong(absl::StrCat(when, ": no guest runs: ", machines_.Describe()));
   }
@@ -486,10 +592,13 @@ Outcome Scenario::Run() {
   RestartCrashed();
   if (AwaitSettled()) {
     Judge("after the fault");
-    outcome_.what = machines_.target_runs()   ? "moved"
+    outcome_.what = machines_.elsewhere()     ? "moved elsewhere"
+                    : machines_.restarted()   ? "started again"
+                    : machines_.target_runs() ? "moved"
                     : machines_.source_runs() ? "stayed"
                                               : "guest killed";
-    if (outcome_.ok() && machines_.source_runs()) MoveOnce();
+    const bool usual = !machines_.restarted() && !machines_.elsewhere() && !machines_.forced();
+    if (outcome_.ok() && usual && machines_.source_runs()) MoveOnce();
   } else {
     Judge("not settled");
   }

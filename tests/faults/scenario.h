@@ -35,8 +35,18 @@ enum class Fault {
   kTargetMonitorErrs,
   kTargetMonitorCloses,
   kTargetMonitorStalls,
+  // What people and services do beside presync: only with actors.
+  kContSource,
+  kContTarget,
+  kPauseTarget,
+  kQuitTarget,
+  kMigrateAway,
+  kService,  // starts the source's QEMU again whenever it has ended, if presync may-start lets it
+  kSettleRight,
+  kSettleWrong,  // with --force
 };
 const std::vector<Fault>& AllFaults();
+const std::vector<Fault>& AllActors();
 const char* FaultName(Fault fault);
 
 // When: around a step (a control message's name, or "source stop", "target run", ...), or at a
@@ -56,8 +66,9 @@ struct Plan {
   bool verify = false;
 };
 
-// Everything in a plan follows from its seed; runs take the faults in turn.
-Plan DrawPlan(uint64_t campaign_seed, uint64_t run);
+// Everything in a plan follows from its seed; runs take the faults in turn, and with `actors`
+// those, too: one of them is then the run's, and now and then there is another.
+Plan DrawPlan(uint64_t campaign_seed, uint64_t run, bool actors);
 std::string PlanText(const Plan& plan);
 // "before run", "in the sync", ...: without the moment's time.
 std::string Where(const Strike& strike);
@@ -68,9 +79,14 @@ struct Outcome {
   bool doubled = false;
   uint64_t pages_differing = 0;
   bool restart_failed = false;
-  bool struck = false;  // the first fault came to pass
-  std::string text;     // what is wrong
-  bool ok() const { return !lost && !doubled && pages_differing == 0 && !restart_failed; }
+  bool doubled_by_force = false;   // two ran because a person insisted: no violation
+  bool lost_by_force = false;      // likewise none
+  bool doubled_unnoticed = false;  // two run, and no status says so
+  bool struck = false;             // the first fault came to pass
+  std::string text;                // what is wrong
+  bool ok() const {
+    return !lost && !doubled && !doubled_unnoticed && pages_differing == 0 && !restart_failed;
+  }
 };
 
 // Runs it to the end: faults, healing, restarts, recovery, and a launch without faults afterwards.

@@ -167,7 +167,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const GuestMemory* const memory = &TheMemories().source.memory();
   const absl::Time deadline = MonotonicNow() + absl::Milliseconds(500);
   if ((flags & 32) != 0) {
-    AskOutcome(&target, request.session, request.guest, deadline).IgnoreError();
+    AskOutcome(&target, request.session, request.guest, /*end_it=*/false, deadline).IgnoreError();
     return 0;
   }
   absl::StatusOr<SourceConnection> connection = ConnectSource(&target, memory, request, deadline);

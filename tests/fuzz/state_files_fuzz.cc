@@ -122,7 +122,7 @@ void TryGuestNote(std::string_view bytes) {
   if (!notes.empty()) {
     FUZZ_REQUIRE(notes[0].path == path && notes[0].pid > 0);
     (void)IsAlive(notes[0]);
-    WriteGuestNote(notes[0]);
+    FUZZ_REQUIRE(WriteGuestNote(notes[0]).ok());
     const std::vector<GuestNote> again = ReadGuestNotes(fuzz::ScratchFolder());
     FUZZ_REQUIRE(again.size() == 1 && again[0].pid == notes[0].pid);
     FUZZ_REQUIRE(again[0].qmp == notes[0].qmp && again[0].files == notes[0].files);

@@ -81,7 +81,7 @@ class FuzzHost final : public TargetHost {
     ++places_;
     return std::make_unique<Place>(this);
   }
-  absl::Status EndOrphan(const std::string&) override {
+  absl::Status EndOrphan(const HandoverEntry&) override {
     return fate_->Fails(8) ? absl::UnavailableError("not certain") : absl::OkStatus();
   }
 
@@ -112,6 +112,7 @@ class FuzzHost final : public TargetHost {
     }
     void Keep() override { fate_->kept = true; }
     std::string address() const override { return "fuzz"; }
+    std::string process() const override { return "fuzz"; }
 
    private:
     FuzzHost* const host_;
@@ -226,7 +227,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const auto records = HandoverRecord::ReadAll(fuzz::ScratchFolder(), &unreadable);
   FUZZ_REQUIRE(unreadable.empty());
   for (const HandoverEntry& record : records) {
-    const wire::Outcome outcome = target->service->Outcome(record.session, record.guest, "");
+    const wire::Outcome outcome =
+        target->service->Outcome(record.session, record.guest, "", /*end_it=*/false);
     if (fate.may_run) FUZZ_REQUIRE(outcome.value() != wire::Outcome::NEVER_RAN);
   }
   FUZZ_REQUIRE(!fate.may_run || (fate.kept && !records.empty()));

@@ -55,7 +55,8 @@ void FakeQmpConnection::Refuse(const Json& command, const std::string& text) {
 
 void FakeQmpConnection::Greet() {
   Send(kGreeting);
-  Reply(ReadCommand(), Json::object());
+  const Json command = ReadCommand();
+  if (!command.is_null()) Reply(command, Json::object());  // or it only looked who listens
 }
 
 void FakeQmpConnection::AwaitHangUp() {
@@ -63,7 +64,7 @@ void FakeQmpConnection::AwaitHangUp() {
   }
 }
 
-FakeQmpServer::FakeQmpServer(Script script) {
+FakeQmpServer::FakeQmpServer(Script script, int connections) {
   char folder[] = "/tmp/presync-fake-qmp-XXXXXX";
   if (::mkdtemp(folder) == nullptr) std::abort();
   folder_ = folder;
@@ -73,14 +74,16 @@ FakeQmpServer::FakeQmpServer(Script script) {
   address.sun_family = AF_UNIX;
   std::memcpy(address.sun_path, path_.data(), path_.size());
   if (::bind(listener_.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)) != 0 ||
-      ::listen(listener_.get(), 1) != 0) {
+      ::listen(listener_.get(), 8) != 0) {
     std::abort();
   }
-  thread_ = std::thread([this, script = std::move(script)] {
-    UniqueFd socket(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC));
-    if (!socket.valid()) return;
-    FakeQmpConnection connection(std::move(socket));
-    script(connection);
+  thread_ = std::thread([this, connections, script = std::move(script)] {
+    for (int i = 0; i < connections; ++i) {
+      UniqueFd socket(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC));
+      if (!socket.valid()) return;
+      FakeQmpConnection connection(std::move(socket));
+      script(connection);
+    }
   });
 }
 

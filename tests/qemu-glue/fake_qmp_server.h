@@ -38,12 +38,13 @@ class FakeQmpConnection {
   std::string received_;
 };
 
-// Listens at `path()` and runs the script for the first connection, in a thread of its own.
+// Listens at `path()` and runs the script for the first connections, one after another, in a thread
+// of its own.
 class FakeQmpServer {
  public:
   using Script = std::function<void(FakeQmpConnection&)>;
 
-  explicit FakeQmpServer(Script script);
+  explicit FakeQmpServer(Script script, int connections = 1);
   ~FakeQmpServer();  // joins the thread: the client must have hung up, or the script have ended
 
   const std::string& path() const { return path_; }

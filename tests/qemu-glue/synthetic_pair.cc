@@ -77,6 +77,14 @@ absl::Status SyntheticSourceGuest::Resume(absl::Time) {
   return absl::OkStatus();
 }
 
+absl::Status SyntheticSourceGuest::StandsStill(absl::Time) {
+  return running_ ? absl::FailedPreconditionError("it runs") : absl::OkStatus();
+}
+
+absl::Status SyntheticSourceGuest::HoldStill(absl::Time) {
+  return running_ ? absl::AbortedError("it runs") : absl::OkStatus();
+}
+
 absl::StatusOr<RunState> SyntheticSourceGuest::State(absl::Time) {
   return running_ ? RunState::kRunning : RunState::kPaused;
 }
@@ -131,6 +139,7 @@ class SyntheticHost::Place final : public TargetPlace {
   }
   void Keep() override {}
   std::string address() const override { return "synthetic"; }
+  std::string process() const override { return "synthetic"; }
 
  private:
   SyntheticHost* const host_;

@@ -38,6 +38,8 @@ class SyntheticSourceGuest final : public SourceGuest {
   // Not killed, so that a test can look at its memory.
   absl::Status Quit(absl::Time) override { return absl::OkStatus(); }
   absl::StatusOr<RunState> State(absl::Time deadline) override;
+  absl::Status StandsStill(absl::Time deadline) override;
+  absl::Status HoldStill(absl::Time deadline) override;
 
  private:
   SyntheticGuest* const guest_;
@@ -54,7 +56,7 @@ class SyntheticHost final : public TargetHost {
 
   absl::StatusOr<std::unique_ptr<TargetPlace>> MakePlace(
       const std::string& guest, const std::vector<RegionRequest>& regions) override;
-  absl::Status EndOrphan(const std::string&) override { return absl::OkStatus(); }
+  absl::Status EndOrphan(const HandoverEntry&) override { return absl::OkStatus(); }
 
   // After a handover.
   bool runs() const { return runs_; }

@@ -21,6 +21,7 @@
 
 #include "tests/qemu-glue/fake_qmp_server.h"
 #include "tools/common/local_api.h"
+#include "transport/sync/departures.h"
 
 namespace presync {
 namespace {
@@ -260,6 +261,39 @@ TEST_F(DaemonTest, AGuestThatStandsAsAHandoverLeavesItIsNotSynced) {
   EXPECT_TRUE(AwaitProblem("g1", "postmigrate"));
   EXPECT_EQ(Guest("g1")["state"], "connecting");
   EXPECT_TRUE(Noted("g1"));
+  server.reset();
+}
+
+// Restart=always around the source's QEMU: every move that succeeded left two, and nothing was
+// open.
+TEST_F(DaemonTest, AQemuThatComesUpWhereAGuestLeftIsHeldStill) {
+  std::string run_state = "running";
+  auto server = std::make_unique<FakeQmpServer>(
+      AnswerEach([&](const std::string& command, const Json&) -> Json {
+        if (command != "stop") return Describe(run_state, command);
+        run_state = "paused";
+        return Json::object();
+      }),
+      2);  // a look whether anybody listens, and a talk
+  const HandoverEntry left = {.guest = "g1",
+                              .session = RandomId(),
+                              .peer = "b:7350",
+                              .detail = server->path(),
+                              .process = "1 1 an earlier boot"};
+  ASSERT_TRUE(NoteDeparture(folder_ + "/state", left).ok());
+  Start();
+  std::string open;
+  for (int i = 0; i < 20'000 && open.find("held still") == std::string::npos; ++i) {
+    open = Ask("status", "g1")["open"].dump();
+    absl::SleepFor(absl::Milliseconds(1));
+  }
+  EXPECT_THAT(open, HasSubstr("held still"));
+  EXPECT_THAT(open, HasSubstr("presync may-start g1 --clear"));
+  EXPECT_EQ(run_state, "paused");
+  const nlohmann::json started = daemon_->Handle(
+      {{"command", "start"}, {"name", "g1"}, {"qmp", "/nowhere.qmp"}, {"to", "127.0.0.1:9"}});
+  EXPECT_THAT(TextOr(started, "error", ""), HasSubstr("must not be started here"));
+  Stop();
   server.reset();
 }
 

@@ -74,6 +74,7 @@ class BenchTargetHost::Place final : public TargetPlace {
   absl::Status EndWaiting() override { return absl::OkStatus(); }
   void Keep() override {}
   std::string address() const override { return "no guest: a benchmark"; }
+  std::string process() const override { return ""; }
 
  private:
   BenchTargetHost* const host_;

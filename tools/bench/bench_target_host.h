@@ -23,7 +23,7 @@ class BenchTargetHost final : public TargetHost {
   // RESOURCE_EXHAUSTED: more than `max_bytes`, or than the host has.
   absl::StatusOr<std::unique_ptr<TargetPlace>> MakePlace(
       const std::string& guest, const std::vector<RegionRequest>& regions) override;
-  absl::Status EndOrphan(const std::string&) override { return absl::OkStatus(); }
+  absl::Status EndOrphan(const HandoverEntry&) override { return absl::OkStatus(); }
 
   // How many places have come to their end.
   uint64_t places_ended() const ABSL_LOCKS_EXCLUDED(mutex_);

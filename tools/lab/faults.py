@@ -10,6 +10,7 @@ import time
 
 from . import presync as _presync
 from .pair import NAME, Violation, alive
+from .qmp import Qmp, QmpError
 from .proxies import damage
 
 # Where a fault may come: when this control message is about to pass, or after some time.
@@ -50,6 +51,11 @@ FAULTS = {
     "target full": 0,
     "QMP stalls": 4, "QMP answers an error": 0, "QMP closes": 0,
 }
+# What people and services do beside presync (--actors): each at a step of the handover, half of them with a presyncd
+# killed at the same moment, so that the guest's fate is open for a while.
+ACTORS = {"cont at the source": 0, "cont at the waiting QEMU": 0, "pause at the target": 0, "quit at the target": 0,
+          "QEMU's own migration": 0, "a service asks may-start": 0, "settle right": 0, "settle wrong": 0,
+          "settle wrong with --force": 0}
 _AT_STEPS_ONLY = ("control truncated", "control duplicated", "control corrupted", "control delayed")
 _NOT_AT_STEPS = ("target full", "QMP stalls", "QMP answers an error", "QMP closes", "none")
 
@@ -57,10 +63,12 @@ _NOT_AT_STEPS = ("target full", "QMP stalls", "QMP answers an error", "QMP close
 def draw(rng, number, faults):
     """The plan of run `number`: every fault in turn, so that all come equally often."""
     fault = faults[number % len(faults)]
-    longest = FAULTS[fault]
+    longest = {**FAULTS, **ACTORS}[fault]
     steps = list(STEPS)
     if fault not in _AT_STEPS_ONLY:
         steps += [WHERE_LAUNCH] * 3 + [WHERE_SYNC]
+    if fault in ACTORS:
+        steps = ["loaded", "run", "run", "running", "running"] if fault != "QEMU's own migration" else [WHERE_SYNC]
     where = rng.choice([WHERE_LAUNCH, WHERE_SYNC] if fault in _NOT_AT_STEPS else steps)
     if fault == "target full":
         where = rng.choice((WHERE_SYNC, "before-start"))
@@ -88,6 +96,9 @@ class Run:
         self._striking = threading.Lock()  # a strike is whole before healing begins
         self.report = None
         self.decided_by_hand = False  # presync left it to a person
+        self.forced = False  # a person insisted although presync said otherwise
+        self.paused = None  # the monitor of a guest that its operator paused
+        self.moved_away = None  # the monitor of one that was moved by QEMU's own migration
 
     def __call__(self):
         """The outcome: "moved", "stayed", "guest killed".  Raises Violation."""
@@ -111,7 +122,10 @@ class Run:
         pair.heal()
         with contextlib.suppress(OSError):
             launch.wait(60)
-        side = pair.decide(self.guest_killed)
+        self._actors_end()
+        side = pair.decide(self.guest_killed, forced=self.forced)
+        if self.plan.fault == "a service asks may-start" and side is not None:
+            self._service_asks(source, side)
         self.decided_by_hand = pair.decided_by_hand
         if side is None:
             return "guest killed"
@@ -237,7 +251,9 @@ class Run:
     def _hit(self):
         what, _, whom = self.plan.fault.partition(" ")
         pair = self.pair
-        if what in ("kill", "stop", "end"):
+        if self.plan.fault in ACTORS:
+            self._act()
+        elif what in ("kill", "stop", "end"):
             self._signal(what, whom)
         elif self.plan.fault == "connections reset":
             pair.proxies[pair.here].reset_all()
@@ -252,6 +268,79 @@ class Run:
             self._ends(pair.two.link_up)
         elif self.plan.fault == "link flaps":
             self._ends(pair.two.link_up, flap=True)
+
+    def _act(self):
+        pair, plan = self.pair, self.plan
+        if plan.seed % 2 and plan.fault not in ("QEMU's own migration", "quit at the target"):
+            self._signal("kill", ("source", "target")[plan.seed // 2 % 2] + " presyncd")
+        source, target = pair.qemu_on(pair.here), pair.qemu_on(pair.there)
+
+        def told(qemu, command, **arguments):
+            with contextlib.suppress(QmpError, OSError, AttributeError), Qmp(qemu.watch, 5) as qmp:
+                return qmp.execute(command, 10, **arguments) is not None
+            return False
+
+        if plan.fault == "cont at the source":
+            told(source, "cont")
+        elif plan.fault == "cont at the waiting QEMU":
+            told(target, "cont")
+        elif plan.fault == "pause at the target":
+            if target and pair.run_state(target) == "running" and told(target, "stop"):
+                self.paused = target
+        elif plan.fault == "quit at the target":
+            if target:
+                self._note_guest_killed(pair.there)
+                told(target, "quit")
+        elif plan.fault == "QEMU's own migration":
+            if told(source, "migrate", uri="exec:cat >/dev/null"):
+                self.moved_away = source
+        elif plan.fault.startswith("settle"):
+            self._in_a_while(self._settle)
+
+    def _in_a_while(self, what):
+        thread = threading.Thread(target=lambda: (time.sleep(self.plan.seed % 40 / 10), what()), daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    def _settle(self):
+        """A person looks at both hosts and says what they saw, or the opposite; without --force the opposite only while
+        both presyncds are up, for what nobody can contradict is believed."""
+        pair = self.pair
+        target = pair.qemu_on(pair.there)
+        runs_there = target is not None and pair.run_state(target) == "running"
+        wrong = "wrong" in self.plan.fault
+        force = ["--force"] if "--force" in self.plan.fault else []
+        if not runs_there and target is not None and not wrong:
+            return  # it may yet be run: nobody can be certain
+        if wrong and not force and not all(alive(daemon.process.pid) for daemon in pair.daemons.values()):
+            return
+        self.forced = self.forced or bool(force)
+        with contextlib.suppress(_presync.Refused, OSError):
+            pair.ask(pair.here, "settle", NAME, "there" if runs_there != wrong else "here", *force)
+
+    def _actors_end(self):
+        """Who paused a guest goes on with it. One that QEMU moved itself must stand still until its operator, who knows
+        that it went nowhere, resumes it."""
+        if self.moved_away:
+            time.sleep(4)  # recovery and the session have looked at it since
+            state = self.pair.run_state(self.moved_away)
+            if state == "running":
+                raise Violation("guests_doubled", f"it was moved away by QEMU's own migration, and runs\n{self.pair.words()}")
+        for qemu in (self.paused, self.moved_away):
+            if qemu is None:
+                continue
+            with contextlib.suppress(QmpError, OSError), Qmp(qemu.watch, 5) as qmp:
+                if qmp.execute("query-status", 10)["status"] in ("paused", "postmigrate"):
+                    qmp.execute("cont", 10)
+
+    def _service_asks(self, source, side):
+        """What ExecCondition= of the guest's unit on either host would hear now."""
+        for host in self.pair.two.hosts:
+            may = self.pair.may_start(host)
+            if host == source and side != source and may:
+                raise Violation("doubled_unnoticed", f"may-start lets {host} start a guest that runs on {side}")
+            if host == side and not may:
+                raise Violation("restarts_failed", f"may-start refuses {host}, where the guest runs\n{self.pair.words()}")
 
     def _ends(self, undo, flap=False):
         def wait():

@@ -166,8 +166,16 @@ class Pair:
                 if attempt == 2:
                     raise
 
+    def may_start(self, side, clear=False):
+        """Whether presync may-start lets a service on `side` start the guest; `clear`: a person says that it may."""
+        daemon = self.daemons[side]
+        argv = [_presync.build_folder() / "tools" / "presync", "may-start", NAME, "-c", daemon.config,
+                *(["--clear"] if clear else [])]
+        return subprocess.run([str(a) for a in argv], check=False, capture_output=True).returncode == 0
+
     def _boot_once(self, side):
         self._end_boot()
+        self.may_start(side, clear=True)
         self.boots += 1
         self.here, self.there = side, next(host for host in self.two.hosts if host != side)
         folder = self.folder / f"boot{self.boots}"
@@ -322,7 +330,7 @@ class Pair:
 
     # ---- what became of it ----
 
-    def decide(self, guest_killed, seconds=75):
+    def decide(self, guest_killed, seconds=75, forced=False):
         """Waits until everything is settled, then: the side that runs the guest, or None if it was killed and
         runs nowhere.  Where a guest was killed presync may leave the matter to a person: then we are the person.
         Raises Violation."""
@@ -332,14 +340,26 @@ class Pair:
         while True:
             states = {qemu: self.run_state(qemu) for qemu in self.qemus()}
             running = [qemu for qemu, state in states.items() if state == "running"]
+            if len(running) > 1 and forced:
+                raise Violation("doubled_by_force", f"a person insisted: {states}")
+            if len(running) > 1 and self._noticed():
+                self._end_stray(running)  # as the advice says
+                continue
+            if len(running) > 1 and time.monotonic() < began + PATIENCE_S:
+                time.sleep(0.2)  # presync looks each second
+                continue
             if len(running) > 1:
                 raise Violation("guests_doubled", f"two QEMUs run: {states}\n{self.words()}")
             unsettled = self._unsettled(running)
             if not unsettled and (running or guest_killed):
                 break
-            if guest_killed and not running and not self.decided_by_hand and time.monotonic() > began + PATIENCE_S:
+            if (guest_killed or forced) and not running and not self.decided_by_hand and time.monotonic() > began + PATIENCE_S:
                 self._decide_by_hand()
+            if len(running) == 1 and time.monotonic() > began + 4 and self._noticed():
+                self._say_ran(running[0].side)
             if time.monotonic() > deadline:
+                if not running and forced:
+                    return None  # the only copy was ended, because a person insisted
                 if not running and not guest_killed:
                     raise Violation("guests_lost", f"no QEMU runs the guest: {states}; {unsettled}\n{self.words()}")
                 if not unsettled:
@@ -348,9 +368,31 @@ class Pair:
             time.sleep(0.2)
         return running[0].side if running else None
 
+    def _noticed(self):
+        """Whether a status says that somebody ran a guest who must not have."""
+        with contextlib.suppress(_presync.Refused):
+            return any(matter["phase"] in ("waiting", "ran-untold") and matter["for_a_person"]
+                       for matters in self.open_matters().values() for matter in matters)
+        return False
+
+    def _say_ran(self, side):
+        """Somebody ran the guest where it waited, and it runs nowhere else: a person says that it is the one."""
+        with contextlib.suppress(_presync.Refused):
+            self.ask(side, "settle", NAME, "ran")
+
+    def _end_stray(self, running):
+        """The one at the target that nobody told to run: its record says so."""
+        for side, matters in self.open_matters().items():
+            for matter in matters:
+                if matter["phase"] in ("waiting", "ran-untold"):
+                    for qemu in running:
+                        if qemu.side == side:
+                            os.kill(qemu.pid, signal.SIGKILL)
+        time.sleep(0.3)
+
     def _decide_by_hand(self):
         """The guest runs nowhere: what docs/reliability.md, "What only a person can decide", says to do then. On the
-        source it goes on with the copy there; on the target its record is forgotten."""
+        source it goes on with the copy there; on the target it is said never to have run."""
         self.decided_by_hand = True
         for side in self.two.hosts:
             with contextlib.suppress(_presync.Refused):
@@ -358,7 +400,10 @@ class Pair:
                     self.ask(side, "settle", NAME, "here")
         for side, matters in self.open_matters().items():
             for matter in matters:
-                how = "here" if matter["role"] == "source" and matter["phase"] == "given-up" else "forget"
+                if matter["role"] == "target":
+                    how = "never-ran"  # its disks were not written to since: the lab's guest has none of its own
+                else:
+                    how = "here" if matter["phase"] == "given-up" else "forget"
                 with contextlib.suppress(_presync.Refused):
                     self.ask(side, "settle", NAME, how)
 

@@ -10,7 +10,7 @@ from . import presync as _presync
 from .faults import FAULTS, Run, draw
 from .pair import Pair, Violation
 
-COUNTS = ("guests_lost", "guests_doubled", "pages_differing", "restarts_failed")
+COUNTS = ("guests_lost", "guests_doubled", "pages_differing", "restarts_failed", "doubled_by_force", "doubled_unnoticed")
 # On a busy machine the kernel's own test of its timer fails before the guest has got any time.
 AGENT = "presync.area_mb=12 presync.pages_s=1500 no_timer_check"
 
@@ -82,10 +82,18 @@ class Campaign:
         except Violation as violation:
             outcome = violation.kind
             self.result[violation.kind] += 1
+            if outcome == "doubled_by_force":  # counted, and no fault of presync's
+                self.say(f"run {number}: {plan}: {outcome}")
+                self._count(number, plan, row, run, outcome, began)
+                self._pair = None
+                return
             self.result["violations"].append({"run": number, "plan": str(plan), "what": str(violation)[:4000]})
             self.say(f"run {number}: {plan}: {violation}")
             self.say(f"replay: tests/fault_campaign --real --seed {self.seed} --run {number}")
             self._pair = None
+        self._count(number, plan, row, run, outcome, began)
+
+    def _count(self, number, plan, row, run, outcome, began):
         self.result["runs"] += 1
         row["runs"] += 1
         struck = bool(run and (run.struck.is_set() or plan.fault == "none"))

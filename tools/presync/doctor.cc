@@ -12,6 +12,7 @@
 #include <cstring>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -21,6 +22,8 @@
 #include "qemu-glue/ram_file_users.h"
 #include "tools/common/local_api.h"
 #include "tools/common/units.h"
+#include "tools/presync/disk_locks.h"
+#include "tools/presync/unit_restart.h"
 #include "transport/clock.h"
 #include "transport/rdma/rdma_devices.h"
 #include "transport/rdma/rdma_link.h"
@@ -148,16 +151,6 @@ const char* LevelName(Level level) {
 
 }  // namespace
 
-Finding Good(std::string what, std::string detail) {
-  return {Level::kGood, std::move(what), std::move(detail), ""};
-}
-Finding Note(std::string what, std::string detail, std::string remedy) {
-  return {Level::kNote, std::move(what), std::move(detail), std::move(remedy)};
-}
-Finding Bad(std::string what, std::string detail, std::string remedy) {
-  return {Level::kProblem, std::move(what), std::move(detail), std::move(remedy)};
-}
-
 std::vector<Finding> ExamineHost(const std::string& socket) {
   std::vector<Finding> findings = {ExamineKernel(), ExamineUserfaultfd(), ExamineMemlock()};
   for (Finding& finding : ExamineRdma()) findings.push_back(std::move(finding));
@@ -195,6 +188,10 @@ std::vector<Finding> ExamineGuest(const std::string& qmp_path, const std::string
   for (const std::string& other : OthersInMemory(**qmp, *info, deadline)) {
     findings.push_back(Note("guest", other, ""));
   }
+  if (std::optional<Finding> restart = ExamineRestart((*qmp)->peer_pid())) {
+    findings.push_back(*std::move(restart));
+  }
+  for (Finding& finding : ExamineDisks(**qmp, deadline)) findings.push_back(std::move(finding));
   if (!trackable->problems.empty()) return findings;
 
   qmp->reset();  // a monitor serves one client at a time

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <utility>
 
 #include "absl/strings/match.h"
@@ -92,17 +93,44 @@ Finding ExamineAppArmor() {
   return Good("AppArmor", absl::StrCat(kOurRules, " is included"));
 }
 
+bool AsksMayStart(const std::string& hook) {
+  std::ifstream file(hook);
+  const std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  return absl::StrContains(text, "may-start");
+}
+
 Finding ExamineHook() {
   std::error_code error;
   for (const auto& entry : std::filesystem::directory_iterator(kHookFolder, error)) {
     if (entry.path().filename().string().find("presync") == std::string::npos) continue;
-    if (::access(entry.path().c_str(), X_OK) == 0) return Good("hook", entry.path().string());
+    if (::access(entry.path().c_str(), X_OK) == 0) {
+      return AsksMayStart(entry.path())
+                 ? Good("hook", entry.path().string())
+                 : Bad("hook",
+                       entry.path().string() +
+                           " is of an older presync: it lets a guest that moved be started again",
+                       "install presync-libvirt anew");
+    }
     return Bad("hook", entry.path().string() + " can't be executed",
                "chmod 755 " + entry.path().string());
   }
   return Bad("hook", absl::StrCat(kHookFolder, " has no hook of presync's"),
              "install presync-libvirt (or tools/libvirt/presync-hook there); libvirtd sees a new "
              "folder after a restart only");
+}
+
+// A guest that moved is not defined here any more where libvirt moved it whole; one that stayed
+// defined is started again by the next boot, unless the hook keeps it from that.
+void ExamineAutostart(const LibvirtClient& libvirt, const DomainInfo& domain,
+                      std::vector<Finding>* findings) {
+  const absl::StatusOr<bool> on = libvirt.StartsByItself(domain.uuid);
+  if (!on.ok() || !*on) return;
+  const bool refused = ExamineHook().level == Finding::Level::kGood;
+  const std::string says = domain.name + " has autostart";
+  findings->push_back(
+      refused ? Good("autostart", says + ", and presync's hook refuses it after a move")
+              : Bad("autostart", says + ": after a move the next boot starts it again here",
+                    "mend the hook (above), or virsh autostart --disable " + domain.name));
 }
 
 Finding ExamineSocketFolder(const std::string& path) {
@@ -183,6 +211,7 @@ void ExamineDomain(const LibvirtClient& libvirt, const std::string& name,
   findings->push_back(
       Good("domain", absl::StrCat(domain->name, " (", domain->uuid, "), ",
                                   domain->active ? "runs" : "does not run", ", its XML is fit")));
+  ExamineAutostart(libvirt, *domain, findings);
   if (!domain->active) return;
   const Json synced = FindGuest(status, "guests", "qmp", sockets.qmp);
   const std::string state = synced.is_null() ? "" : TextOr(synced, "state", "");

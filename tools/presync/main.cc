@@ -8,6 +8,7 @@
 #include "tools/presync/command.h"
 #include "tools/presync/doctor.h"
 #include "tools/presync/libvirt_commands.h"
+#include "tools/presync/may_start.h"
 #include "tools/presync/record.h"
 #include "tools/presync/replay.h"
 #include "tools/presync/report.h"
@@ -30,6 +31,7 @@ constexpr Subcommand kSubcommands[] = {
     {"verify", "Compare a guest with its copy by hash, while it runs", AddVerify},
     {"stop", "End a sync; the guest goes on here", AddStop},
     {"settle", "Say where a guest runs whose handover only a person can settle", AddSettle},
+    {"may-start", "Whether a guest may be started here, or has moved away", AddMayStart},
     {"report", "Make a page of a guest's sync and launches, with plots", AddReport},
     {"record", "Write down which pages a guest writes, for presync replay", AddRecord},
     {"replay", "Play recorded traces through the policies, off line", AddReplay},

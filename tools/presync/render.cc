@@ -206,7 +206,10 @@ std::string RenderVerify(const Json& report) {
   return text;
 }
 
-std::string RenderSettled(const Json&) { return "settled; presync status shows what is left"; }
+std::string RenderSettled(const Json& answer) {
+  return absl::StrCat("settled: ", TextOr(answer, "done", "done"),
+                      "; presync status shows what is left");
+}
 
 std::string RenderStopped(const Json& answer) {
   const std::string state = TextOr(answer, "state", "stopped");

@@ -224,12 +224,19 @@ RunCommand AddSettle(CLI::App* app, CommandContext* context) {
   auto where = std::make_shared<std::string>();
   app->add_option("name", *name, "The guest's name, as presync status shows it")->required();
   app->add_option("where", *where,
-                  "here: it certainly does not run on the other host, and goes on here; there: it "
-                  "runs on the other host; forget: the record says nothing useful any more")
+                  "Of a guest that was given up here: here (it certainly does not run on the other "
+                  "host, and goes on here), there (it runs there, or wherever it moved on to). Of "
+                  "one that came here: ran (it runs here, or did), never-ran (it never did, and "
+                  "never will). forget: the QEMU at its old address is another guest's")
       ->required()
-      ->check(CLI::IsMember({"here", "there", "forget"}));
-  return [name, where, context] {
-    return Print(Ask(*context, {{"command", "settle"}, {"name", *name}, {"where", *where}},
+      ->check(CLI::IsMember({"here", "there", "ran", "never-ran", "forget"}));
+  auto force = std::make_shared<bool>(false);
+  app->add_flag("--force", *force,
+                "Also where the other host says otherwise: two may run then, or none; the refusal "
+                "says which");
+  return [name, where, force, context] {
+    return Print(Ask(*context,
+                     {{"command", "settle"}, {"name", *name}, {"where", *where}, {"force", *force}},
                      absl::Seconds(90), "presyncd goes on settling it: presync status shows how"),
                  *context, RenderSettled);
   };

@@ -51,8 +51,10 @@ absl::StatusOr<Decision> ParseDecision(const std::string& where) {
   if (where == "here") return Decision::kRunsHere;
   if (where == "there") return Decision::kRunsThere;
   if (where == "forget") return Decision::kForget;
+  if (where == "ran") return Decision::kRan;
+  if (where == "never-ran") return Decision::kNeverRan;
   return absl::InvalidArgumentError(
-      absl::StrCat("'", where, "' is none of here, there and forget"));
+      absl::StrCat("'", where, "' is none of here, there, ran, never-ran and forget"));
 }
 
 }  // namespace
@@ -102,14 +104,15 @@ absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Create(Config config) {
   absl::StatusOr<std::unique_ptr<LibvirtTargetHost>> libvirt = MakeLibvirtHost(c);
   if (!libvirt.ok()) return libvirt.status();
   daemon->host_ = std::make_unique<GuestHost>(*std::move(host), *std::move(libvirt));
-  auto recovery = std::make_unique<RecoveryLoop>(c.state_folder, daemon->host_.get(),
-                                                 daemon->security_->peers(), LogLine);
+  auto recovery = std::make_unique<RecoveryLoop>(
+      c.state_folder, daemon->host_.get(), daemon->security_->peers(), daemon->claims_, LogLine);
   daemon->host_->qemu()->EndWaitingLeftovers();
 
   absl::StatusOr<UniqueFd> listener = Listen(c.listen_host, c.listen_port);
   if (!listener.ok()) return listener.status();
   TargetServiceOptions options;
   options.record_folder = c.state_folder;
+  options.claims = daemon->claims_;
   options.rdma.enabled = c.rdma;
   options.rdma.addresses = c.rdma_addresses;
   options.log = LogLine;
@@ -315,19 +318,20 @@ absl::StatusOr<Json> Daemon::Settle(const Json& request) {
   const std::string name = TextOr(request, "name", "");
   absl::StatusOr<Decision> decision = ParseDecision(TextOr(request, "where", ""));
   if (!decision.ok()) return decision.status();
+  const Word word = {.decision = *decision, .force = FlagOr(request, "force", false)};
+  const bool of_source =
+      word.decision == Decision::kRunsHere || word.decision == Decision::kRunsThere;
   const std::shared_ptr<SourceSession> session = Find(name);
   const bool live = session != nullptr && !IsOver(session->status().state);
-  absl::Status done = absl::OkStatus();
+  absl::StatusOr<std::string> done = absl::FailedPreconditionError(
+      absl::StrCat(name, " is kept in sync from here; say where it runs: here or there"));
   if (!live) {
-    done = recovery_->Decide(name, *decision);
-  } else if (*decision == Decision::kForget) {
-    done = absl::FailedPreconditionError(
-        absl::StrCat(name, " is kept in sync from here; say where it runs: here or there"));
-  } else {
-    done = session->Decide(*decision == Decision::kRunsHere);
+    done = recovery_->Decide(name, word);
+  } else if (of_source) {
+    done = session->Decide(word);
   }
-  if (!done.ok()) return done;
-  return Json::object();
+  if (!done.ok()) return done.status();
+  return Json{{"done", *done}};
 }
 
 Json Daemon::Status(const Json& request) const {

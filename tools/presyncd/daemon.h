@@ -112,6 +112,7 @@ class Daemon {
   SessionOr SessionOf(const std::string& name) const ABSL_LOCKS_EXCLUDED(mutex_);
 
   const Config config_;
+  const std::shared_ptr<GuestClaims> claims_ = std::make_shared<GuestClaims>();
   std::unique_ptr<Security> security_;
   std::vector<UniqueFd> locks_;  // on its folders, while this daemon lives
   FixedCosts fixed_costs_;

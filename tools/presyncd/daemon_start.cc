@@ -12,6 +12,7 @@
 #include "tools/presyncd/session_options.h"
 #include "tools/presyncd/status_json.h"
 #include "transport/clock.h"
+#include "transport/sync/departures.h"
 #include "transport/sync/handover_record.h"
 #include "transport/tcp/socket.h"
 
@@ -30,6 +31,15 @@ constexpr absl::Duration kConnectTimeout = absl::Seconds(20);
 bool IsMirroring(SessionState state) {
   return state == SessionState::kConnecting || state == SessionState::kFirstPass ||
          state == SessionState::kSyncing;
+}
+
+// Whatever moved it, no record says so any more, or never did.
+absl::Status CheckNotLeft(const GuestInfo& info) {
+  if (info.run_state != "postmigrate") return absl::OkStatus();
+  return absl::FailedPreconditionError(
+      "its QEMU stands where a move that succeeded leaves it (postmigrate), and the guest may run "
+      "elsewhere: look where it runs, and never resume it here while it may; if it certainly runs "
+      "nowhere, `cont` by hand");
 }
 
 absl::StatusOr<Json> AnswerRunning(SourceSession* running) {
@@ -101,10 +111,12 @@ absl::Status Daemon::CheckSettled(const std::string& name) const {
   std::vector<std::string> unreadable;
   bool open = false;
   for (const HandoverEntry& entry : HandoverRecord::ReadAll(config_.state_folder, &unreadable)) {
-    open |= entry.guest == name && !IsSettled(entry.phase);
+    // One that somebody else ran here is over when its QEMU has ended, which recovery looks at.
+    const bool settled = IsSettled(entry.phase) || entry.phase == HandoverPhase::kRanUntold;
+    open |= entry.guest == name && !settled;
   }
   for (const std::string& path : unreadable) open |= HandoverRecord::MayBeOf(path, name);
-  if (!open) return absl::OkStatus();
+  if (!open) return CheckMayStart(config_.state_folder, name);
   std::string known = "presync status shows what is known";
   for (const OpenMatter& matter : recovery_->open()) {
     const bool its = matter.entry.guest.empty() ? HandoverRecord::MayBeOf(matter.path, name)
@@ -131,6 +143,12 @@ absl::Status Daemon::Claim(const Asked& asked, absl::Duration longest,
                            std::shared_ptr<SourceSession>* running) {
   const std::string& name = asked.name;
   std::shared_ptr<SourceSession> ended;
+  // From its entry on the guest is in use; until then recovery may be at its QEMU.
+  const GuestClaims::Claim claim = claims_->Take(name, longest);
+  if (!claim.held()) {
+    return absl::AlreadyExistsError(
+        absl::StrCat("an earlier handover of ", name, " is just being looked at; try again"));
+  }
   MutexLock lock(&mutex_);
   if (!AwaitNoStart(name, longest)) {
     return absl::AlreadyExistsError(absl::StrCat("a start of ", name, " is already under way"));
@@ -164,6 +182,7 @@ void Daemon::Unclaim(const std::string& name) {
 Daemon::SessionOr Daemon::Begin(const Asked& asked, SourceSessionOptions options) {
   absl::StatusOr<OpenedGuest> opened = OpenGuest(asked.open, MonotonicNow() + kOpenTimeout);
   if (!opened.ok()) return opened.status();
+  options.guest_process = FormatProcess(opened->process);
   for (const std::string& note : opened->notes) spdlog::info("{}: {}", asked.name, note);
   if (!asked.domain.empty()) {
     spdlog::info(
@@ -222,6 +241,9 @@ absl::StatusOr<Json> Daemon::Start(const Json& request) {
     if (absl::Status s = CheckSettled(asked->name); !s.ok()) return s;
     absl::StatusOr<SourceSessionOptions> options = OptionsFor(*asked);
     if (!options.ok()) return options.status();
+    asked->open.check = [](const GuestInfo& info, const ProcessIdentity&) {
+      return CheckNotLeft(info);
+    };
     const std::string peer = TextOr(asked->order, "to", "");
     if (absl::Status s = CheckPromise(options->sync, peer); !s.ok()) return s;
     return Begin(*asked, *std::move(options));
@@ -273,9 +295,7 @@ GoingOn::Try Daemon::GoOn(const SyncNote& note) {
           absl::StrCat("another QEMU (process ", found.pid, ") answers where ", process, " did"));
     }
     if (!found.known()) return absl::UnavailableError("presync can't tell which process it is");
-    if (info.run_state != "postmigrate") return absl::OkStatus();
-    return absl::FailedPreconditionError(
-        "its QEMU stands where a handover that succeeded leaves it (postmigrate)");
+    return CheckNotLeft(info);
   };
   absl::StatusOr<SourceSessionOptions> options = OptionsFor(*asked);
   if (!options.ok()) return {.status = options.status()};

@@ -3,9 +3,11 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 #include <xxhash.h>
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <filesystem>
@@ -28,7 +30,7 @@ constexpr size_t kBlockBytes = 4096;
 constexpr uint64_t kPreallocatedBlocks = 8;
 constexpr size_t kChecksumDigits = 16;
 
-constexpr std::array<std::pair<HandoverPhase, absl::string_view>, 8> kPhaseNames = {{
+constexpr std::array<std::pair<HandoverPhase, absl::string_view>, 9> kPhaseNames = {{
     {HandoverPhase::kPreparing, "preparing"},
     {HandoverPhase::kGivenUp, "given-up"},
     {HandoverPhase::kMoved, "moved"},
@@ -37,6 +39,7 @@ constexpr std::array<std::pair<HandoverPhase, absl::string_view>, 8> kPhaseNames
     {HandoverPhase::kToldToRun, "told-to-run"},
     {HandoverPhase::kRunning, "running"},
     {HandoverPhase::kNeverRan, "never-ran"},
+    {HandoverPhase::kRanUntold, "ran-untold"},
 }};
 
 std::string Checksum(absl::string_view text) {
@@ -53,6 +56,10 @@ absl::StatusOr<std::string> EncodeBlock(const HandoverEntry& entry) {
       {"peer", entry.peer},
       {"peer_name", entry.peer_name},
       {"detail", entry.detail},
+      {"process", entry.process},
+      {"sequence", entry.sequence},
+      {"boot", entry.at.boot},
+      {"uptime_s", entry.at.uptime_s},
   };
   std::string block = json.dump(-1, ' ', true, nlohmann::json::error_handler_t::replace);
   if (block.size() > kBlockBytes - kChecksumDigits - 2) {
@@ -72,12 +79,21 @@ std::optional<HandoverEntry> DecodeBlock(absl::string_view block) {
     const auto it = json.find(name);
     return it != json.end() && it->is_string() ? it->get<std::string>() : std::string();
   };
+  // Bounded: sums of these never overflow.
+  const auto number = [&json](const char* name) -> uint64_t {
+    const auto it = json.find(name);
+    if (it == json.end() || !it->is_number_unsigned()) return 0;
+    return std::min<uint64_t>(it->get<uint64_t>(), uint64_t{1} << 62);
+  };
   HandoverEntry entry;
   entry.role = field("role") == "target" ? HandoverRole::kTarget : HandoverRole::kSource;
   entry.guest = field("guest");
   entry.peer = field("peer");
   entry.peer_name = field("peer_name");
   entry.detail = field("detail");
+  entry.process = field("process");
+  entry.sequence = number("sequence");
+  entry.at = {.boot = field("boot"), .uptime_s = static_cast<int64_t>(number("uptime_s"))};
   const absl::StatusOr<SessionId> id = IdFromHex(field("session"));
   if (!id.ok()) return std::nullopt;
   entry.session = *id;
@@ -133,6 +149,15 @@ absl::StatusOr<HandoverEntry> ReadNewest(const std::string& path) {
   return HandoverRecord::Parse(*bytes);
 }
 
+uint64_t NewestSequence(const std::string& folder) {
+  uint64_t newest = 0;
+  for (const std::string& path : RecordFiles(folder)) {
+    const absl::StatusOr<HandoverEntry> entry = ReadNewest(path);
+    if (entry.ok()) newest = std::max(newest, entry->sequence);
+  }
+  return newest;
+}
+
 }  // namespace
 
 absl::string_view PhaseName(HandoverPhase phase) {
@@ -144,6 +169,41 @@ absl::string_view PhaseName(HandoverPhase phase) {
 
 bool IsSettled(HandoverPhase phase) {
   return phase == HandoverPhase::kRunning || phase == HandoverPhase::kNeverRan;
+}
+
+bool CanFollow(std::optional<HandoverPhase> from, HandoverPhase to) {
+  using enum HandoverPhase;
+  if (!from) return true;
+  switch (*from) {
+    case kPreparing:  // a launch that was called off is followed by the next one
+      return to == kPreparing || to == kGivenUp;
+    case kGivenUp:
+      return to == kMoved || to == kTakenBack;
+    case kMoved:
+      return to == kMoved;
+    case kTakenBack:
+      return to == kTakenBack || to == kPreparing;
+    case kWaiting:
+      return to == kWaiting || to == kToldToRun || to == kNeverRan || to == kRanUntold;
+    case kToldToRun:  // it refused, and the order is taken back; or it runs
+      return to == kRunning || to == kWaiting;
+    case kRunning:
+      return to == kRunning;
+    case kNeverRan:  // the same session's next handover
+      return to == kNeverRan || to == kWaiting;
+    case kRanUntold:
+      return to == kRanUntold || to == kWaiting || to == kToldToRun;
+  }
+  return false;
+}
+
+BootMoment NowInBoot() {
+  BootMoment now;
+  std::ifstream file("/proc/sys/kernel/random/boot_id");
+  file >> now.boot;
+  timespec up = {};
+  if (::clock_gettime(CLOCK_BOOTTIME, &up) == 0) now.uptime_s = up.tv_sec;
+  return now;
 }
 
 absl::StatusOr<HandoverRecord> HandoverRecord::Open(const std::string& folder,
@@ -168,11 +228,16 @@ absl::StatusOr<HandoverRecord> HandoverRecord::Reserve(const std::string& folder
   for (size_t at = 0; at + kBlockBytes <= old->size(); at += kBlockBytes) {
     if ((*old)[at] != '\0') record.blocks_ = at / kBlockBytes + 1;
   }
-  // Written zeros, not fallocate: an unwritten extent would need metadata at the next sync.
-  const uint64_t wanted = record.blocks_ + kPreallocatedBlocks;
-  const std::string zeros((wanted - record.blocks_) * kBlockBytes, '\0');
-  const auto offset = static_cast<off_t>(record.blocks_ * kBlockBytes);
-  if (::pwrite(record.fd_.get(), zeros.data(), zeros.size(), offset) !=
+  const absl::StatusOr<HandoverEntry> newest = Parse(*old);
+  if (newest.ok()) record.newest_ = newest->phase;
+  entry.sequence =
+      newest.ok() && newest->sequence > 0 ? newest->sequence : NewestSequence(folder) + 1;
+  // Written zeros, not fallocate: an unwritten extent would need metadata at the next sync. Only
+  // behind what is there: no entry is ever overwritten.
+  const uint64_t wanted = (record.blocks_ + kPreallocatedBlocks) * kBlockBytes;
+  const uint64_t there = old->size() / kBlockBytes * kBlockBytes;
+  const std::string zeros(wanted > there ? wanted - there : 0, '\0');
+  if (::pwrite(record.fd_.get(), zeros.data(), zeros.size(), static_cast<off_t>(there)) !=
       static_cast<ssize_t>(zeros.size())) {
     return FileError("write", record.path_);
   }
@@ -184,20 +249,45 @@ absl::StatusOr<HandoverRecord> HandoverRecord::Reserve(const std::string& folder
   return record;
 }
 
+// Whoever appends knows what was written last: it may be a while since it was read.
+absl::Status HandoverRecord::CheckNext(HandoverPhase phase) const {
+  if (!CanFollow(newest_, phase)) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("handover record ", path_, " says ", newest_ ? PhaseName(*newest_) : "nothing",
+                     ": ", PhaseName(phase), " can't come after that"));
+  }
+  char first = '\0';
+  const auto offset = static_cast<off_t>(blocks_ * kBlockBytes);
+  if (unsure_ || ::pread(fd_.get(), &first, 1, offset) != 1 || first == '\0') {
+    return absl::OkStatus();
+  }
+  return absl::FailedPreconditionError(
+      absl::StrCat("handover record ", path_, " was written by somebody else meanwhile"));
+}
+
 absl::Status HandoverRecord::Append(HandoverPhase phase) {
+  if (absl::Status s = CheckNext(phase); !s.ok()) return s;
   HandoverEntry next = entry_;
   next.phase = phase;
+  next.at = NowInBoot();
   const absl::StatusOr<std::string> block = EncodeBlock(next);
   if (!block.ok()) return block.status();
   const auto offset = static_cast<off_t>(blocks_ * kBlockBytes);
   if (::pwrite(fd_.get(), block->data(), block->size(), offset) !=
           static_cast<ssize_t>(block->size()) ||
       ::fdatasync(fd_.get()) != 0) {
+    unsure_ = true;
     return FileError("write", path_);
   }
   ++blocks_;
+  unsure_ = false;
+  newest_ = phase;
   entry_ = std::move(next);
   return absl::OkStatus();
+}
+
+absl::StatusOr<std::string> HandoverRecord::Encode(const HandoverEntry& entry) {
+  return EncodeBlock(entry);
 }
 
 absl::StatusOr<HandoverEntry> HandoverRecord::Parse(absl::string_view bytes) {
@@ -212,6 +302,16 @@ absl::StatusOr<HandoverEntry> HandoverRecord::Parse(absl::string_view bytes) {
   }
   if (!newest) return absl::InvalidArgumentError("no whole entry in the handover record");
   return *std::move(newest);
+}
+
+absl::StatusOr<HandoverEntry> HandoverRecord::Read(const std::string& folder,
+                                                   const HandoverEntry& entry) {
+  const std::string path = Path(folder, entry);
+  std::error_code error;
+  if (!std::filesystem::exists(path, error)) {
+    return absl::NotFoundError(absl::StrCat("there is no handover record ", path));
+  }
+  return ReadNewest(path);
 }
 
 std::vector<HandoverEntry> HandoverRecord::ReadAll(const std::string& folder,

@@ -4,24 +4,56 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
+#include <set>
+#include <thread>
 #include <utility>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
-#include "transport/sync/conversation.h"
 
 namespace presync {
 namespace {
 
-std::string Command(const std::string& guest, absl::string_view how) {
-  return absl::StrCat("presync settle ", guest, " ", how);
+// At a time: guests whose QEMUs, or peers whose presyncds, may all be mute.
+constexpr size_t kMostThreads = 16;
+// What somebody else has in hand is looked at again soon.
+constexpr absl::Duration kClaimTimeout = absl::Seconds(1);
+// A person waits, and whoever has the guest in hand needs some seconds at most.
+constexpr absl::Duration kDecideTimeout = absl::Seconds(30);
+
+void InParallel(size_t count, absl::FunctionRef<void(size_t)> work) {
+  std::atomic<size_t> next = 0;
+  const auto run = [&] {
+    for (size_t i = next++; i < count; i = next++) work(i);
+  };
+  std::vector<std::thread> threads;
+  for (size_t i = 1; i < std::min(count, kMostThreads); ++i) threads.emplace_back(run);
+  run();
+  for (std::thread& thread : threads) thread.join();
 }
 
-// A person has to look at both hosts; then one of two commands fits.
-std::string LookAndSettle(const HandoverEntry& entry) {
-  return absl::StrCat("look at ", entry.peer, " whether ", entry.guest,
-                      " runs there. If it does: ", Command(entry.guest, "there"),
-                      ". If it certainly does not, and never will: ", Command(entry.guest, "here"));
+std::vector<HandoverEntry> ReadRecords(const std::string& folder) {
+  std::vector<std::string> unreadable;
+  return HandoverRecord::ReadAll(folder, &unreadable);
+}
+
+// Whether a word can be about such a record at all.
+bool Fits(const HandoverEntry& entry, Decision decision) {
+  const bool at_source = entry.role == HandoverRole::kSource;
+  const bool given_up = entry.phase == HandoverPhase::kGivenUp;
+  switch (decision) {
+    case Decision::kRunsHere:
+    case Decision::kRunsThere:
+      return at_source && given_up;
+    case Decision::kForget:
+      return at_source && !given_up;
+    case Decision::kRan:
+    case Decision::kNeverRan:
+      return !at_source;
+  }
+  return false;
 }
 
 }  // namespace
@@ -29,6 +61,9 @@ std::string LookAndSettle(const HandoverEntry& entry) {
 std::string MatterText(const OpenMatter& matter) {
   const HandoverEntry& entry = matter.entry;
   if (entry.guest.empty()) return absl::StrCat(matter.known, "; ", matter.advice);
+  if (absl::EndsWith(matter.path, ".left")) {  // of a guest that left: departures.h
+    return absl::StrCat(entry.guest, ": ", matter.known, "; ", matter.advice);
+  }
   return absl::StrCat(entry.guest, ": an earlier presyncd left it ", PhaseName(entry.phase), " (",
                       entry.role == HandoverRole::kSource ? "source" : "target", ", peer ",
                       entry.peer, "): ", matter.known, "; ", matter.advice);
@@ -38,237 +73,215 @@ Recovery::Recovery(Options options, RecoveryHost* host)
     : options_(std::move(options)), host_(host) {}
 
 std::vector<OpenMatter> Recovery::open() const {
+  std::vector<OpenMatter> all;
   MutexLock lock(&mutex_);
-  return open_;
-}
-
-absl::Status Recovery::Append(const HandoverEntry& entry, HandoverPhase phase) {
-  absl::StatusOr<HandoverRecord> record = HandoverRecord::Reserve(options_.folder, entry);
-  return record.ok() ? record->Append(phase) : record.status();
-}
-
-// The guest is this host's. Not while another record says that it moved away since, or may have:
-// what stands at this address then is what that handover left.
-absl::Status Recovery::Resume(const HandoverEntry& entry, OpenMatter* matter) {
-  if (gone_.contains(entry.guest)) {
-    matter->advice = "a later handover of the same guest has to be settled first";
-    return absl::FailedPreconditionError("a later handover of the guest is open");
-  }
-  matter->advice =
-      absl::StrCat("tried again until its QEMU (", entry.detail, ") answers or has ended");
-  if (absl::Status s = host_->ResumeSource(entry); !s.ok()) return s;
-  return HandoverRecord::Forget(options_.folder, entry);
-}
-
-absl::Status Recovery::Moved(const HandoverEntry& entry, OpenMatter* matter) {
-  absl::Status quit = host_->QuitSource(entry);
-  if (!quit.ok()) {
-    matter->for_a_person = absl::IsFailedPrecondition(quit);
-    matter->advice =
-        matter->for_a_person
-            ? absl::StrCat(
-                  "if it is the guest that moved, end it by hand at once; if it is another"
-                  " one: ",
-                  Command(entry.guest, "forget"))
-            : "its old QEMU must not run: tried again until it has ended";
-    return quit;
-  }
-  return HandoverRecord::Forget(options_.folder, entry);
-}
-
-absl::Status Recovery::SettleGivenUp(const HandoverEntry& entry, OpenMatter* matter) {
-  const absl::StatusOr<wire::Outcome> outcome = host_->AskTarget(entry);
-  if (!outcome.ok()) {
-    matter->advice = absl::StrCat(
-        "asked again until the presyncd there answers: bring it back. If "
-        "that host is lost for good, or its records are: ",
-        LookAndSettle(entry));
-    return absl::Status(outcome.status().code(),
-                        absl::StrCat("given up, and whether ", entry.peer,
-                                     " runs it is not known: ", outcome.status().message()));
-  }
-  switch (outcome->value()) {
-    case wire::Outcome::RUNNING: {
-      // Durable first: what the target said once need not be asked again.
-      if (absl::Status s = Append(entry, HandoverPhase::kMoved); !s.ok()) return s;
-      return Moved(entry, matter);
-    }
-    case wire::Outcome::NEVER_RAN: {
-      if (absl::Status s = Append(entry, HandoverPhase::kTakenBack); !s.ok()) return s;
-      gone_.erase(entry.guest);
-      return Resume(entry, matter);
-    }
-    default:
-      matter->for_a_person = true;
-      matter->advice = LookAndSettle(entry);
-      return absl::FailedPreconditionError(
-          absl::StrCat("given up, and ", entry.peer, " answers: ", PrintableText(outcome->text())));
-  }
-}
-
-absl::Status Recovery::SettleWaiting(const HandoverEntry& entry, OpenMatter* matter) {
-  if (absl::Status s = host_->EndOrphan(entry.detail); !s.ok()) {
-    matter->for_a_person = absl::IsFailedPrecondition(s);
-    matter->advice =
-        matter->for_a_person
-            ? absl::StrCat(
-                  "look whether ", entry.guest, " runs at ", entry.peer,
-                  " too, and end one of the two at once; then: ", Command(entry.guest, "forget"))
-            : absl::StrCat("tried again until its QEMU (", entry.detail, ") answers or has ended");
-    return s;
-  }
-  return Append(entry, HandoverPhase::kNeverRan);
-}
-
-absl::Status Recovery::SettleToldToRun(const HandoverEntry& entry, OpenMatter* matter) {
-  if (gone_.contains(entry.guest)) {
-    matter->advice = "a later handover of the same guest has to be settled first";
-    return absl::FailedPreconditionError("a later handover of the guest is open");
-  }
-  absl::Status run = host_->RunOrphan(entry.detail);
-  if (run.ok()) return Append(entry, HandoverPhase::kRunning);
-  if (absl::IsNotFound(run)) {
-    matter->for_a_person = true;
-    matter->advice = absl::StrCat(
-        "the guest is this host's, and runs nowhere: start it from its disks as after a crash, "
-        "then: ",
-        Command(entry.guest, "forget"));
-  } else {
-    matter->advice = absl::StrCat("the guest is this host's; tried again until its QEMU (",
-                                  entry.detail, ") answers or has ended");
-  }
-  return run;
-}
-
-absl::Status Recovery::Settle(const HandoverEntry& entry, OpenMatter* matter) {
-  switch (entry.phase) {
-    case HandoverPhase::kPreparing:
-    case HandoverPhase::kTakenBack:
-      return Resume(entry, matter);
-    case HandoverPhase::kGivenUp:
-      return SettleGivenUp(entry, matter);
-    case HandoverPhase::kMoved:
-      return Moved(entry, matter);
-    case HandoverPhase::kWaiting:
-      return SettleWaiting(entry, matter);
-    case HandoverPhase::kToldToRun:
-      return SettleToldToRun(entry, matter);
-    case HandoverPhase::kRunning:
-    case HandoverPhase::kNeverRan:
-      return absl::OkStatus();
-  }
-  return absl::OkStatus();
+  for (const auto& [path, matter] : open_) all.push_back(matter);
+  return all;
 }
 
 void Recovery::Pass(const InUse& in_use) {
+  {
+    MutexLock pass(&pass_mutex_);
+    Entries given_up = ReadRecords(options_.folder);
+    std::erase_if(given_up, [&](const HandoverEntry& entry) {
+      return entry.phase != HandoverPhase::kGivenUp || in_use(entry.guest);
+    });
+    AskAll(given_up, in_use);
+  }
+  PassHere(in_use);
+}
+
+// A peer that does not answer for one guest is not asked for the others.
+void Recovery::AskAll(const Entries& given_up, const InUse& in_use) {
+  std::map<std::string, Entries> by_peer;
+  for (const HandoverEntry& entry : given_up) by_peer[entry.peer].push_back(entry);
+  std::vector<Entries> peers;
+  for (auto& [peer, entries] : by_peer) peers.push_back(std::move(entries));
+  InParallel(peers.size(), [&](size_t i) {
+    absl::StatusOr<wire::Outcome> outcome = wire::Outcome();
+    for (const HandoverEntry& entry : peers[i]) {
+      const bool mute =
+          absl::IsUnavailable(outcome.status()) || absl::IsDeadlineExceeded(outcome.status());
+      if (!mute) outcome = host_->AskTarget(entry, /*end_it=*/false);
+      Act(entry, in_use, [&](const HandoverEntry& now, const Entries& all, OpenMatter* matter) {
+        return TakeAnswer(now, outcome, all, matter);
+      });
+    }
+  });
+}
+
+void Recovery::PassHere(const InUse& in_use) {
   MutexLock pass(&pass_mutex_);
   std::vector<std::string> unreadable;
-  std::vector<HandoverEntry> entries = HandoverRecord::ReadAll(options_.folder, &unreadable);
-  gone_.clear();
-  for (const HandoverEntry& entry : entries) {
-    if (entry.phase == HandoverPhase::kGivenUp || entry.phase == HandoverPhase::kMoved) {
-      gone_.insert(entry.guest);
-    }
+  std::set<std::string> names, paths;
+  for (const HandoverEntry& entry : HandoverRecord::ReadAll(options_.folder, &unreadable)) {
+    names.insert(entry.guest);
+    paths.insert(HandoverRecord::Path(options_.folder, entry));
   }
-  // The open ones whose rules wait for others come last.
+  const std::vector<std::string> guests(names.begin(), names.end());
+  InParallel(guests.size(), [&](size_t i) { LookAt(guests[i], in_use); });
+  for (const std::string& path : unreadable) {
+    paths.insert(path);
+    Publish({.entry = {},
+             .path = path,
+             .known = absl::StrCat("the handover record ", path, " can't be read"),
+             .advice = absl::StrCat("look at both hosts where the guest runs, then remove ",
+                                    "the file: rm ", path),
+             .for_a_person = true});
+  }
+  MutexLock lock(&mutex_);
+  std::erase_if(open_, [&](const auto& each) { return !paths.contains(each.first); });
+}
+
+// Those come first for which others wait.
+void Recovery::LookAt(const std::string& guest, const InUse& in_use) {
+  Entries entries = ReadRecords(options_.folder);
+  std::erase_if(entries, [&](const HandoverEntry& entry) { return entry.guest != guest; });
   std::stable_partition(entries.begin(), entries.end(), [](const HandoverEntry& entry) {
     return entry.phase == HandoverPhase::kGivenUp || entry.phase == HandoverPhase::kMoved;
   });
-  std::vector<OpenMatter> open;
   for (const HandoverEntry& entry : entries) {
-    if (in_use(entry.guest)) continue;
-    const std::string path = HandoverRecord::Path(options_.folder, entry);
-    if (IsSettled(entry.phase)) {
-      RemoveOld(path);
+    const bool gone = entry.phase == HandoverPhase::kRanUntold && !host_->OrphanLives(entry);
+    if (IsSettled(entry.phase) || gone) {
+      Close(HandoverRecord::Path(options_.folder, entry));
+      if (!in_use(guest)) RemoveOld(entry);
       continue;
     }
-    OpenMatter matter = {.entry = entry, .path = path, .known = "", .advice = ""};
-    const absl::Status status = Settle(entry, &matter);
-    if (status.ok()) {
-      options_.log(
-          false, absl::StrCat(entry.guest, ": an earlier presyncd left it ", PhaseName(entry.phase),
-                              " (peer ", entry.peer, "); settled"));
-      continue;
-    }
-    if (matter.advice.empty()) matter.advice = "tried again";
-    matter.known = std::string(status.message());
-    open.push_back(std::move(matter));
-  }
-  for (const std::string& path : unreadable) {
-    open.push_back({.entry = {},
-                    .path = path,
-                    .known = absl::StrCat("the handover record ", path, " can't be read"),
-                    .advice = absl::StrCat("look at both hosts where the guest runs, then remove ",
-                                           "the file: rm ", path),
-                    .for_a_person = true});
-  }
-  Publish(std::move(open));
-}
-
-void Recovery::Publish(std::vector<OpenMatter> open) {
-  std::set<std::string> known_before;
-  {
-    MutexLock lock(&mutex_);
-    for (const OpenMatter& matter : open_) known_before.insert(MatterText(matter));
-  }
-  for (const OpenMatter& matter : open) {
-    const std::string text = MatterText(matter);
-    if (!known_before.contains(text)) options_.log(true, text);
-  }
-  MutexLock lock(&mutex_);
-  open_ = std::move(open);
-}
-
-void Recovery::RemoveOld(const std::string& path) {
-  struct stat st;
-  if (::stat(path.c_str(), &st) != 0) return;
-  if (absl::Now() - absl::TimeFromTimespec(st.st_mtim) < options_.keep_settled) return;
-  if (::unlink(path.c_str()) == 0) {
-    options_.log(false, absl::StrCat("removed ", path, ": settled for a long time"));
+    Act(entry, in_use, [&](const HandoverEntry& now, const Entries& all, OpenMatter* matter) {
+      return Settle(now, all, matter);
+    });
   }
 }
 
-absl::Status Recovery::Decide(const std::string& guest, Decision decision, const InUse& in_use) {
-  std::vector<OpenMatter> matters;
-  for (OpenMatter& matter : open()) {
-    if (matter.entry.guest == guest) matters.push_back(std::move(matter));
+void Recovery::Act(const HandoverEntry& entry, const InUse& in_use,
+                   absl::FunctionRef<absl::Status(const HandoverEntry& now, const Entries& all,
+                                                  OpenMatter* matter)>
+                       what) {
+  const std::string path = HandoverRecord::Path(options_.folder, entry);
+  const GuestClaims::Claim claim = options_.claims->Take(entry.guest, kClaimTimeout);
+  if (!claim.held()) return;
+  if (in_use(entry.guest)) return Close(path);
+  const Entries all = ReadRecords(options_.folder);
+  const auto now = std::find_if(all.begin(), all.end(), [&](const HandoverEntry& each) {
+    return HandoverRecord::Path(options_.folder, each) == path;
+  });
+  if (now == all.end()) return Close(path);
+  if (now->phase != entry.phase) return;  // a later look is about that
+  OpenMatter matter = {.entry = *now, .path = path, .known = "", .advice = ""};
+  const absl::Status status = what(*now, all, &matter);
+  if (status.ok()) {
+    Close(path);
+    options_.log(false, absl::StrCat(entry.guest, ": an earlier presyncd left it ",
+                                     PhaseName(entry.phase), " (peer ", entry.peer, "); settled"));
+    return;
   }
-  if (matters.empty()) {
+  if (matter.advice.empty()) matter.advice = "tried again";
+  matter.known = std::string(status.message());
+  Publish(std::move(matter));
+}
+
+void Recovery::HoldGivenUp(const InUse& in_use) {
+  std::vector<OpenMatter> given_up = open();
+  std::erase_if(given_up, [](const OpenMatter& matter) {
+    return matter.entry.guest.empty() || matter.entry.phase != HandoverPhase::kGivenUp;
+  });
+  InParallel(given_up.size(), [&](size_t i) {
+    OpenMatter& matter = given_up[i];
+    const GuestClaims::Claim claim =
+        options_.claims->Take(matter.entry.guest, absl::ZeroDuration());
+    if (!claim.held() || in_use(matter.entry.guest)) return;
+    const auto now = HandoverRecord::Read(options_.folder, matter.entry);
+    if (!now.ok() || now->phase != HandoverPhase::kGivenUp) return;
+    const absl::Status still = host_->HoldSource(*now);
+    if (!absl::IsAborted(still)) return;
+    matter.known = std::string(still.message());
+    Publish(std::move(matter));
+  });
+}
+
+absl::StatusOr<std::string> Recovery::Decide(const std::string& guest, const Word& word,
+                                             const InUse& in_use) {
+  Entries entries = ReadRecords(options_.folder);
+  std::erase_if(entries, [&](const HandoverEntry& entry) {
+    return entry.guest != guest || IsSettled(entry.phase);
+  });
+  if (entries.empty()) {
     return absl::NotFoundError(absl::StrCat("nothing is open about ", guest, " on this host"));
   }
   if (in_use(guest)) {
     return absl::FailedPreconditionError(
         absl::StrCat(guest, " is being synced here now; stop that first"));
   }
-  {
-    MutexLock pass(&pass_mutex_);
-    for (const OpenMatter& matter : matters) {
-      const HandoverEntry& entry = matter.entry;
-      const bool given_up = entry.phase == HandoverPhase::kGivenUp;
-      if (decision == Decision::kForget) {
-        if (given_up) {
-          return absl::FailedPreconditionError(
-              absl::StrCat("where ", guest, " runs has to be said: ", LookAndSettle(entry)));
-        }
-        const absl::Status done = entry.role == HandoverRole::kSource
-                                      ? HandoverRecord::Forget(options_.folder, entry)
-                                      : Append(entry, HandoverPhase::kRunning);
-        if (!done.ok()) return done;
-        continue;
-      }
-      if (!given_up) {
-        return absl::FailedPreconditionError(
-            absl::StrCat("that does not fit: ", MatterText(matter)));
-      }
-      const absl::Status done =
-          Append(entry, decision == Decision::kRunsHere ? HandoverPhase::kTakenBack
-                                                        : HandoverPhase::kMoved);
-      if (!done.ok()) return done;
-    }
+  std::string done;
+  for (const HandoverEntry& entry : entries) {
+    if (!Fits(entry, word.decision)) continue;
+    if (absl::Status s = DecideOne(entry, word, in_use, &done); !s.ok()) return s;
   }
-  options_.log(true, absl::StrCat(guest, ": settled by hand"));
-  Pass(in_use);
-  return absl::OkStatus();
+  if (done.empty()) {
+    LookAt(guest, in_use);
+    std::string text = absl::StrCat("that does not fit what is open about ", guest, " here");
+    for (const OpenMatter& matter : open()) {
+      if (matter.entry.guest == guest) absl::StrAppend(&text, ". ", MatterText(matter));
+    }
+    return absl::FailedPreconditionError(text);
+  }
+  options_.log(true, absl::StrCat(guest, ": settled by hand: ", done));
+  LookAt(guest, in_use);
+  return done;
+}
+
+absl::Status Recovery::DecideOne(const HandoverEntry& entry, const Word& word, const InUse& in_use,
+                                 std::string* done) {
+  if (entry.phase == HandoverPhase::kGivenUp) {
+    const bool here = word.decision == Decision::kRunsHere;
+    const absl::StatusOr<wire::Outcome> outcome = host_->AskTarget(entry, /*end_it=*/here);
+    if (absl::Status s = CheckWord(entry.guest, entry.peer, word, outcome); !s.ok()) return s;
+  }
+  const GuestClaims::Claim claim = options_.claims->Take(entry.guest, kDecideTimeout);
+  if (!claim.held() || in_use(entry.guest)) {
+    return absl::AbortedError(absl::StrCat(entry.guest, " is in other hands just now; try again"));
+  }
+  const absl::StatusOr<HandoverEntry> now = HandoverRecord::Read(options_.folder, entry);
+  if (!now.ok() || now->phase != entry.phase) {
+    return absl::AbortedError(absl::StrCat(
+        entry.guest, " was settled meanwhile: ", now.ok() ? PhaseName(now->phase) : "it is done",
+        "; nothing was changed. Look at presync status"));
+  }
+  return Apply(*now, word, done);
+}
+
+void Recovery::Publish(OpenMatter matter) {
+  const std::string text = MatterText(matter);
+  bool news = false;
+  {
+    MutexLock lock(&mutex_);
+    const auto before = open_.find(matter.path);
+    news = before == open_.end() || MatterText(before->second) != text;
+    open_[matter.path] = std::move(matter);
+  }
+  if (news) options_.log(true, text);
+}
+
+void Recovery::Close(const std::string& path) {
+  MutexLock lock(&mutex_);
+  open_.erase(path);
+}
+
+// Its age is counted in time that this host was up, as far as that is known: a step of the wall
+// clock must not take an answer away that somebody may still need.
+void Recovery::RemoveOld(const HandoverEntry& entry) {
+  const std::string path = HandoverRecord::Path(options_.folder, entry);
+  const BootMoment now = options_.now();
+  const bool this_boot = entry.at.boot == now.boot;
+  const absl::Duration age = absl::Seconds(now.uptime_s - (this_boot ? entry.at.uptime_s : 0));
+  struct stat st;
+  if (::stat(path.c_str(), &st) != 0 || age < options_.keep_settled) return;
+  if (entry.at.boot.empty()) {  // of an older presyncd
+    if (absl::Now() - absl::TimeFromTimespec(st.st_mtim) < options_.keep_settled) return;
+  }
+  if (::unlink(path.c_str()) == 0) {
+    options_.log(false, absl::StrCat("removed ", path, ": settled for a long time"));
+  }
 }
 
 }  // namespace presync

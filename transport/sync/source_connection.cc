@@ -257,13 +257,15 @@ absl::Status FallToTcp(Dialer* dialer, const GuestMemory* memory, const SessionR
 }
 
 absl::StatusOr<wire::Outcome> AskOutcome(Dialer* dialer, const SessionId& session,
-                                         const std::string& guest, absl::Time deadline) {
+                                         const std::string& guest, bool end_it,
+                                         absl::Time deadline) {
   uint32_t version = 0;
   absl::StatusOr<std::unique_ptr<ControlChannel>> channel = DialControl(dialer, deadline, &version);
   if (!channel.ok()) return channel.status();
   Body message;
   message.mutable_query_outcome()->set_session_id(IdToBytes(session));
   message.mutable_query_outcome()->set_guest(guest);
+  message.mutable_query_outcome()->set_end_it(end_it);
   if (absl::Status s = (*channel)->Send(message, deadline); !s.ok()) return s;
   absl::StatusOr<Body> outcome = Expect(channel->get(), Body::kOutcome, deadline);
   if (!outcome.ok()) return outcome.status();

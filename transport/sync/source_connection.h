@@ -81,8 +81,10 @@ absl::Status FallToTcp(Dialer* dialer, const GuestMemory* memory, const SessionR
                        SourceConnection* connection, std::unique_ptr<SourceLink>* failed,
                        absl::Time deadline);
 
-// Asks the target what became of a session that was given up. Errors as above.
+// Asks the target what became of a session that was given up. `end_it`: a person says that the
+// guest goes on here; a target that was told to run it, and does not, ends it. Errors as above.
 absl::StatusOr<wire::Outcome> AskOutcome(Dialer* dialer, const SessionId& session,
-                                         const std::string& guest, absl::Time deadline);
+                                         const std::string& guest, bool end_it,
+                                         absl::Time deadline);
 
 }  // namespace presync

@@ -133,8 +133,7 @@ absl::Status Handover::BeforeGivingUp() {
   Mark("last scan");
   if (absl::Status s = LoadAndCompare(written); !s.ok()) return s;
   if (absl::Status s = memory_.Check(); !s.ok()) return s;  // zeros may have been sent for it
-  ManagedLaunch* managed = guest_->managed();
-  return managed == nullptr ? absl::OkStatus() : managed->StandsStill(deadline_);
+  return guest_->StandsStill(deadline_);
 }
 
 // Sends what is stale, again and again, while the guest runs. The guest is told to stop when the

@@ -175,28 +175,44 @@ absl::Status SourceSession::Stop() {
   return absl::OkStatus();
 }
 
-absl::Status SourceSession::Decide(bool runs_here) {
+absl::StatusOr<std::string> SourceSession::Decide(const Word& word) {
   MutexLock lock(&mutex_);
   if (published_.state != SessionState::kInDoubt) {
     return absl::FailedPreconditionError(
         absl::StrCat(options_.guest, " is not in doubt, but ", StateName(published_.state)));
   }
-  decision_ = runs_here;
-  const auto settled = [this] {
+  word_ = word;
+  word_answer_ = absl::OkStatus();
+  const auto answered = [this] {
     mutex_.AssertHeld();
-    return published_.state != SessionState::kInDoubt;
+    return !word_ || published_.state != SessionState::kInDoubt;
   };
   // A question to the target that is under way comes first; then the guest is resumed or ended.
-  mutex_.AwaitWithTimeout(settled, absl::Seconds(45));
-  if (published_.state == SessionState::kInDoubt || published_.state == SessionState::kStuck) {
-    return absl::FailedPreconditionError(published_.problem);
+  mutex_.AwaitWithTimeout(answered, absl::Seconds(45));
+  word_.reset();
+  if (!word_answer_.ok()) return word_answer_;
+  switch (published_.state) {
+    case SessionState::kInDoubt:
+    case SessionState::kStuck:
+      return absl::FailedPreconditionError(published_.problem);
+    case SessionState::kMoved:
+      return absl::StrCat(options_.guest, " runs at ", dialer_->peer(),
+                          ", or wherever it moved on to: its QEMU here was ended");
+    default:
+      return absl::StrCat(options_.guest, " goes on here");
   }
-  return absl::OkStatus();
 }
 
-std::optional<bool> SourceSession::TakeDecision() {
+std::optional<Word> SourceSession::PendingWord() const {
   MutexLock lock(&mutex_);
-  return std::exchange(decision_, std::nullopt);
+  return word_;
+}
+
+void SourceSession::AnswerWord(absl::Status answer) {
+  MutexLock lock(&mutex_);
+  if (!word_) return;
+  word_answer_ = std::move(answer);
+  word_.reset();
 }
 
 // The session thread. -----------------------------------------------------------------------------

@@ -23,6 +23,7 @@
 #include "transport/sync/resumption.h"
 #include "transport/sync/session_comparisons.h"
 #include "transport/sync/session_recording.h"
+#include "transport/sync/settlement.h"
 #include "transport/sync/source_connection.h"
 #include "transport/sync/source_handover.h"
 #include "transport/sync/source_sync.h"
@@ -33,6 +34,7 @@ namespace presync {
 struct SourceSessionOptions {
   std::string guest;
   std::string guest_address;  // how this host reaches the guest's QEMU: for the handover record
+  std::string guest_process;  // HandoverEntry::process
   std::string domain;         // libvirt's UUID of a guest with a manager; else empty
   std::string record_folder;
   SourceSyncOptions sync;
@@ -138,9 +140,10 @@ class SourceSession {
   absl::Status Stop() ABSL_LOCKS_EXCLUDED(mutex_);
 
   // What a person found out about a guest in doubt: that it certainly does not run on the target
-  // and never will, so that it goes on here; or that it does. Waits until that is done.
-  // FAILED_PRECONDITION: the session is not in doubt, or the guest could not be resumed yet.
-  absl::Status Decide(bool runs_here) ABSL_LOCKS_EXCLUDED(mutex_);
+  // and never will, so that it goes on here; or that it does. The target is asked first. Waits
+  // until that is done; the sentence that says what was. FAILED_PRECONDITION: the session is not in
+  // doubt, the target knows better, or the guest could not be resumed yet.
+  absl::StatusOr<std::string> Decide(const Word& word) ABSL_LOCKS_EXCLUDED(mutex_);
 
   // Compares all memory by hash while the guest runs; pages that differ are sent again. Blocks
   // until it is done, which a launch, a stop or a lost link ends: FAILED_PRECONDITION, ABORTED or
@@ -210,8 +213,11 @@ class SourceSession {
   void EndReturn();
   void Retire(std::unique_ptr<SourceLink> link);
   void ResolveDoubt();
-  std::string HowToSettle() const;
-  std::optional<bool> TakeDecision() ABSL_LOCKS_EXCLUDED(mutex_);
+  void HoldStill();
+  absl::StatusOr<wire::Outcome> AskAndHoldStill(bool end_it);
+  absl::Status TakeWord(const Word& word, const absl::StatusOr<wire::Outcome>& outcome);
+  std::optional<Word> PendingWord() const ABSL_LOCKS_EXCLUDED(mutex_);
+  void AnswerWord(absl::Status answer) ABSL_LOCKS_EXCLUDED(mutex_);
   void ResumeHere(const std::string& why);
   void Settle(SessionState state, const absl::Status& why);
   void Publish() ABSL_LOCKS_EXCLUDED(mutex_);
@@ -273,8 +279,10 @@ class SourceSession {
   SessionStatus published_ ABSL_GUARDED_BY(mutex_);
   LaunchOrder* order_ ABSL_GUARDED_BY(mutex_) = nullptr;
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
-  bool forget_ ABSL_GUARDED_BY(mutex_) = false;           // stopped by a person: nothing goes on
-  std::optional<bool> decision_ ABSL_GUARDED_BY(mutex_);  // it runs here; what a person said
+  bool forget_ ABSL_GUARDED_BY(mutex_) = false;  // stopped by a person: nothing goes on
+  // What a person said of a guest in doubt, until it was answered.
+  std::optional<Word> word_ ABSL_GUARDED_BY(mutex_);
+  absl::Status word_answer_ ABSL_GUARDED_BY(mutex_);
 
   Mutex join_mutex_;
   std::thread thread_;  // last: it uses all of the above

@@ -1,13 +1,20 @@
 // How a source's session hands its guest over, and what it does until the guest's fate is settled.
 #include <string>
+#include <thread>
 
 #include "absl/strings/str_cat.h"
 #include "transport/clock.h"
 #include "transport/sync/conversation.h"
+#include "transport/sync/departures.h"
 #include "transport/sync/source_session.h"
 #include "transport/wire/version.h"
 
 namespace presync {
+namespace {
+
+constexpr absl::Duration kHoldEvery = absl::Seconds(1);
+
+}  // namespace
 
 // Ahead of any launch, which has to write it while it is timed.
 absl::Status SourceSession::ReserveRecord() {
@@ -18,7 +25,8 @@ absl::Status SourceSession::ReserveRecord() {
                                                        .guest = options_.guest,
                                                        .session = id_,
                                                        .peer = dialer_->peer(),
-                                                       .detail = options_.guest_address});
+                                                       .detail = options_.guest_address,
+                                                       .process = options_.guest_process});
   if (!record.ok()) return record.status();
   record_ = std::make_unique<HandoverRecord>(*std::move(record));
   return absl::OkStatus();
@@ -109,49 +117,83 @@ void SourceSession::HandOver(LaunchOrder* order) {
                                                : absl::StatusOr<HandoverReport>(end.why));
 }
 
+// Whoever resumed it, its manager or a person: it may run on the target.
+void SourceSession::HoldStill() {
+  const absl::Status still = guest_->HoldStill(MonotonicNow() + absl::Seconds(5));
+  if (!still.ok()) options_.log(true, absl::StrCat(options_.guest, ": ", still.message()));
+}
+
+// A target that is mute keeps the question waiting for seconds; the guest is looked at each second
+// all the same.
+absl::StatusOr<wire::Outcome> SourceSession::AskAndHoldStill(bool end_it) {
+  absl::StatusOr<wire::Outcome> outcome = absl::UnknownError("not asked");
+  Mutex mutex;
+  bool answered = false;
+  std::thread asking([&] {
+    outcome =
+        AskOutcome(dialer_.get(), id_, options_.guest, end_it, MonotonicNow() + absl::Seconds(5));
+    MutexLock lock(&mutex);
+    answered = true;
+  });
+  bool waits = true;
+  while (waits) {
+    HoldStill();
+    MutexLock lock(&mutex);
+    const auto done = [&] { return answered; };
+    waits = !mutex.AwaitWithTimeout(done, kHoldEvery);
+  }
+  asking.join();
+  return outcome;
+}
+
 // Given up, and no answer: ask until there is one. Neither yes nor silence lets the guest run here;
-// only the target's positive word that it never ran it.
+// only the target's positive word that it never ran it, or a person's that does not contradict it.
 void SourceSession::ResolveDoubt() {
-  if (ManagedLaunch* managed = guest_->managed(); managed != nullptr) {
-    if (absl::Status s = managed->HoldStill(MonotonicNow() + absl::Seconds(5)); !s.ok()) {
-      options_.log(true, absl::StrCat(options_.guest, ": ", s.message()));
-    }
+  const std::optional<Word> word = PendingWord();
+  const bool end_it = word && word->decision == Decision::kRunsHere;
+  const absl::StatusOr<wire::Outcome> outcome = AskAndHoldStill(end_it);
+  if (word) {
+    const absl::Status taken = TakeWord(*word, outcome);
+    if (state_ != SessionState::kInDoubt) return;
+    AnswerWord(taken);
   }
-  if (const std::optional<bool> runs_here = TakeDecision()) {
-    options_.log(true, absl::StrCat(options_.guest, ": settled by hand: it runs ",
-                                    *runs_here ? "here" : "there"));
-    if (!*runs_here) return Settle(SessionState::kMoved, absl::OkStatus());
-    record_->Append(HandoverPhase::kTakenBack).IgnoreError();
-    return ResumeHere("settled by hand; the guest goes on here");
-  }
-  absl::StatusOr<wire::Outcome> outcome =
-      AskOutcome(dialer_.get(), id_, options_.guest, MonotonicNow() + absl::Seconds(5));
   if (!outcome.ok()) {
-    problem_ =
-        absl::StrCat("given up to ", dialer_->peer(),
-                     ", whose presyncd can't be asked: ", outcome.status().message(),
-                     "; asked again every second. If that host is lost for good: ", HowToSettle());
+    problem_ = absl::StrCat("given up to ", dialer_->peer(),
+                            ", whose presyncd can't be asked: ", outcome.status().message(),
+                            "; asked again every second. If that host is lost for good: ",
+                            LookAndSettle(options_.guest, dialer_->peer()));
   } else if (outcome->value() == wire::Outcome::RUNNING) {
-    Settle(SessionState::kMoved, absl::OkStatus());
+    return Settle(SessionState::kMoved, absl::OkStatus());
   } else if (outcome->value() == wire::Outcome::NEVER_RAN) {
     record_->Append(HandoverPhase::kTakenBack).IgnoreError();
-    ResumeHere(absl::StrCat(dialer_->peer(), " never ran the guest; it goes on here"));
-    return;
+    return ResumeHere(absl::StrCat(dialer_->peer(), " never ran the guest; it goes on here"));
   } else {
-    problem_ =
-        absl::StrCat("given up to ", dialer_->peer(),
-                     ", which answers: ", PrintableText(outcome->text()), "; ", HowToSettle());
+    problem_ = absl::StrCat("given up to ", dialer_->peer(),
+                            ", which answers: ", PrintableText(outcome->text()), "; ",
+                            LookAndSettle(options_.guest, dialer_->peer()));
   }
   Publish();
   WaitForOrder(options_.reconnect_every);
 }
 
-// Where only a person can know.
-std::string SourceSession::HowToSettle() const {
-  return absl::StrCat("look at ", dialer_->peer(), " whether ", options_.guest,
-                      " runs there. If it does: presync settle ", options_.guest,
-                      " there. If it certainly does not, and never will: presync settle ",
-                      options_.guest, " here");
+// Ok: it was acted upon, and the session is in doubt no longer.
+absl::Status SourceSession::TakeWord(const Word& word,
+                                     const absl::StatusOr<wire::Outcome>& outcome) {
+  const std::string& peer = dialer_->peer();
+  if (absl::Status s = CheckWord(options_.guest, peer, word, outcome); !s.ok()) return s;
+  const bool here = word.decision == Decision::kRunsHere;
+  // Durable first: without it the next presyncd would be in doubt again, with the guest running.
+  if (here) {
+    if (absl::Status s = record_->Append(HandoverPhase::kTakenBack); !s.ok()) return s;
+  }
+  options_.log(
+      true, absl::StrCat(options_.guest, ": settled by hand: it runs ", here ? "here" : "there"));
+  if (here) {
+    ResumeHere("settled by hand; the guest goes on here");
+  } else {
+    Settle(SessionState::kMoved, absl::OkStatus());
+  }
+  return absl::OkStatus();
 }
 
 // The guest is this host's and stands still: tries until it runs, or its process has ended.
@@ -179,10 +221,13 @@ void SourceSession::Settle(SessionState state, const absl::Status& why) {
   problem_ = std::string(why.message());
   if (state == SessionState::kMoved) {
     record_->Append(HandoverPhase::kMoved).IgnoreError();
+    // Before its process ends, at which somebody may start it again.
+    const absl::Status noted = NoteDeparture(options_.record_folder, record_->entry());
+    if (!noted.ok()) options_.log(true, absl::StrCat(options_.guest, ": ", noted.message()));
     if (absl::Status s = guest_->Quit(MonotonicNow() + absl::Seconds(10)); !s.ok()) {
       problem_ = absl::StrCat("the guest has moved, but its old QEMU here did not quit (",
                               s.message(), "): end it by hand, and never resume it");
-    } else {
+    } else if (noted.ok()) {
       RemoveRecord();
     }
   }

@@ -50,7 +50,7 @@ class TargetConversation {
   void FinishHashing();
   absl::Status Load(const wire::Load& load);
   absl::Status RunGuest();
-  void AbortHandover();
+  void AbortHandover(bool source_has_it);
   void End(const absl::Status& why);
 
   absl::Status Send(const wire::ControlMessage& message) {

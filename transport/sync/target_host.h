@@ -14,6 +14,7 @@
 #include "absl/time/time.h"
 #include "transport/guest.h"
 #include "transport/memory.h"
+#include "transport/sync/handover_record.h"
 #include "transport/sync/session_id.h"
 
 namespace presync {
@@ -87,6 +88,9 @@ class TargetPlace {
   // How this host reaches the guest's QEMU, for people and for recovery.
   virtual std::string address() const = 0;
 
+  // Which process waits, for HandoverEntry::process. After Waiting; empty: it can't be told.
+  virtual std::string process() const = 0;
+
   // --- For a copy that outlives presyncd. A place that can't be one need not know of it. ---
 
   // Notes whose bytes the memory holds, so that the presyncd after this one finds it by
@@ -136,9 +140,10 @@ class TargetHost {
                      "[libvirt] to its presyncd.toml and restart it"));
   }
 
-  // Makes sure that a guest which was waiting for `session` under this address, before presyncd was
-  // restarted, never runs. Ok: it is certain.
-  virtual absl::Status EndOrphan(const std::string& address) = 0;
+  // Makes sure that the guest of such a record of this host's, which was waiting before presyncd
+  // was restarted, never runs. Ok: it is certain. ALREADY_EXISTS: that very guest runs.
+  // FAILED_PRECONDITION: what answers there runs, or may be another guest.
+  virtual absl::Status EndOrphan(const HandoverEntry& entry) = 0;
 
   // The copies that an earlier presyncd left and that are whole, each once; `may_be_used` has the
   // last word. The others are given up. Call it once, after recovery has looked at all handovers.

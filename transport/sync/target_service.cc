@@ -244,7 +244,7 @@ std::vector<TargetStatus> TargetService::status() const {
 }
 
 wire::Outcome TargetService::Outcome(const SessionId& session, const std::string& guest,
-                                     const std::string& peer_name) {
+                                     const std::string& peer_name, bool end_it) {
   wire::Outcome outcome;
   {
     // While a conversation still has the guest in hand its fate is open: end it, then read the
@@ -266,8 +266,15 @@ wire::Outcome TargetService::Outcome(const SessionId& session, const std::string
     const auto free = [&] { return !in_hand(); };
     if (!mutex_.AwaitWithTimeout(free, kTakeOverTimeout)) {
       outcome.set_text("the handover is still under way here; ask again");
+      outcome.set_phase("under-way");
       return outcome;
     }
+  }
+  const GuestClaims::Claim claim = options_.claims->Take(guest, kTakeOverTimeout);
+  if (!claim.held()) {
+    outcome.set_text("its QEMU is being looked at here; ask again");
+    outcome.set_phase("under-way");
+    return outcome;
   }
   std::vector<std::string> unreadable;
   for (const HandoverEntry& entry : HandoverRecord::ReadAll(options_.record_folder, &unreadable)) {
@@ -275,35 +282,57 @@ wire::Outcome TargetService::Outcome(const SessionId& session, const std::string
       continue;
     }
     // Of a time before there were certificates: anybody who may come may ask.
-    if (!entry.peer_name.empty() && entry.peer_name != peer_name) {
-      outcome.set_text("that session was opened by another peer");
-    } else if (entry.phase == HandoverPhase::kRunning) {
-      outcome.set_value(wire::Outcome::RUNNING);
-      outcome.set_text("it runs here");
-    } else if (entry.phase == HandoverPhase::kToldToRun) {
-      // Its source keeps the only other copy until this is certain. Recovery runs it.
-      outcome.set_text(
-          "it was told to run here, and whether it does is not certain yet; see presync status "
-          "there");
-    } else if (entry.phase == HandoverPhase::kNeverRan) {
-      outcome.set_value(wire::Outcome::NEVER_RAN);
-      outcome.set_text("it never ran here");
-    } else if (absl::Status s = host_->EndOrphan(entry.detail); !s.ok()) {
-      outcome.set_text(std::string(s.message()));
-    } else {
-      // Nobody told it to run, and now nobody can.
-      absl::StatusOr<HandoverRecord> record = HandoverRecord::Open(options_.record_folder, entry);
-      if (record.ok() && record->Append(HandoverPhase::kNeverRan).ok()) {
-        outcome.set_value(wire::Outcome::NEVER_RAN);
-        outcome.set_text("it never ran here");
-      } else {
-        outcome.set_text("this host can't write its handover record");
-      }
-    }
+    if (entry.peer_name.empty() || entry.peer_name == peer_name) return OutcomeOf(entry, end_it);
+    outcome.set_text("that session was opened by another peer");
     return outcome;
   }
   outcome.set_text("this host has no record of that session");
   return outcome;
+}
+
+// Of a guest that is claimed.
+wire::Outcome TargetService::OutcomeOf(const HandoverEntry& entry, bool end_it) {
+  wire::Outcome outcome;
+  outcome.set_phase(std::string(PhaseName(entry.phase)));
+  if (entry.phase == HandoverPhase::kRunning) {
+    outcome.set_value(wire::Outcome::RUNNING);
+    outcome.set_text("it runs here, or ran here and went on from here");
+  } else if (entry.phase == HandoverPhase::kToldToRun && !end_it) {
+    // Its source keeps the only other copy until this is certain. Recovery runs it.
+    outcome.set_text(
+        "it was told to run here, and whether it does is not certain yet; see presync status "
+        "there");
+  } else if (entry.phase == HandoverPhase::kRanUntold) {
+    outcome.set_text("somebody ran it here though nobody told it to; see presync status there");
+  } else if (entry.phase == HandoverPhase::kNeverRan) {
+    outcome.set_value(wire::Outcome::NEVER_RAN);
+    outcome.set_text("it never ran here");
+  } else if (absl::Status s = EndForGood(entry); !s.ok()) {
+    outcome.set_text(std::string(s.message()));
+  } else {
+    outcome.set_value(wire::Outcome::NEVER_RAN);
+    outcome.set_text("it never ran here");
+  }
+  return outcome;
+}
+
+// Nobody told it to run, or a person takes the order back; and from now on nobody can.
+absl::Status TargetService::EndForGood(const HandoverEntry& entry) {
+  const absl::Status ended = host_->EndOrphan(entry);
+  const bool runs_untold = absl::IsAlreadyExists(ended) && entry.phase == HandoverPhase::kWaiting;
+  if (!ended.ok() && !runs_untold) return ended;
+  absl::StatusOr<HandoverRecord> record = HandoverRecord::Reserve(options_.record_folder, entry);
+  if (!record.ok()) return record.status();
+  if (runs_untold) {
+    record->Append(HandoverPhase::kRanUntold).IgnoreError();
+    return ended;
+  }
+  if (entry.phase == HandoverPhase::kToldToRun) {
+    if (absl::Status s = record->Append(HandoverPhase::kWaiting); !s.ok()) return s;
+    Log(true, absl::StrCat(entry.guest, ": a person at ", entry.peer,
+                           " says that it goes on there: ended here"));
+  }
+  return record->Append(HandoverPhase::kNeverRan);
 }
 
 }  // namespace presync

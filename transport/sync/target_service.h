@@ -20,6 +20,8 @@
 #include "transport/mutex.h"
 #include "transport/rdma/rdma_options.h"
 #include "transport/sync/admission.h"
+#include "transport/sync/guest_claims.h"
+#include "transport/sync/handover_record.h"
 #include "transport/sync/peer_rules.h"
 #include "transport/sync/refusal_log.h"
 #include "transport/sync/session_id.h"
@@ -52,6 +54,8 @@ struct TargetServiceOptions {
   absl::Duration preamble_timeout = absl::Seconds(5);
   absl::Duration idle_timeout = absl::Seconds(15);  // a source pings every second
   absl::Duration keep_lost_session = absl::Minutes(10);
+  // Shared with recovery: what it does with a guest's QEMU no session of that guest begins beside.
+  std::shared_ptr<GuestClaims> claims = std::make_shared<GuestClaims>();
   // Called with one line whenever an operator would want to know. Any thread.
   std::function<void(bool problem, const std::string& line)> log = [](bool, const std::string&) {};
 };
@@ -168,8 +172,13 @@ class TargetService {
 
   // A session that has no conversation and no slot busy: what the records say. See
   // docs/protocol.md. Another peer than the session's is told nothing, and changes nothing.
+  // `end_it`: a person at the source says that the guest goes on there.
   wire::Outcome Outcome(const SessionId& session, const std::string& guest,
-                        const std::string& peer_name) ABSL_LOCKS_EXCLUDED(mutex_);
+                        const std::string& peer_name, bool end_it) ABSL_LOCKS_EXCLUDED(mutex_);
+
+  // Makes sure that the guest of such a record, which waits for its state or was told to run and
+  // does not, never runs, and writes so. Nobody else may have the guest in hand.
+  absl::Status EndForGood(const HandoverEntry& entry);
 
  private:
   struct Client {
@@ -180,6 +189,7 @@ class TargetService {
   };
 
   TargetService(UniqueFd listener, TargetHost* host, TargetServiceOptions options);
+  wire::Outcome OutcomeOf(const HandoverEntry& entry, bool end_it);
   void TakeKept() ABSL_LOCKS_EXCLUDED(mutex_);
   void AcceptLoop();
   absl::Status CheckLimits(const std::string& address) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);

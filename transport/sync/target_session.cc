@@ -91,14 +91,6 @@ std::vector<HandoverEntry> OpenHandovers(const std::string& folder, const std::s
   return entries;
 }
 
-// Makes sure that the guest of such a record, which waits for its state, never runs, and writes so.
-absl::Status SettleWaiting(TargetService* service, const HandoverEntry& entry) {
-  if (absl::Status s = service->host()->EndOrphan(entry.detail); !s.ok()) return s;
-  absl::StatusOr<HandoverRecord> record =
-      HandoverRecord::Reserve(service->options().record_folder, entry);
-  return record.ok() ? record->Append(HandoverPhase::kNeverRan) : record.status();
-}
-
 }  // namespace
 
 bool IsPlainName(absl::string_view name) {
@@ -127,7 +119,8 @@ void TargetConversation::Run() {
     const absl::StatusOr<SessionId> id = IdFromBytes(first->query_outcome().session_id());
     if (id.ok())
       *reply.mutable_outcome() =
-          service_->Outcome(*id, first->query_outcome().guest(), channel_->peer_name());
+          service_->Outcome(*id, first->query_outcome().guest(), channel_->peer_name(),
+                            first->query_outcome().end_it());
     reply.mutable_outcome();
     Send(reply).IgnoreError();
     return;
@@ -201,7 +194,7 @@ absl::Status TargetConversation::CloseOlderHandovers() {
     if (slot_->place != nullptr) {
       if (absl::Status s = slot_->place->EndWaiting(); !s.ok()) return s;
     }
-    if (absl::Status s = SettleWaiting(service_, entry); !s.ok()) {
+    if (absl::Status s = service_->EndForGood(entry); !s.ok()) {
       return absl::Status(s.code(), absl::StrCat("an earlier handover of ", slot_->guest,
                                                  " to this host is open: ", s.message()));
     }
@@ -384,7 +377,7 @@ absl::Status TargetConversation::Handle(const Body& message) {
     case Body::kAbortHandover:
       service_->Log(true, absl::StrCat(slot_->guest, ": the source called the handover off: ",
                                        PrintableText(message.abort_handover().reason())));
-      AbortHandover();
+      AbortHandover(/*source_has_it=*/true);
       return absl::OkStatus();
     case Body::kLaunchExpected:
       service_->NoteLaunchExpected(slot_, message.launch_expected());
@@ -420,7 +413,7 @@ void TargetConversation::End(const absl::Status& why) {
   links_.reset();
   // Whatever ended the conversation, an order to run can't come any more: the guest never runs
   // here.
-  if (!over_ && guest_ != nullptr) AbortHandover();
+  if (!over_ && guest_ != nullptr) AbortHandover(/*source_has_it=*/!loaded_);
   if (record_ && !record_->used()) record_->Remove().IgnoreError();
   service_->ReleaseSlot(slot_, forget_);
 }

@@ -12,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "transport/clock.h"
 #include "transport/sync/conversation.h"
+#include "transport/sync/departures.h"
 #include "transport/sync/page_hash.h"
 #include "transport/sync/target_conversation.h"
 
@@ -56,6 +57,14 @@ absl::Status TargetConversation::BeginHandover() {
   absl::StatusOr<TargetGuest*> guest = slot_->place->Waiting(MonotonicNow() + kGuestTimeout);
   if (!guest.ok()) return guest.status();
   if (absl::Status s = LookAtCopy(); !s.ok()) return s;
+  // Without it a later presyncd could not tell whether this very guest has ended.
+  const std::string process = slot_->place->process();
+  if (process.empty()) {
+    return absl::FailedPreconditionError(
+        "which process waits for the guest can't be told, so a restart of this presyncd could not "
+        "find it again");
+  }
+  record_->set_process(process);
   if (absl::Status s = record_->Append(HandoverPhase::kWaiting); !s.ok()) return s;
   guest_ = *guest;
   guest_->OnReturn([this](absl::string_view bytes) {
@@ -139,11 +148,16 @@ absl::Status TargetConversation::Load(const wire::Load& load) {
   loading_ = true;
   slot_->content_kept = slot_->noted = false;
   const absl::Time deadline = MonotonicNow() + kGuestTimeout;
+  if (absl::Status s = guest_->StayPaused(deadline); !s.ok()) return s;
   if (absl::Status s = WriteAll(state_stream_.get(), staged_, deadline); !s.ok()) {
     return WithLastWords(std::move(s));
   }
   state_stream_.reset();
-  if (absl::Status s = guest_->AwaitLoaded(deadline); !s.ok()) return WithLastWords(std::move(s));
+  if (absl::Status s = guest_->AwaitLoaded(deadline); !s.ok()) {
+    // The source goes on as soon as it hears of it: what ran here must have ended by then.
+    if (guest_->HasRun()) AbortHandover(/*source_has_it=*/true);
+    return WithLastWords(std::move(s));
+  }
   loaded_ = true;
   Body loaded;
   loaded.mutable_loaded();
@@ -164,11 +178,17 @@ absl::Status TargetConversation::RunGuest() {
     answer.mutable_running();
     Send(answer).IgnoreError();  // if it is lost the source asks; the record knows
     slot_->place->Keep();
+    const absl::Status here = ForgetDeparture(service_->options().record_folder, slot_->guest);
+    if (!here.ok()) service_->Log(true, absl::StrCat(slot_->guest, ": ", here.message()));
     record_->Append(HandoverPhase::kRunning).IgnoreError();
     service_->Log(false, absl::StrCat(slot_->guest, ": runs here now"));
   } else if (absl::IsFailedPrecondition(run) && record_->Append(HandoverPhase::kWaiting).ok()) {
     // It refused, or had ended before. The order is taken back first: a record that still says so
     // when its QEMU is gone could not be settled without a person.
+    if (guest_->HasRun()) {  // somebody else told it to
+      AbortHandover(/*source_has_it=*/false);
+      return absl::OkStatus();
+    }
     if (absl::Status s = slot_->place->EndWaiting(); !s.ok()) return s;  // the source will ask
     // If this can't be written, the answer has to be enough: after it the source does not ask.
     record_->Append(HandoverPhase::kNeverRan).IgnoreError();
@@ -187,19 +207,31 @@ absl::Status TargetConversation::RunGuest() {
   return absl::OkStatus();
 }
 
-// The guest goes on at the source. The waiting one has eaten a part of the state: a new one must
-// wait.
-void TargetConversation::AbortHandover() {
+// The waiting one has eaten a part of the state: a new one must wait. Only a process that is
+// certainly gone, and was not seen to run, never ran; otherwise the record stays open, and Outcome
+// decides. `source_has_it`: the source goes on with the guest, whatever happened here.
+void TargetConversation::AbortHandover(bool source_has_it) {
   over_ = true;
   if (guest_ == nullptr) return;
+  const bool ran = guest_->HasRun();
   guest_ = nullptr;
-  // Only a process that is certainly gone never ran; otherwise the record stays open, and Outcome
-  // decides.
+  if (ran) {
+    record_->Append(HandoverPhase::kRanUntold).IgnoreError();
+    service_->Log(true,
+                  absl::StrCat(slot_->guest, ": SOMEBODY RAN IT HERE (", slot_->place->address(),
+                               ") though presync did not tell it to run: its disks may have "
+                               "been written to from here"));
+    if (!source_has_it) {  // it may be the only one by now: a person has to look
+      slot_->place->Keep();
+      forget_ = true;
+      return;
+    }
+  }
   const absl::Status ended = slot_->place->EndWaiting();
-  if (ended.ok()) {
-    record_->Append(HandoverPhase::kNeverRan).IgnoreError();
-  } else {
+  if (!ended.ok()) {
     service_->Log(true, absl::StrCat(slot_->guest, ": ", ended.message()));
+  } else if (!ran) {
+    record_->Append(HandoverPhase::kNeverRan).IgnoreError();
   }
 }
 

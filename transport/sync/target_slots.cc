@@ -59,6 +59,12 @@ absl::StatusOr<TargetSlot*> TargetService::AcquireSlot(const SessionId& session,
                                                        uint64_t memory_bytes,
                                                        ControlChannel* channel) {
   const std::string peer_name = channel->peer_name();
+  // From its slot on the guest is this session's; until then recovery may be at its QEMU.
+  const GuestClaims::Claim claim = options_.claims->Take(guest, kTakeOverTimeout);
+  if (!claim.held()) {
+    return absl::UnavailableError(absl::StrCat("an earlier handover of ", guest,
+                                               " to this host is being looked at; try again"));
+  }
   std::list<TargetSlot> replaced;  // a place may take its time to end: not under the lock
   MutexLock lock(&mutex_);
   const auto find = [&] {

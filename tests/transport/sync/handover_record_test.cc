@@ -8,6 +8,7 @@
 #include <fstream>
 #include <iterator>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace presync {
@@ -88,10 +89,57 @@ TEST_F(HandoverRecordTest, ManyHandoversOfOneSessionFit) {
   for (int i = 0; i < 5; ++i) {
     absl::StatusOr<HandoverRecord> record = HandoverRecord::Open(folder_, Entry());
     ASSERT_TRUE(record.ok());
-    for (int j = 0; j < 10; ++j) ASSERT_TRUE(record->Append(HandoverPhase::kGivenUp).ok());
+    for (int j = 0; j < 10; ++j) ASSERT_TRUE(record->Append(HandoverPhase::kPreparing).ok());
+    ASSERT_TRUE(record->Append(HandoverPhase::kGivenUp).ok());
     ASSERT_TRUE(record->Append(HandoverPhase::kTakenBack).ok());
   }
   EXPECT_EQ(ReadAll().at(0).phase, HandoverPhase::kTakenBack);
+}
+
+// A pass of recovery that had read "waiting" wrote "never-ran" behind "running".
+TEST_F(HandoverRecordTest, WhatWasSaidForGoodIsNotTakenBack) {
+  using enum HandoverPhase;
+  for (const auto& [from, to] :
+       std::vector<std::pair<HandoverPhase, HandoverPhase>>{{kRunning, kNeverRan},
+                                                            {kRunning, kWaiting},
+                                                            {kMoved, kTakenBack},
+                                                            {kTakenBack, kMoved},
+                                                            {kTakenBack, kGivenUp},
+                                                            {kGivenUp, kPreparing},
+                                                            {kMoved, kPreparing},
+                                                            {kNeverRan, kToldToRun},
+                                                            {kWaiting, kRunning},
+                                                            {kRanUntold, kNeverRan}}) {
+    id_ = RandomId();
+    absl::StatusOr<HandoverRecord> record = HandoverRecord::Open(folder_, Entry(from));
+    ASSERT_TRUE(record.ok());
+    EXPECT_TRUE(absl::IsFailedPrecondition(record->Append(to)))
+        << PhaseName(from) << " " << PhaseName(to);
+    EXPECT_TRUE(absl::IsFailedPrecondition(HandoverRecord::Open(folder_, Entry(to)).status()))
+        << "nor by who opens it anew";
+    EXPECT_EQ(HandoverRecord::Read(folder_, Entry())->phase, from);
+  }
+}
+
+TEST_F(HandoverRecordTest, WhoWritesKnowsWhatWasWrittenLast) {
+  absl::StatusOr<HandoverRecord> first = HandoverRecord::Open(folder_, Entry());
+  absl::StatusOr<HandoverRecord> second = HandoverRecord::Reserve(folder_, Entry());
+  ASSERT_TRUE(first->Append(HandoverPhase::kGivenUp).ok());
+  EXPECT_TRUE(absl::IsFailedPrecondition(second->Append(HandoverPhase::kPreparing)));
+  EXPECT_EQ(ReadAll().at(0).phase, HandoverPhase::kGivenUp);
+}
+
+TEST_F(HandoverRecordTest, ARestartKnowsTheProcessAndTheOrder) {
+  HandoverEntry entry = Entry();
+  entry.process = "4711 1234567 a-boot";
+  ASSERT_TRUE(HandoverRecord::Open(folder_, entry).ok());
+  const HandoverEntry first = ReadAll().at(0);
+  EXPECT_EQ(first.process, entry.process);
+  EXPECT_FALSE(first.at.boot.empty());
+  EXPECT_GT(first.sequence, 0u);
+  id_ = RandomId();
+  ASSERT_TRUE(HandoverRecord::Open(folder_, Entry()).ok());
+  EXPECT_GT(HandoverRecord::Read(folder_, Entry())->sequence, first.sequence);
 }
 
 TEST_F(HandoverRecordTest, GarbageIsNamedAndNotBelieved) {

@@ -168,6 +168,18 @@ absl::Status ModelSourceGuest::Quit(absl::Time) {
   return Step("quit");
 }
 
+absl::Status ModelSourceGuest::StandsStill(absl::Time) {
+  if (fails_ == "resumed-by-hand") world_->SetRunning(true, true);
+  return world_->source_running() ? absl::FailedPreconditionError("resumed-by-hand, as scripted")
+                                  : absl::OkStatus();
+}
+
+absl::Status ModelSourceGuest::HoldStill(absl::Time) {
+  if (!world_->source_running()) return absl::OkStatus();
+  world_->SetRunning(true, false);
+  return absl::AbortedError("somebody resumed it: it was stopped again");
+}
+
 absl::StatusOr<RunState> ModelSourceGuest::State(absl::Time) {
   return world_->source_running() ? RunState::kRunning : RunState::kPaused;
 }
@@ -193,6 +205,11 @@ absl::StatusOr<UniqueFd> ModelTargetGuest::BeginLoad(absl::Time) {
 }
 
 absl::Status ModelTargetGuest::AwaitLoaded(absl::Time) {
+  if (fails_ == "runs-untold") {
+    untold_ = true;
+    world_->SetRunning(false, true);
+    return absl::InternalError("runs-untold, as scripted");
+  }
   if (fails_ == "await-loaded") return absl::UnavailableError("await-loaded fails as scripted");
   std::string state;
   char buffer[4096];

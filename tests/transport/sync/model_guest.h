@@ -75,8 +75,9 @@ class World {
 };
 
 // Which call of a model guest fails, by name: "prepare-save", "begin-save", "stop", "finish-save",
-// "check-ran", "resume", "quit", "begin-load", "await-loaded", "run" (refused) and "run-unanswered"
-// (it runs, and nobody is told). Empty: none.
+// "check-ran", "resumed-by-hand", "resume", "quit", "begin-load", "await-loaded", "runs-untold"
+// (somebody runs it meanwhile), "run" (refused) and "run-unanswered" (it runs, and nobody is told).
+// Empty: none.
 class ModelSourceGuest final : public SourceGuest {
  public:
   // `last_page_written`: written while the state is saved, as device code may. Negative: none.
@@ -94,6 +95,8 @@ class ModelSourceGuest final : public SourceGuest {
   absl::StatusOr<RunState> State(absl::Time deadline) override;
   absl::StatusOr<RequestLook> LookAtRequests(absl::Time deadline) override;
   GuestOutlook Look(absl::Time deadline) override;
+  absl::Status StandsStill(absl::Time deadline) override;
+  absl::Status HoldStill(absl::Time deadline) override;
 
  private:
   absl::Status Step(const char* name);
@@ -107,9 +110,14 @@ class ModelSourceGuest final : public SourceGuest {
 class ModelTargetGuest final : public TargetGuest {
  public:
   ModelTargetGuest(World* world, std::string fails) : world_(world), fails_(std::move(fails)) {}
+  // Its process ends with it, unless it was told to run.
+  ~ModelTargetGuest() override {
+    if (untold_) world_->SetRunning(false, false);
+  }
 
   absl::StatusOr<UniqueFd> BeginLoad(absl::Time deadline) override;
   absl::Status AwaitLoaded(absl::Time deadline) override;
+  bool HasRun() override { return untold_; }
   absl::Status Run(absl::Time deadline) override;
   absl::Status Discard(absl::Time deadline) override;
   absl::StatusOr<RunState> State(absl::Time deadline) override;
@@ -120,6 +128,7 @@ class ModelTargetGuest final : public TargetGuest {
   UniqueFd stream_;
   bool loaded_ = false;
   bool gone_ = false;
+  bool untold_ = false;
 };
 
 }  // namespace presync

@@ -218,8 +218,10 @@ TEST_F(PeerTest, ARecordAnswersItsPeerOnly) {
                                                            .session = session,
                                                            .peer_name = "one"})
                   .ok());
-  EXPECT_EQ(service_->Outcome(session, "g1", "elsewhere").value(), wire::Outcome::UNKNOWN);
-  EXPECT_EQ(service_->Outcome(session, "g1", "one").value(), wire::Outcome::NEVER_RAN);
+  EXPECT_EQ(service_->Outcome(session, "g1", "elsewhere", /*end_it=*/false).value(),
+            wire::Outcome::UNKNOWN);
+  EXPECT_EQ(service_->Outcome(session, "g1", "one", /*end_it=*/false).value(),
+            wire::Outcome::NEVER_RAN);
 }
 
 TEST_F(PeerTest, ATokenIsForItsPeerAndForOnce) {

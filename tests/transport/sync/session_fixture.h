@@ -51,7 +51,7 @@ class ModelHost final : public TargetHost {
     (void)regions;
     return std::make_unique<Place>(this);
   }
-  absl::Status EndOrphan(const std::string&) override {
+  absl::Status EndOrphan(const HandoverEntry&) override {
     ++orphans_ended_;
     return orphan_;
   }
@@ -116,6 +116,7 @@ class ModelHost final : public TargetHost {
     bool TakeUnknown() override { return std::exchange(unknown_, false); }
     void Keep() override { host_->kept_ = true; }
     std::string address() const override { return "model"; }
+    std::string process() const override { return "the model"; }
     absl::Status NoteCopy(const CopyOwner& owner) override {
       if (!host_->keeps_copies_) return TargetPlace::NoteCopy(owner);
       host_->note_ = owner;

@@ -4,6 +4,7 @@
 
 #include "tests/transport/sync/session_fixture.h"
 #include "transport/clock.h"
+#include "transport/sync/departures.h"
 #include "transport/sync/handover_record.h"
 #include "transport/sync/link_messages.h"
 
@@ -25,7 +26,11 @@ TEST_F(SessionTest, MovesAWritingGuestByteForByte) {
   EXPECT_THAT(Differences(), ::testing::IsEmpty());
   EXPECT_TRUE(host_.kept());
   EXPECT_EQ(session_->status().state, SessionState::kMoved);
-  EXPECT_TRUE(std::filesystem::is_empty(source_folder_.path())) << "the source's record is settled";
+  std::vector<std::string> unreadable;
+  EXPECT_THAT(HandoverRecord::ReadAll(source_folder_.path(), &unreadable), ::testing::IsEmpty())
+      << "the source's record is settled";
+  EXPECT_FALSE(CheckMayStart(source_folder_.path(), "g1").ok()) << "nobody starts it there again";
+  EXPECT_TRUE(CheckMayStart(target_folder_.path(), "g1").ok());
 }
 
 TEST_F(SessionTest, WhatDeviceCodeWritesWhileItsStateIsSavedArrivesToo) {
@@ -47,7 +52,7 @@ TEST_P(FailingSource, TheGuestGoesOnHere) {
 
 INSTANTIATE_TEST_SUITE_P(Steps, FailingSource,
                          ::testing::Values("prepare-save", "begin-save", "stop", "finish-save",
-                                           "check-ran"));
+                                           "check-ran", "resumed-by-hand"));
 
 class FailingTarget : public SessionTest, public ::testing::WithParamInterface<const char*> {};
 
@@ -101,7 +106,8 @@ TEST_F(SessionTest, GivenUpToATargetWithoutARecordAPersonDecides) {
     host_.set_fails("run-unanswered");
     ASSERT_TRUE(StartSession().ok());
     ASSERT_TRUE(AwaitState(SessionState::kSyncing));
-    EXPECT_FALSE(session_->Decide(here).ok()) << "nothing is in doubt";
+    const Word word = {.decision = here ? Decision::kRunsHere : Decision::kRunsThere};
+    EXPECT_FALSE(session_->Decide(word).ok()) << "nothing is in doubt";
     EXPECT_FALSE(Launch().ok());
     ASSERT_EQ(session_->status().state, SessionState::kInDoubt);
     for (const auto& file : std::filesystem::directory_iterator(target_folder_.path())) {
@@ -111,12 +117,73 @@ TEST_F(SessionTest, GivenUpToATargetWithoutARecordAPersonDecides) {
       return session_->status().problem.find("no record") != std::string::npos;
     })) << session_->status().problem;
     world_.SetRunning(false, !here);
-    const absl::Status decided = session_->Decide(here);
-    EXPECT_TRUE(decided.ok()) << decided;
+    const absl::StatusOr<std::string> decided = session_->Decide(word);
+    EXPECT_TRUE(decided.ok()) << decided.status();
     EXPECT_EQ(world_.source_running(), here);
     EXPECT_EQ(session_->status().state == SessionState::kMoved, !here);
     EXPECT_TRUE(!here || session_->Stop().ok());
   }
+}
+
+// Two ran, and nobody noticed: only a guest with a manager was held still.
+TEST_F(SessionTest, AGuestInDoubtThatSomebodyResumesIsStoppedAgain) {
+  host_.set_fails("run-unanswered");
+  ASSERT_TRUE(StartSession().ok());
+  EXPECT_FALSE(Launch().ok());
+  ASSERT_EQ(session_->status().state, SessionState::kInDoubt);
+  world_.SetRunning(false, false);
+  world_.SetRunning(true, true);
+  EXPECT_TRUE(Await([this] { return !world_.source_running(); }));
+  EXPECT_EQ(session_->status().state, SessionState::kInDoubt);
+}
+
+// It made two, with the other host up and knowing better.
+TEST_F(SessionTest, AWordThatTheTargetContradictsChangesNothing) {
+  host_.set_fails("run-unanswered");
+  host_.set_orphan(absl::FailedPreconditionError("the guest runs"));
+  ASSERT_TRUE(StartSession().ok());
+  EXPECT_FALSE(Launch().ok());
+  ASSERT_EQ(session_->status().state, SessionState::kInDoubt);
+  const absl::StatusOr<std::string> here = session_->Decide({.decision = Decision::kRunsHere});
+  EXPECT_TRUE(absl::IsFailedPrecondition(here.status())) << here.status();
+  EXPECT_THAT(std::string(here.status().message()), HasSubstr("--force"));
+  EXPECT_EQ(session_->status().state, SessionState::kInDoubt);
+  EXPECT_FALSE(world_.source_running());
+  const absl::StatusOr<std::string> there = session_->Decide({.decision = Decision::kRunsThere});
+  EXPECT_TRUE(there.ok()) << there.status();
+  EXPECT_THAT(there.value_or(""), HasSubstr("wherever it moved on to"));
+  EXPECT_EQ(session_->status().state, SessionState::kMoved);
+}
+
+// A target that was told to run it and does not is told to end it.
+TEST_F(SessionTest, WhereAPersonSaysHereATargetThatDoesNotRunItEndsIt) {
+  host_.set_fails("run-unanswered");
+  ASSERT_TRUE(StartSession().ok());
+  EXPECT_FALSE(Launch().ok());
+  ASSERT_EQ(session_->status().state, SessionState::kInDoubt);
+  world_.SetRunning(false, false);  // its QEMU died at once
+  const absl::StatusOr<std::string> here = session_->Decide({.decision = Decision::kRunsHere});
+  EXPECT_TRUE(here.ok()) << here.status();
+  EXPECT_GT(host_.orphans_ended(), 0);
+  EXPECT_TRUE(world_.source_running());
+  std::vector<std::string> unreadable;
+  EXPECT_EQ(HandoverRecord::ReadAll(target_folder_.path(), &unreadable).at(0).phase,
+            HandoverPhase::kNeverRan);
+}
+
+// Somebody's `cont` ran it while it was loaded: it was said never to have run, and the source went
+// on while it still did.
+TEST_F(SessionTest, AGuestThatRanUntoldHasEndedBeforeItsSourceGoesOn) {
+  host_.set_fails("runs-untold");
+  ASSERT_TRUE(StartSession().ok());
+  const absl::StatusOr<HandoverReport> report = Launch();
+  EXPECT_THAT(std::string(report.status().message()), HasSubstr("runs-untold"));
+  ExpectUnharmed();
+  std::vector<std::string> unreadable;
+  EXPECT_EQ(HandoverRecord::ReadAll(target_folder_.path(), &unreadable).at(0).phase,
+            HandoverPhase::kRanUntold);
+  host_.set_fails("");
+  EXPECT_TRUE(Launch().ok()) << "the next launch begins with another process";
 }
 
 TEST_F(SessionTest, APageThatDiffersIsFoundAndTheGuestStays) {
