@@ -146,5 +146,14 @@ TEST_F(SessionCopyTest, NorDoesASyncThatWasStopped) {
   EXPECT_EQ(Mappings(), before);
 }
 
+TEST_F(SessionCopyTest, NorOneThatFailed) {
+  const int before = Mappings();
+  ASSERT_TRUE(StartSession().ok());
+  ASSERT_TRUE(Synced());
+  source_.Die();
+  ASSERT_TRUE(AwaitState(SessionState::kFailed));
+  EXPECT_TRUE(Await([&] { return Mappings() == before; })) << Mappings();
+}
+
 }  // namespace
 }  // namespace presync
