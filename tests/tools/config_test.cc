@@ -93,6 +93,13 @@ TEST(Config, SaysWhereAndWhatIsWrong) {
   EXPECT_THAT(ErrorOf("[guest.a]\ncommand = ['a']\nattach = 'b'"), HasSubstr("either command"));
 }
 
+TEST(Config, RefusesPathsThatDependOnWhereItIsStarted) {
+  for (const std::string key : {"socket", "state_folder", "run_folder", "ram_folder"}) {
+    EXPECT_THAT(ErrorOf((key + " = 'here'").c_str()),
+                HasSubstr("presyncd.toml: " + key + ": 'here' must be an absolute path"));
+  }
+}
+
 std::string ErrorOfCommand(const std::string& arguments) {
   return ErrorOf(("[guest.a]\ncommand = [" + arguments + "]\n").c_str());
 }

@@ -9,6 +9,7 @@
 #include <sstream>
 #include <utility>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "predictor/policy.h"
@@ -283,6 +284,16 @@ absl::StatusOr<Config> ParseConfig(absl::string_view text, const std::string& pa
     return guests.Read(*table);
   });
   if (absl::Status s = reader.Read(parsed); !s.ok()) return s;
+  // QEMUs are started in the folder /, and a path that means another file there is none.
+  const std::pair<const char*, std::string> paths[] = {{"socket", config.socket},
+                                                       {"state_folder", config.state_folder},
+                                                       {"run_folder", config.run_folder},
+                                                       {"ram_folder", config.ram_folder}};
+  for (const auto& [key, value] : paths) {
+    if (absl::StartsWith(value, "/")) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat(path, ": ", key, ": '", value, "' must be an absolute path"));
+  }
   for (const auto& [name, guest] : config.guests) {
     const absl::Status good = CheckGuestConfig(name, guest, GuestsFolder(config));
     if (good.ok()) continue;
