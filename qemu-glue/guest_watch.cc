@@ -89,9 +89,8 @@ absl::Status CheckRunState(std::string_view run_state) {
       {"watchdog", "the guest's watchdog has stopped it: resume it (`cont`) or reset it first"},
       {"suspended", "the guest sleeps (suspended to RAM): wake it first (`system_wakeup`)"},
       {"postmigrate",
-       "the guest was moved away from here by QEMU's own migration, and may run elsewhere: look "
-       "where it runs, and never resume it here while it may; if it certainly runs nowhere, `cont` "
-       "by hand"},
+       "QEMU stands where a migration left the guest, which may run elsewhere: look where it runs, "
+       "and never resume it here while it may; if it certainly runs nowhere, `cont` by hand"},
   };
   if (run_state == "running") return absl::OkStatus();
   for (const Known& known : kKnown) {

@@ -116,7 +116,6 @@ absl::Status ReviveMonitor(std::unique_ptr<QmpClient>* qmp, const PeerProcess& p
 RunState ToRunState(std::string_view run_state) {
   if (run_state == "running") return RunState::kRunning;
   if (run_state == "inmigrate") return RunState::kIncoming;
-  if (run_state == "postmigrate") return RunState::kLeft;
   return RunState::kPaused;
 }
 

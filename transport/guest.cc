@@ -9,10 +9,6 @@ GuestOutlook SourceGuest::Look(absl::Time deadline) {
     outlook.launchable = state.status();
   } else if (*state == RunState::kGone) {
     outlook.launchable = absl::UnavailableError("its process here has ended");
-  } else if (*state == RunState::kLeft) {
-    outlook.launchable = absl::FailedPreconditionError(
-        "the guest was moved away from here, and may run elsewhere: never resume it here while it "
-        "may");
   } else if (*state != RunState::kRunning) {
     outlook.launchable = absl::FailedPreconditionError(
         "the guest is paused here; a launch would run it on the target: resume it first");

@@ -18,7 +18,6 @@ namespace presync {
 enum class RunState {
   kRunning,
   kPaused,    // stopped, could run
-  kLeft,      // stands where a move that succeeded left it: it may run elsewhere
   kIncoming,  // a target that still waits for, or loads, its device state
   kGone,      // its process has ended
 };

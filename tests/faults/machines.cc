@@ -433,7 +433,6 @@ class FaultySource final : public SourceGuest {
       const VmState vm = machines_->source_state();
       state = vm == VmState::kRunning ? RunState::kRunning
               : vm == VmState::kGone  ? RunState::kGone
-              : vm == VmState::kLeft  ? RunState::kLeft
                                       : RunState::kPaused;
       return absl::OkStatus();
     });

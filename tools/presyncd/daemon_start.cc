@@ -37,7 +37,7 @@ bool IsMirroring(SessionState state) {
 absl::Status CheckNotLeft(const GuestInfo& info) {
   if (info.run_state != "postmigrate") return absl::OkStatus();
   return absl::FailedPreconditionError(
-      "its QEMU stands where a move that succeeded leaves it (postmigrate), and the guest may run "
+      "its QEMU stands where a migration left it (postmigrate), and the guest may run "
       "elsewhere: look where it runs, and never resume it here while it may; if it certainly runs "
       "nowhere, `cont` by hand");
 }
