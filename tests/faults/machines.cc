@@ -74,6 +74,10 @@ void Machines::GuestWrites(bool at_source, int pages) {
                               : target_ != nullptr && target_->state == VmState::kRunning;
   // Whoever resumed a guest that has been given up spoils that copy, and nobody else's.
   if (!runs || restarted_ || (at_source ? by_hand_source_ : by_hand_target_)) return;
+  if (at_source) {
+    EndReads(MonotonicNow());
+    if (reads_slowly_) BeginRead(absl::Milliseconds(random_() % 30));
+  }
   ModelMemory& memory = at_source ? source_memory_ : target_->memory;
   for (int i = 0; i < pages; ++i) {
     // Some pages are hot; one write in nine makes a page zero.
@@ -86,6 +90,42 @@ void Machines::GuestWrites(bool at_source, int pages) {
       truth_->FillPage(page, value);
     }
   }
+}
+
+// The page is pinned, which is a write that the log sees.
+void Machines::BeginRead(absl::Duration takes) {
+  const auto page = static_cast<PageIndex>(random_() % kFaultPages);
+  const uint64_t value = random_() | 1;
+  source_memory_.Write(page, value);
+  truth_->FillPage(page, value);
+  const absl::Time now = MonotonicNow();
+  reads_.push_back({page, now, now + takes});
+}
+
+void Machines::EndReads(absl::Time until) {
+  std::erase_if(reads_, [&](const Read& read) {
+    if (read.until > until) return false;
+    const uint64_t value = random_() | 1;
+    source_memory_.WriteUnseen(read.page, value);
+    truth_->FillPage(read.page, value);
+    longest_read_ = std::max(longest_read_, read.until - read.since);
+    return true;
+  });
+}
+
+void Machines::HangARead(absl::Duration takes) {
+  MutexLock lock(&mutex_);
+  if (source_ == VmState::kRunning && !restarted_ && !by_hand_source_) BeginRead(takes);
+}
+
+void Machines::DrainReads() {
+  MutexLock lock(&mutex_);
+  EndReads(absl::InfiniteFuture());
+}
+
+absl::Duration Machines::TakeLongestRead() {
+  MutexLock lock(&mutex_);
+  return std::exchange(longest_read_, absl::ZeroDuration());
 }
 
 void Machines::Look() {
@@ -380,10 +420,21 @@ class FaultySource final : public SourceGuest {
     return reader;
   }
 
+  absl::StatusOr<RequestLook> LookAtRequests(absl::Time) override {
+    RequestLook look = {.at = MonotonicNow()};
+    const absl::Status acted = life_->Act([&] {
+      const absl::Duration longest = machines_->TakeLongestRead();
+      if (std::exchange(looked_, true)) look.longest = longest;
+    });
+    if (!acted.ok()) return acted;
+    return look;
+  }
+
   absl::StatusOr<absl::Time> Stop(absl::Time) override {
     const absl::Status status = monitor_->Call(life_, "source stop", [this] {
-      return machines_->MoveSource({VmState::kRunning}, VmState::kStopped) ? absl::OkStatus()
-                                                                           : Alive();
+      if (!machines_->MoveSource({VmState::kRunning}, VmState::kStopped)) return Alive();
+      machines_->DrainReads();
+      return absl::OkStatus();
     });
     if (!status.ok()) return status;
     return MonotonicNow();
@@ -447,6 +498,7 @@ class FaultySource final : public SourceGuest {
   Monitor* const monitor_;
   Life* const life_;
   UniqueFd stream_;
+  bool looked_ = false;
 };
 
 // The guest writes at every look, so that what it writes depends on the looks alone.

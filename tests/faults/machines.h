@@ -44,6 +44,16 @@ class Machines {
   // The guest writes some pages where it runs, and notes what they hold.
   void GuestWrites(bool at_source, int pages);
 
+  // From now on the guest at the source reads a disk all the time, past the page cache: each read
+  // is seen when it is submitted, and fills its page some milliseconds later, unseen.
+  void ReadSlowly() { reads_slowly_ = true; }
+  // One such read takes `takes`.
+  void HangARead(absl::Duration takes) ABSL_LOCKS_EXCLUDED(mutex_);
+  // What QEMU does when it stops: every read has ended.
+  void DrainReads() ABSL_LOCKS_EXCLUDED(mutex_);
+  // How long the longest read took that has ended since this was last asked.
+  absl::Duration TakeLongestRead() ABSL_LOCKS_EXCLUDED(mutex_);
+
   struct TargetVm;
 
   // From outside. -----------------------------------------------------------------------------
@@ -116,6 +126,12 @@ class Machines {
   void NoteSaving(bool saving, bool saved) ABSL_LOCKS_EXCLUDED(mutex_);
 
  private:
+  struct Read {
+    PageIndex page = 0;
+    absl::Time since, until;
+  };
+  void BeginRead(absl::Duration takes) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void EndReads(absl::Time until) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Look() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   mutable Mutex mutex_;
@@ -125,6 +141,9 @@ class Machines {
   VmState source_ ABSL_GUARDED_BY(mutex_) = VmState::kRunning;
   std::shared_ptr<TargetVm> target_ ABSL_GUARDED_BY(mutex_);
   std::vector<std::shared_ptr<TargetVm>> all_targets_ ABSL_GUARDED_BY(mutex_);
+  std::atomic<bool> reads_slowly_ = false;
+  std::vector<Read> reads_ ABSL_GUARDED_BY(mutex_);  // under way
+  absl::Duration longest_read_ ABSL_GUARDED_BY(mutex_) = absl::ZeroDuration();
   std::atomic<bool> ever_two_ = false;
   std::atomic<bool> guest_killed_ = false;
   bool saving_ ABSL_GUARDED_BY(mutex_) = false;  // presync's settings are on at the source

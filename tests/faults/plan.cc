@@ -9,7 +9,7 @@
 namespace presync {
 namespace {
 
-constexpr std::array<std::pair<Fault, const char*>, 33> kNames = {{
+constexpr std::array<std::pair<Fault, const char*>, 35> kNames = {{
     {Fault::kNone, "none"},
     {Fault::kCrashSource, "crash source presyncd"},
     {Fault::kCrashTarget, "crash target presyncd"},
@@ -29,6 +29,8 @@ constexpr std::array<std::pair<Fault, const char*>, 33> kNames = {{
     {Fault::kControlCorrupted, "control corrupted"},
     {Fault::kControlDelayed, "control delayed"},
     {Fault::kNoRoom, "no room at target"},
+    {Fault::kSlowReads, "slow reads"},
+    {Fault::kReadHangs, "a read hangs"},
     {Fault::kSourceMonitorErrs, "source QMP errs"},
     {Fault::kSourceMonitorCloses, "source QMP closes"},
     {Fault::kSourceMonitorStalls, "source QMP stalls"},
@@ -85,6 +87,11 @@ Strike DrawStrike(Fault fault, std::mt19937_64* random) {
     strike.at = absl::Microseconds(rng() % 30'000);
   }
   if (fault == Fault::kNoRoom) strike.step = rng() % 2 == 0 ? "hello" : "open_session";
+  if (fault == Fault::kSlowReads || fault == Fault::kReadHangs) {
+    strike.step = "";
+    strike.in_sync = fault == Fault::kSlowReads || rng() % 2 == 0;
+    strike.at = absl::Microseconds(rng() % 30'000);
+  }
   // Up to twice the time that a handover may take here.
   strike.lasts = absl::Milliseconds(5 + rng() % (rng() % 4 == 0 ? 800 : 120));
   return strike;

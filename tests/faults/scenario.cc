@@ -228,6 +228,8 @@ absl::Status Scenario::StartSession() {
   options.guest_address = "the source's QEMU";
   options.record_folder = life->record_folder();
   options.sync.scan_interval = absl::Milliseconds(5);
+  options.sync.settle_after = absl::Milliseconds(40);
+  options.look_every = absl::Milliseconds(15);
   options.sync.max_launch_time = options.sync.fixed_cost;  // a set-point of 0: everything is sent
   options.transport = Transport::kTcp;
   options.make_link = network_.SourceLinks(&machines_.source_memory().memory(), life);
@@ -339,6 +341,10 @@ void Scenario::Hit(size_t index) {
     case Fault::kNoRoom:
       no_room_ = true;
       return restore([this] { no_room_ = false; });
+    case Fault::kSlowReads:
+      return machines_.ReadSlowly();
+    case Fault::kReadHangs:
+      return machines_.HangARead(strike.lasts);
     case Fault::kSourceMonitorErrs:
       return source_monitor_.Break(MonitorFault::kError);
     case Fault::kSourceMonitorCloses:

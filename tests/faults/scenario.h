@@ -28,7 +28,9 @@ enum class Fault {
   kControlDuplicated,
   kControlCorrupted,
   kControlDelayed,
-  kNoRoom,  // at the target
+  kNoRoom,     // at the target
+  kSlowReads,  // the guest reads a disk past the page cache, all the time from then on
+  kReadHangs,  // one such read takes as long as the strike lasts
   kSourceMonitorErrs,
   kSourceMonitorCloses,
   kSourceMonitorStalls,
