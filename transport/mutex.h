@@ -42,15 +42,17 @@ class ABSL_LOCKABLE Mutex {
   template <typename Predicate>
   bool AwaitWithDeadline(const Predicate& is_true, absl::Time deadline)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(this) {
-    bool in_time = true;
-    while (!is_true()) {
-      if (!in_time) return false;
-      WakeAwaiting();
+    if (is_true()) return true;
+    // Once, for what the caller changed before. Who was woken and only looks changes nothing: two
+    // of them would wake each other for ever.
+    WakeAwaiting();
+    for (bool in_time = true; in_time;) {
       ++awaiting_;
       in_time = Wait(&let_go_, deadline);
       --awaiting_;
+      if (is_true()) return true;
     }
-    return true;
+    return false;
   }
 
  private:
