@@ -295,7 +295,8 @@ bool Machines::MigrateAway() {
 
 bool Machines::StartSourceAgain() {
   MutexLock lock(&mutex_);
-  if (source_ != VmState::kGone || restarted_) return false;
+  // Of a move that was not presync's presync can warn nobody.
+  if (source_ != VmState::kGone || restarted_ || elsewhere_) return false;
   source_ = VmState::kRunning;
   saving_ = saved_ = false;
   restarted_ = true;
