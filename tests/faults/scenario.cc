@@ -506,6 +506,16 @@ bool Scenario::AwaitSettled() {
 // its source, too, that one is ended; else it is said to be the one.
 void Scenario::PersonLooks() {
   for (const OpenMatter& matter : target_.recovery->open()) {
+    // Its QEMU ended before it was told to run: nothing was written from there.
+    if (matter.for_a_person && matter.entry.phase == HandoverPhase::kToldToRun &&
+        !machines_.target_lives() && !machines_.guest_killed()) {
+      target_.recovery
+          ->Decide("g1", {.decision = Decision::kNeverRan},
+                   [](const std::string&) { return false; })
+          .status()
+          .IgnoreError();
+      continue;
+    }
     if (!matter.for_a_person || !machines_.by_hand()) continue;
     const bool given_up = !CheckMayStart(source_.life->record_folder(), "g1").ok();
     if (machines_.source_runs() || !given_up) {
