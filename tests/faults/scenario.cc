@@ -505,6 +505,17 @@ bool Scenario::AwaitSettled() {
 // Somebody ran the guest that waited at the target. As docs/reliability.md has it: where it runs at
 // its source, too, that one is ended; else it is said to be the one.
 void Scenario::PersonLooks() {
+  // It ran by hand for a moment, and has ended: whoever did that knows that its disks are as
+  // before.
+  const std::shared_ptr<Machines::TargetVm> vm = machines_.target();
+  if (vm != nullptr && machines_.RanUntold(*vm) && !machines_.target_lives() &&
+      !machines_.guest_killed()) {
+    target_.recovery
+        ->Decide("g1", {.decision = Decision::kNeverRan, .force = true},
+                 [](const std::string&) { return false; })
+        .status()
+        .IgnoreError();
+  }
   for (const OpenMatter& matter : target_.recovery->open()) {
     // Its QEMU ended before it was told to run: nothing was written from there.
     if (matter.for_a_person && matter.entry.phase == HandoverPhase::kToldToRun &&

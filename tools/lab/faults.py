@@ -289,7 +289,7 @@ class Run:
                 self.paused = target
         elif plan.fault == "quit at the target":
             if target:
-                self._note_guest_killed(pair.there)
+                self.guest_killed = True  # it ends some milliseconds later; decide() looks first whether it runs
                 told(target, "quit")
         elif plan.fault == "QEMU's own migration":
             if told(source, "migrate", uri="exec:cat >/dev/null"):
