@@ -104,6 +104,7 @@ void Machines::BeginRead(absl::Duration takes) {
 
 void Machines::EndReads(absl::Time until) {
   std::erase_if(reads_, [&](const Read& read) {
+    mutex_.AssertHeld();
     if (read.until > until) return false;
     const uint64_t value = random_() | 1;
     source_memory_.WriteUnseen(read.page, value);
