@@ -1,7 +1,8 @@
 #include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "glue.h"
@@ -37,15 +38,15 @@ struct presync_result presync_scratch_open(struct presync_scratch* scratch, uint
 struct trial {
   volatile char* page;
   int error;
+  int over; /* an end of a pipe, closed when both are written */
 };
 
-static void* write_both_ways(void* argument) {
-  struct trial* trial = argument;
+static void write_both_ways(struct trial* trial) {
   *trial->page = 1;
   int ends[2];
   if (pipe(ends) != 0) {
     trial->error = errno;
-    return NULL;
+    return;
   }
   const char byte = 1;
   if (write(ends[1], &byte, 1) != 1 ||
@@ -54,6 +55,12 @@ static void* write_both_ways(void* argument) {
   }
   close(ends[0]);
   close(ends[1]);
+}
+
+static void* run_trial(void* argument) {
+  struct trial* trial = argument;
+  write_both_ways(trial);
+  close(trial->over);
   return NULL;
 }
 
@@ -65,23 +72,28 @@ struct presync_result presync_scratch_write(struct presync_scratch* scratch,
       offset > PRESYNC_SCRATCH_BYTES - 2 * PRESYNC_GLUE_PAGE_BYTES) {
     return result;
   }
-  struct trial trial = {(volatile char*)scratch->memory + offset, 0};
-  pthread_t writer;
+  int over[2];
   result.step = PRESYNC_GLUE_STEP_THREAD;
-  result.error = presync_thread_start(&writer, write_both_ways, &trial);
-  if (result.error != 0) return result;
-
-  struct timespec deadline;
-  clock_gettime(CLOCK_MONOTONIC, &deadline);
-  deadline.tv_sec += PRESYNC_SCRATCH_PATIENCE_S;
-  result.step = PRESYNC_GLUE_STEP_WRITE;
-  if (pthread_clockjoin_np(writer, NULL, CLOCK_MONOTONIC, &deadline) != 0) {
-    presync_range_close(&scratch->range); /* wakes the writer */
-    pthread_join(writer, NULL);
-    result.error = ETIME;
+  if (pipe2(over, O_CLOEXEC) != 0) {
+    result.error = errno;
     return result;
   }
-  result.error = trial.error;
+  struct trial trial = {(volatile char*)scratch->memory + offset, 0, over[1]};
+  pthread_t writer;
+  result.error = presync_thread_start(&writer, run_trial, &trial);
+  if (result.error != 0) {
+    close(over[0]);
+    close(over[1]);
+    return result;
+  }
+
+  struct pollfd until_over = {.fd = over[0], .events = POLLIN};
+  result.step = PRESYNC_GLUE_STEP_WRITE;
+  const bool in_time = poll(&until_over, 1, PRESYNC_SCRATCH_PATIENCE_S * 1000) > 0;
+  if (!in_time) presync_range_close(&scratch->range); /* wakes the writer */
+  pthread_join(writer, NULL);
+  close(over[0]);
+  result.error = in_time ? trial.error : ETIME;
   return result;
 }
 
