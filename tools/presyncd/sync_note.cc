@@ -19,8 +19,8 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "tools/common/local_api.h"
+#include "transport/durable_file.h"
 #include "transport/json.h"
-#include "transport/unique_fd.h"
 
 namespace presync {
 namespace {
@@ -43,27 +43,11 @@ std::string Checksum(absl::string_view text) {
   return absl::StrFormat("%016x", XXH3_64bits(text.data(), text.size()));
 }
 
-absl::Status FileError(absl::string_view what, const std::string& path) {
+constexpr char kWhat[] = "note of a sync";
+
+absl::Status FileError(absl::string_view step, const std::string& path) {
   return absl::UnavailableError(
-      absl::StrCat("note of a sync: ", what, " ", path, ": ", std::strerror(errno)));
-}
-
-absl::Status SyncFolder(const std::string& folder) {
-  const UniqueFd dir(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-  if (!dir.valid() || ::fsync(dir.get()) != 0) return FileError("sync", folder);
-  return absl::OkStatus();
-}
-
-absl::Status WriteWhole(const std::string& path, absl::string_view bytes) {
-  ::unlink(path.c_str());  // one that was left half-written
-  const UniqueFd fd(
-      ::open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600));
-  if (!fd.valid()) return FileError("make", path);
-  if (::write(fd.get(), bytes.data(), bytes.size()) != static_cast<ssize_t>(bytes.size()) ||
-      ::fsync(fd.get()) != 0) {
-    return FileError("write", path);
-  }
-  return absl::OkStatus();
+      absl::StrCat(kWhat, ": ", step, " ", path, ": ", std::strerror(errno)));
 }
 
 absl::StatusOr<std::string> ReadWhole(const std::string& path) {
@@ -162,21 +146,16 @@ absl::Status SyncNotes::Write(const SyncNote& note) {
     return NotANote("the guest's name is too long");
   const std::string next =
       absl::StrCat(path.substr(0, path.size() - std::strlen(kExtension)), kNewExtension);
-  absl::Status written = WriteWhole(next, *bytes);
-  if (written.ok() && ::rename(next.c_str(), path.c_str()) != 0) written = FileError("make", path);
-  if (!written.ok()) {
-    ::unlink(next.c_str());
-    return written;
-  }
+  if (absl::Status s = ReplaceWhole(kWhat, path, next, *bytes); !s.ok()) return s;
   there_.insert(note.guest);
-  return SyncFolder(folder_);
+  return SyncFolder(kWhat, folder_);
 }
 
 absl::Status SyncNotes::Remove(const std::string& guest) {
   if (!there_.contains(guest)) return absl::OkStatus();
   const std::string path = PathOf(guest);
   if (::unlink(path.c_str()) != 0 && errno != ENOENT) return FileError("remove", path);
-  if (absl::Status s = SyncFolder(folder_); !s.ok()) return s;
+  if (absl::Status s = SyncFolder(kWhat, folder_); !s.ok()) return s;
   there_.erase(guest);
   return absl::OkStatus();
 }

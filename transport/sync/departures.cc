@@ -1,10 +1,8 @@
 #include "transport/sync/departures.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <unistd.h>
 
-#include <cstdio>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -15,35 +13,14 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/time.h"
-#include "transport/unique_fd.h"
+#include "transport/durable_file.h"
 
 namespace presync {
 namespace {
 
 constexpr char kExtension[] = ".left";
 
-absl::Status FileError(absl::string_view what, const std::string& path) {
-  return absl::UnavailableError(
-      absl::StrCat("note of a guest that left: ", what, " ", path, ": ", std::strerror(errno)));
-}
-
-absl::Status SyncFolder(const std::string& folder) {
-  const UniqueFd dir(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-  if (!dir.valid() || ::fsync(dir.get()) != 0) return FileError("sync", folder);
-  return absl::OkStatus();
-}
-
-absl::Status WriteWhole(const std::string& path, absl::string_view bytes) {
-  ::unlink(path.c_str());  // one that was left half-written
-  const UniqueFd fd(
-      ::open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600));
-  if (!fd.valid()) return FileError("make", path);
-  if (::write(fd.get(), bytes.data(), bytes.size()) != static_cast<ssize_t>(bytes.size()) ||
-      ::fsync(fd.get()) != 0) {
-    return FileError("write", path);
-  }
-  return absl::OkStatus();
-}
+constexpr char kWhat[] = "note of a guest that left";
 
 struct NotedDeparture {
   std::string path;
@@ -68,10 +45,13 @@ absl::Status ForgetBut(const std::string& folder, const std::string& guest,
   bool removed = false;
   for (const NotedDeparture& note : ReadNotes(folder)) {
     if (!note.entry.ok() || note.entry->guest != guest || note.path == but) continue;
-    if (::unlink(note.path.c_str()) != 0 && errno != ENOENT) return FileError("remove", note.path);
+    if (::unlink(note.path.c_str()) != 0 && errno != ENOENT) {
+      return absl::UnavailableError(
+          absl::StrCat(kWhat, ": remove ", note.path, ": ", std::strerror(errno)));
+    }
     removed = true;
   }
-  return removed ? SyncFolder(folder) : absl::OkStatus();
+  return removed ? SyncFolder(kWhat, folder) : absl::OkStatus();
 }
 
 }  // namespace
@@ -88,14 +68,8 @@ absl::Status NoteDeparture(const std::string& folder, const HandoverEntry& entry
   const absl::StatusOr<std::string> block = HandoverRecord::Encode(left);
   if (!block.ok()) return block.status();
   const std::string path = DeparturePath(folder, left);
-  const std::string next = path + "-new";
-  absl::Status written = WriteWhole(next, *block);
-  if (written.ok() && ::rename(next.c_str(), path.c_str()) != 0) written = FileError("make", path);
-  if (written.ok()) written = SyncFolder(folder);
-  if (!written.ok()) {
-    ::unlink(next.c_str());
-    return written;
-  }
+  if (absl::Status s = ReplaceWhole(kWhat, path, path + "-new", *block); !s.ok()) return s;
+  if (absl::Status s = SyncFolder(kWhat, folder); !s.ok()) return s;
   return ForgetBut(folder, entry.guest, path);
 }
 
