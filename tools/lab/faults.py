@@ -8,8 +8,9 @@ import subprocess
 import threading
 import time
 
+from . import hosts
 from . import presync as _presync
-from .pair import NAME, Violation, alive
+from .pair import NAME, TOOLS, Qemu, Violation, alive
 from .qmp import Qmp, QmpError
 from .proxies import damage
 
@@ -50,11 +51,14 @@ FAULTS = {
     "control truncated": 0, "control duplicated": 0, "control corrupted": 0, "control delayed": 3,
     "target full": 0,
     "QMP stalls": 4, "QMP answers an error": 0, "QMP closes": 0,
+    "slow reads": 10, "a read hangs": 8,
 }
+SLOW_READS_MS = 100
 # What people and services do beside presync (--actors): each at a step of the handover, half of them with a presyncd
 # killed at the same moment, so that the guest's fate is open for a while.
 ACTORS = {"cont at the source": 0, "cont at the waiting QEMU": 0, "pause at the target": 0, "quit at the target": 0,
-          "QEMU's own migration": 0, "a service asks may-start": 0, "settle right": 0, "settle wrong": 0,
+          "QEMU's own migration": 0, "a service asks may-start": 0, "a service asks nobody": 0,
+          "settle right": 0, "settle wrong": 0,
           "settle wrong with --force": 0}
 _AT_STEPS_ONLY = ("control truncated", "control duplicated", "control corrupted", "control delayed")
 _NOT_AT_STEPS = ("target full", "QMP stalls", "QMP answers an error", "QMP closes", "none")
@@ -126,6 +130,8 @@ class Run:
         side = pair.decide(self.guest_killed, forced=self.forced)
         if self.plan.fault == "a service asks may-start" and side is not None:
             self._service_asks(source, side)
+        if self.plan.fault == "a service asks nobody" and side not in (None, source):
+            self._service_asks_nobody(source)
         self.decided_by_hand = pair.decided_by_hand
         if side is None:
             return "guest killed"
@@ -268,6 +274,19 @@ class Run:
             self._ends(pair.two.link_up)
         elif self.plan.fault == "link flaps":
             self._ends(pair.two.link_up, flap=True)
+        elif self.plan.fault in ("slow reads", "a read hangs"):
+            self._slow_down_reads()
+
+    def _slow_down_reads(self):
+        """All reads that begin until the fault ends take longer; or those of the next moment hang for its whole time."""
+        disk = self.pair.disk
+        if self.plan.fault == "slow reads":
+            disk.set_delay(SLOW_READS_MS)
+            self._ends(lambda: disk.set_delay(self.pair.READS_MS))
+            return
+        disk.set_delay(self.plan.lasts_s * 1000)
+        time.sleep(0.1)
+        disk.set_delay(self.pair.READS_MS)
 
     def _act(self):
         pair, plan = self.pair, self.plan
@@ -341,6 +360,30 @@ class Run:
                 raise Violation("doubled_unnoticed", f"may-start lets {host} start a guest that runs on {side}")
             if host == side and not may:
                 raise Violation("restarts_failed", f"may-start refuses {host}, where the guest runs\n{self.pair.words()}")
+
+    def _service_asks_nobody(self, source):
+        """A unit with Restart=always and no ExecCondition=: what comes up where the guest was must be held still and shown."""
+        pair = self.pair
+        watch = f"{pair.folder}/restarted.watch"
+        front = pair.monitor
+        process = pair.two.popen(source, [
+            TOOLS / "fronted", f"{pair.folder}/fronts", front, "qemu-system-x86_64", "-machine", "q35", "-m", "16",
+            "-nodefaults", "-display", "none", "-qmp", f"unix:{front.removesuffix('.front')},server=on,wait=off",
+            "-qmp", f"unix:{watch},server=on,wait=off"])
+        try:
+            qemu = Qemu(process.pid, source, watch)
+            deadline = time.monotonic() + 20
+            while pair.run_state(qemu) != "paused" or not self._restart_is_shown(source):
+                if time.monotonic() > deadline:
+                    raise Violation("doubled_unnoticed", f"a service started the guest again on {source}: it is "
+                                    f"{pair.run_state(qemu)}\n{pair.words()}")
+                time.sleep(0.1)
+        finally:
+            hosts.stop(process)
+        pair.may_start(source, clear=True)
+
+    def _restart_is_shown(self, side):
+        return any("somebody started a QEMU" in matter["known"] for matter in self.pair.open_matters()[side])
 
     def _ends(self, undo, flap=False):
         def wait():

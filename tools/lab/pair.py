@@ -21,6 +21,7 @@ from . import presync as _presync
 from .agent import AgentError, BeatReader
 from .proxies import QmpFront, WireProxy
 from .qmp import Qmp, QmpError
+from .slow_disk import Reader
 
 TOOLS = pathlib.Path(__file__).resolve().parent
 NAME = _presync.NAME
@@ -97,10 +98,13 @@ class Pair:
     """A context manager. `here` and `there` are the sides where the guest is and where it would go."""
 
     RAM_FOLDER_FACTOR = 2.5  # how much of a guest's memory fits into a host's tmpfs
+    READS_MS = 5  # how long reads of the slow disk take while nothing is wrong with it
 
-    def __init__(self, folder, spec, defaults=None, insecure=False):
-        """`insecure`: without TLS, so that the proxies see which control message passes; else no fault at a step strikes."""
+    def __init__(self, folder, spec, defaults=None, insecure=False, disk=None):
+        """`insecure`: without TLS, so that the proxies see which control message passes; else no fault at a step strikes.
+        `disk`: the slow disk that the guest's reader reads (lab/slow_disk.py), if it has one."""
         self.insecure = insecure
+        self.disk = disk
         self.folder = pathlib.Path(folder)
         self.spec = spec
         self.defaults = defaults
@@ -112,6 +116,7 @@ class Pair:
         self._boot = contextlib.ExitStack()
         self.reader = None
         self._attached = {}
+        self._serial = None  # of the newest boot
 
     def __enter__(self):
         with contextlib.ExitStack() as stack:
@@ -186,6 +191,7 @@ class Pair:
             _guest.Guest(spec, "source", folder, popen=popen, monitors=2))
         self.monitor = source.sockets.qmp[0] + ".front"
         self._reader_for(f"{side}", source.sockets.agent)
+        self._serial = source.sockets.serial
         deadline = time.monotonic() + 240
         while True:
             with contextlib.suppress(AgentError):
@@ -310,6 +316,8 @@ class Pair:
     def heal(self):
         """Undoes every fault, and starts the presyncds that died."""
         self.two.link_up()
+        if self.disk:
+            self.disk.set_delay(self.READS_MS)
         self.fronts.heal()
         for side, proxy in self.proxies.items():
             proxy.on_frame = None
@@ -434,4 +442,16 @@ class Pair:
         beats = self.reader.result()
         if beats.doubled or beats.backwards:
             raise Violation("guests_doubled", f"beats came twice or out of order: {beats}")
+        self._check_reader(side)
         return answer
+
+    def _check_reader(self, side):
+        """What it reads from its slow disk is right."""
+        if not self.disk:
+            return
+        qemu = self.qemu_on(side)
+        booted_here = qemu is not None and "boot" in qemu.watch
+        reader = Reader(self._serial if booted_here else f"{self.folder}/{side}.serial")
+        report = reader.await_rounds(2, reader.size())
+        if report["wrong_at_once"] or report["wrong_later"]:
+            raise Violation("pages_differing", f"the guest read what its disk does not hold: {report}\n{self.words()}")

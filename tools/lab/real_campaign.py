@@ -9,17 +9,21 @@ from . import guest as _guest
 from . import presync as _presync
 from .faults import FAULTS, Run, draw
 from .pair import Pair, Violation
+from .slow_disk import SlowDisk, disk_arguments
 
 COUNTS = ("guests_lost", "guests_doubled", "pages_differing", "restarts_failed", "doubled_by_force", "doubled_unnoticed")
 # On a busy machine the kernel's own test of its timer fails before the guest has got any time.
 AGENT = "presync.area_mb=12 presync.pages_s=1500 no_timer_check"
 
 
-def small_guest(folder, memory_mb=128):
-    """The smallest guest that checks itself."""
-    image = _guest.image_for("hammer")
-    return _guest.GuestSpec(image=image, data_disk=_guest.copy_data_disk(image, folder), workload="hammer",
-                            kernel_args=AGENT, memory_mb=memory_mb)
+def small_guest(folder, memory_mb=128, disk=None):
+    """The smallest guest that checks itself; with a slow disk it reads that as well, and compares every byte."""
+    workload = "reads" if disk else "hammer"
+    image = _guest.image_for(workload)
+    arguments, device = disk_arguments(disk.path) if disk else ((), "")
+    return _guest.GuestSpec(image=image, data_disk=_guest.copy_data_disk(image, folder), workload=workload,
+                            kernel_args=f"{AGENT} presync.reads=direct:{device}" if disk else AGENT,
+                            memory_mb=memory_mb, extra=tuple(arguments))
 
 
 def run_seed(seed, number):
@@ -65,7 +69,8 @@ class Campaign:
         self._stack.close()
         self._stack = contextlib.ExitStack()
         folder = self._stack.enter_context(_presync.run_folder())
-        self._pair = self._stack.enter_context(Pair(folder, small_guest(folder), insecure=True))
+        disk = self._stack.enter_context(SlowDisk(folder))
+        self._pair = self._stack.enter_context(Pair(folder, small_guest(folder, disk=disk), insecure=True, disk=disk))
 
     def _one(self, number):
         plan = draw(run_seed(self.seed, number), number, self.faults)
