@@ -229,7 +229,7 @@ absl::Status Scenario::StartSession() {
   options.record_folder = life->record_folder();
   options.sync.scan_interval = absl::Milliseconds(5);
   options.sync.settle_after = absl::Milliseconds(40);
-  options.look_every = absl::Milliseconds(15);
+  options.look_every = options.settle_few_every = absl::Milliseconds(15);
   options.sync.max_launch_time = options.sync.fixed_cost;  // a set-point of 0: everything is sent
   options.transport = Transport::kTcp;
   options.make_link = network_.SourceLinks(&machines_.source_memory().memory(), life);

@@ -14,6 +14,10 @@ namespace {
 // about equally good.
 constexpr PageCount kPagesPerRange = 16;
 
+// Pages among which those of a piece are looked for that are ripe: 1 GiB, so that each look at the
+// guest's devices is followed by few requests.
+constexpr PageCount kMostRipeWindowPages = PageCount{1} << 18;
+
 // Pieces that wait for the next look at the dirty log: bounds what is held, some KiB each.
 constexpr size_t kMostUnjudged = 64;
 
@@ -111,7 +115,8 @@ absl::StatusOr<bool> LiveComparison::BeginPiece(HashPlan* plan) {
   return true;
 }
 
-// Few pages of many are ripe: they are asked for one by one.
+// Few pages of many are ripe: they are asked for one by one, and a piece reaches as far as it takes
+// to find enough of them.
 bool LiveComparison::BeginRipePiece(HashPlan* plan) {
   const PageBitmap& ripe = sync_->unsettled().ripe();
   const std::optional<PageRun> first = ripe.NextRun(next_);
@@ -119,16 +124,24 @@ bool LiveComparison::BeginRipePiece(HashPlan* plan) {
     next_ = run_.end();
     return false;
   }
-  const PageRun window = {first->first, std::min(piece_pages_, run_.end() - first->first)};
-  piece_ = {.run = window, .doubts = sync_->unsettled().doubts()};
-  ripe.AppendRunsWithin(window, &piece_.asked);
-  next_ = window.end();
-  *plan = {.run = window, .pages_per_hash = 1, .only = {}};
-  for (const PageRun& run : piece_.asked) {
+  PageRun window = {first->first, std::min(kMostRipeWindowPages, run_.end() - first->first)};
+  piece_ = {.doubts = sync_->unsettled().doubts()};
+  *plan = {.pages_per_hash = 1};
+  std::vector<PageRun> within;
+  ripe.AppendRunsWithin(window, &within);
+  for (PageRun run : within) {
+    run.count = std::min<PageCount>(run.count, piece_pages_ - plan->only.size());
+    piece_.asked.push_back(run);
     for (PageIndex page = run.first; page < run.end(); ++page) {
       plan->only.push_back(page - window.first);
     }
+    if (plan->only.size() == piece_pages_) {
+      window.count = run.end() - window.first;
+      break;
+    }
   }
+  piece_.run = plan->run = window;
+  next_ = window.end();
   sync_->Watch(window);
   return true;
 }

@@ -52,7 +52,9 @@ void PrefetchPage(const std::byte* page) {
 }
 
 size_t Workers(size_t most) {
-  return std::clamp<size_t>(std::thread::hardware_concurrency(), 1, std::clamp<size_t>(most, 1, 4));
+  static const size_t processors =
+      std::thread::hardware_concurrency();  // it reads a file each time
+  return std::clamp<size_t>(processors, 1, std::clamp<size_t>(most, 1, 4));
 }
 
 // The hash of `pages` zero pages.
@@ -103,9 +105,10 @@ absl::StatusOr<std::vector<PageRun>> HolesOf(const GuestMemory& memory, const Ha
   if (picked == 0 || picked * kWalkedPagesPerQuestion > plan.run.count) {
     return HolesOf(memory, plan.run);
   }
-  std::vector<PageRun> holes;
-  for (size_t i = 0; i < plan.only.size(); ++i) {
-    const absl::StatusOr<std::vector<PageRun>> some = memory.RecheckHoles(plan.RangeOf(i));
+  std::vector<PageRun> runs, holes;
+  for (size_t i = 0; i < plan.only.size(); ++i) AppendRun(plan.RangeOf(i), &runs);
+  for (const PageRun& run : runs) {
+    const absl::StatusOr<std::vector<PageRun>> some = memory.RecheckHoles(run);
     if (!some.ok()) return some.status();
     for (const PageRun& hole : *some) AppendRun(hole, &holes);
   }

@@ -16,6 +16,8 @@ constexpr PageCount kPiece = 1024;
 // disturbs nobody, not even a launch that is ordered in the middle of it.
 constexpr absl::Duration kAuditEvery = absl::Milliseconds(250);
 constexpr PageCount kLeastAuditPiece = 256;
+// Pages that are ripe and wait for more.
+constexpr PageCount kFewPages = 2048;
 // A target that lives hashes a piece within milliseconds.
 constexpr absl::Duration kReplyTimeout = absl::Minutes(1);
 
@@ -75,8 +77,9 @@ void SessionComparisons::Begin(SourceSync* sync, bool may_begin, absl::Time now)
   if (sync->unproven()) return BeginOne(Kind::kProof, sync, all, kPiece);
   if (may_begin && Ordered()) return BeginOne(Kind::kOrdered, sync, all, kPiece);
   // At any time: what is settled late is compared while the guest stands still.
-  if (!sync->unsettled().ripe().empty() && now >= next_settling_) {
-    next_settling_ = now + options_.settle_every;
+  const PageCount ripe = sync->unsettled().ripe().count();
+  if (ripe > kFewPages || (ripe > 0 && now >= next_few_)) {
+    next_few_ = now + options_.settle_few_every;
     return BeginOne(Kind::kSettling, sync, all, LiveComparison::kMostPiecePages);
   }
   if (!may_begin || options_.audit_bytes_per_s == 0 || now < next_audit_) return;

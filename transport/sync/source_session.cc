@@ -84,7 +84,7 @@ SourceSession::SourceSession(SourceSessionOptions options, std::unique_ptr<Diale
       log_(std::make_unique<WriteRecorder>(std::move(log), memory_.get())),
       guest_(std::move(guest)),
       comparisons_({.audit_bytes_per_s = options_.audit_bytes_per_s,
-                    .settle_every = options_.look_every,
+                    .settle_few_every = options_.settle_few_every,
                     .log = options_.log,
                     .guest = options_.guest,
                     .peer = dialer_->peer(),
@@ -374,7 +374,7 @@ absl::Status SourceSession::Connect() {
   resumption_.Look(*sync_, 0);
   attached_before_ = true;
   connected_ = true;
-  compared_shape_ = outlook_.shape;
+  shape_told_ = true;
   NoteFit();
   problem_.clear();
   state_ = SessionState::kFirstPass;  // the next Tick says if that is already over

@@ -52,9 +52,12 @@ struct SourceSessionOptions {
   // How soon RDMA is tried again while TCP carries the sync; doubles with each failure.
   absl::Duration rdma_retry = absl::Seconds(30);
   absl::Duration rdma_retry_longest = absl::Minutes(8);
-  // How often the requests of the guest's devices are looked at. Each look takes QEMU's main loop
-  // some 0.1 ms, and is waited for: 1 to 5 ms under TCG (2026-11-30).
-  absl::Duration look_every = absl::Milliseconds(500);
+  // How often the requests of the guest's devices are looked at, and pages that are ripe compared.
+  // Each look takes QEMU's main loop some 0.1 ms, and is waited for: 1 to 5 ms under TCG
+  // (2026-11-30). More of them would settle pages sooner, and cost more than the sync itself.
+  absl::Duration look_every = absl::Seconds(2);
+  // How often pages that are ripe are compared although they are few: those of SessionComparisons.
+  absl::Duration settle_few_every = SessionComparisons::Options().settle_few_every;
   // How often the guest is looked at: its state, and whether devices came or went.
   absl::Duration watch_every = absl::Seconds(5);
   // Memory that the background audit compares a second; 0: no audit.
@@ -249,7 +252,7 @@ class SourceSession {
   SessionState state_ = SessionState::kConnecting;
   std::string problem_;
   GuestOutlook outlook_;                                 // as it was at the last look
-  GuestShape compared_shape_;                            // what the target was told of it
+  bool shape_told_ = false;                              // the target has compared outlook_.shape
   std::vector<std::string> differences_, fit_warnings_;  // as the target last found them
   bool unproven_again_ = false;  // memory was written unseen, and the copy is not compared yet
   absl::Time next_watch_ = absl::InfinitePast();

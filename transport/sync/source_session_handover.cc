@@ -51,7 +51,7 @@ absl::Status SourceSession::CheckLaunchable() const {
 absl::Status SourceSession::CheckGuest() {
   LookAtGuest(absl::Seconds(10));
   if (!outlook_.launchable.ok()) return outlook_.launchable;
-  if (outlook_.shape != compared_shape_) {
+  if (!shape_told_) {
     return absl::FailedPreconditionError(absl::StrCat(
         "the guest's devices, or its disks, changed a moment ago; whether ", dialer_->peer(),
         " still fits is found out first: try again when presync status says syncing"));

@@ -37,6 +37,7 @@ void SourceSession::LookAtGuest(absl::Duration longest) {
     }
   }
   if (seen.was_written_unseen) unproven_again_ = true;
+  if (seen.shape != outlook_.shape) shape_told_ = false;
   outlook_ = std::move(seen);
 }
 
@@ -53,7 +54,7 @@ void SourceSession::WatchGuest() {
   if (MonotonicNow() >= next_watch_ && !in_haste) LookAtGuest(kLookTimeout);
   if (absl::IsUnavailable(outlook_.launchable)) return EndWithGuest();
   if (std::exchange(unproven_again_, false)) ProveAgain();
-  if (connected_ && outlook_.shape != compared_shape_) {
+  if (connected_ && !shape_told_) {
     LoseLink(absl::AbortedError(absl::StrCat("the guest's devices or disks changed; asking ",
                                              dialer_->peer(), " whether it still fits")));
   }

@@ -33,8 +33,9 @@ struct SourceSyncOptions {
   uint64_t max_bytes_per_s = 0;                        // of the background sync; 0 = no cap
   std::string policy = "learned";
   // How long a read of the guest's devices is given at least before the pages that were sent
-  // meanwhile are compared with their copies (unsettled_pages.h).
-  absl::Duration settle_after = absl::Seconds(2);
+  // meanwhile are compared with their copies (unsettled_pages.h). Less than the time between two
+  // looks at the requests, so that the second one after a page was sent finds it ripe.
+  absl::Duration settle_after = absl::Milliseconds(1500);
   std::function<absl::Time()> now = MonotonicNow;
 };
 

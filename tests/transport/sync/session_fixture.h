@@ -209,7 +209,8 @@ class SessionTest : public ::testing::Test {
     options.sync.scan_interval = absl::Milliseconds(10);
     options.sync.max_launch_time = options.sync.fixed_cost;  // a set-point of 0: everything is sent
     options.reconnect_every = absl::Milliseconds(50);
-    options.look_every = options.sync.settle_after = absl::Milliseconds(30);
+    options.look_every = options.settle_few_every = options.sync.settle_after =
+        absl::Milliseconds(30);
     auto session = SourceSession::Start(
         options, std::make_unique<CuttableDialer>(port_, up_, &broken_links_), CopyMemory(),
         source_.MakeLog(),
