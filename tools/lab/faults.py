@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import pathlib
 import signal
 import subprocess
 import threading
@@ -366,9 +367,13 @@ class Run:
         pair = self.pair
         watch = f"{pair.folder}/restarted.watch"
         front = pair.monitor
+        monitor = pathlib.Path(front.removesuffix(".front"))
+        deadline = time.monotonic() + 10
+        while monitor.with_suffix(".guest").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)  # presync started this one, and clears it away: no service would have its socket there before
         process = pair.two.popen(source, [
             TOOLS / "fronted", f"{pair.folder}/fronts", front, "qemu-system-x86_64", "-machine", "q35", "-m", "16",
-            "-nodefaults", "-display", "none", "-qmp", f"unix:{front.removesuffix('.front')},server=on,wait=off",
+            "-nodefaults", "-display", "none", "-qmp", f"unix:{monitor},server=on,wait=off",
             "-qmp", f"unix:{watch},server=on,wait=off"])
         try:
             qemu = Qemu(process.pid, source, watch)
