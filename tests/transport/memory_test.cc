@@ -193,6 +193,22 @@ TEST_F(RegionTest, AFileThatIsCutHarmsOnlyWhoeverReadsIt) {
   EXPECT_TRUE(other->Check().ok());
 }
 
+// A page that the host's hardware gave up. tests/rdma/one_machine has a kernel that can pretend.
+TEST_F(RegionTest, APoisonedPageHarmsOnlyWhoeverReadsIt) {
+  auto region = Region::Create("r", path_, kSize);
+  ASSERT_TRUE(region.ok()) << region.status();
+  std::memset(region->data(), 7, kSize);
+  void* other = mmap(nullptr, kSize, PROT_READ, MAP_SHARED, region->fd(), 0);
+  ASSERT_NE(other, MAP_FAILED);
+  ASSERT_EQ(*static_cast<volatile char*>(other), 7);
+  const int poisoned = madvise(other, kPageBytes, MADV_HWPOISON);
+  const int error = errno;
+  munmap(other, kSize);
+  if (poisoned != 0) GTEST_SKIP() << "the kernel can't poison a page: errno " << error;
+  EXPECT_EQ(region->data()[0], std::byte{0});
+  EXPECT_TRUE(absl::IsDataLoss(region->Check())) << region->Check();
+}
+
 TEST_F(RegionTest, WhatTheKernelCannotReadIsDamagedToo) {
   auto region = Region::Create("r", path_, kSize);
   ASSERT_TRUE(region.ok()) << region.status();
