@@ -286,6 +286,21 @@ TEST_F(RecoveryTest, APersonDecidesWhereAGuestRuns) {
   EXPECT_EQ(Decide(Decision::kRunsHere).code(), absl::StatusCode::kNotFound);
 }
 
+// Whether it is the old guest, resumed by somebody, or another one is not to be told from here.
+TEST_F(RecoveryTest, AQemuAtTheAddressOfAGuestThatMovedIsForgottenByAPerson) {
+  Write(HandoverRole::kSource, HandoverPhase::kMoved);
+  host_.quit = absl::FailedPreconditionError("it may be another guest");
+  Pass();
+  EXPECT_THAT(OpenText(), HasSubstr("it may be another guest"));
+  for (const Decision other : {Decision::kRan, Decision::kNeverRan, Decision::kRunsHere}) {
+    EXPECT_EQ(Decide(other).code(), absl::StatusCode::kFailedPrecondition);
+  }
+  host_.Forget();
+  EXPECT_TRUE(Decide(Decision::kForget).ok());
+  EXPECT_THAT(host_.calls(), IsEmpty()) << "it is left alone";
+  EXPECT_THAT(Phases(), IsEmpty());
+}
+
 // With the other host up and knowing better it made two, or none.
 TEST_F(RecoveryTest, AWordThatTheTargetContradictsNeedsForce) {
   struct Case {
