@@ -41,7 +41,7 @@ void Require(const absl::Status& status) {
 struct Bench {
   explicit Bench(DirtyLogMode mode) : guest(std::vector<testing::GuestRegionSpec>{{kPages}}) {
     guest.Do(GUEST_STORE, 0, 0, kPages);
-    log = Require(ProbeDirtyLog({guest.socket(), guest.regions(), mode})).log;
+    log = Require(ProbeDirtyLog({guest.socket(), guest.process(), guest.regions(), mode})).log;
     const std::string folder = "/proc/" + std::to_string(guest.pid());
     std::ostringstream maps;
     maps << std::ifstream(folder + "/maps").rdbuf();

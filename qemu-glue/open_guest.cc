@@ -10,6 +10,7 @@
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
 #include "qemu-glue/dirty_log/probe.h"
+#include "qemu-glue/mapped_file.h"
 #include "qemu-glue/qemu_guest.h"
 #include "qemu-glue/qemu_guest_calls.h"
 #include "qemu-glue/qmp/peer_process.h"
@@ -36,11 +37,10 @@ std::string ReadEnvironment(pid_t pid) {
   return std::string((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
 }
 
-absl::StatusOr<std::string> GlueSocketOf(const absl::StatusOr<PeerProcess>& process) {
-  if (!process.ok()) return process.status();
-  absl::StatusOr<std::vector<std::string>> arguments = process->CommandLine();
+absl::StatusOr<std::string> GlueSocketOf(const PeerProcess& process) {
+  absl::StatusOr<std::vector<std::string>> arguments = process.CommandLine();
   if (!arguments.ok()) return arguments.status();
-  std::string path = FindGlueSocket(*arguments, ReadEnvironment(process->pid()));
+  std::string path = FindGlueSocket(*arguments, ReadEnvironment(process.pid()));
   if (path.empty()) {
     return absl::FailedPreconditionError(
         "this QEMU was started without presync's plug-in; start it with -plugin "
@@ -50,10 +50,11 @@ absl::StatusOr<std::string> GlueSocketOf(const absl::StatusOr<PeerProcess>& proc
   return path;
 }
 
-absl::StatusOr<GuestMemory> OpenMemory(const GuestInfo& info) {
+absl::StatusOr<GuestMemory> OpenMemory(const GuestInfo& info, const PeerProcess& process) {
   std::vector<Region> regions;
   for (const RamBackend& backend : info.backends) {
-    absl::StatusOr<Region> region = Region::Open(backend.id, backend.path, backend.size_bytes);
+    absl::StatusOr<Region> region =
+        OpenMappedRegion(process, backend.id, backend.path, backend.size_bytes);
     if (!region.ok()) return region.status();
     regions.push_back(*std::move(region));
   }
@@ -90,8 +91,14 @@ absl::StatusOr<OpenedGuest> OpenGuest(const OpenGuestOptions& options, absl::Tim
   if (!qmp.ok()) return qmp.status();
   absl::StatusOr<GuestInfo> info = DescribeGuest(**qmp, deadline);
   if (!info.ok()) return info.status();
+  // From here on all is asked of this one process; what its monitor says of files and sockets only
+  // tells which of its own are meant.
   const absl::StatusOr<PeerProcess> process = PeerProcess::Identify(**qmp, deadline);
-  const ProcessIdentity identity = process.ok() ? IdentityOf(*process) : ProcessIdentity();
+  if (!process.ok()) return process.status();
+  const ProcessIdentity identity = IdentityOf(*process);
+  if (!identity.known()) {
+    return absl::UnavailableError(absl::StrCat("QEMU (process ", process->pid(), ") has ended"));
+  }
   if (absl::Status s = options.check(*info, identity); !s.ok()) return s;
   absl::StatusOr<Findings> findings = CheckTrackable(**qmp, *info, deadline);
   if (!findings.ok()) return findings.status();
@@ -99,16 +106,16 @@ absl::StatusOr<OpenedGuest> OpenGuest(const OpenGuestOptions& options, absl::Tim
 
   std::string glue_path = options.glue_path;
   if (glue_path.empty()) {
-    absl::StatusOr<std::string> found = GlueSocketOf(process);
+    absl::StatusOr<std::string> found = GlueSocketOf(*process);
     if (!found.ok()) return found.status();
     glue_path = *std::move(found);
   }
-  absl::StatusOr<GuestMemory> memory = OpenMemory(*info);
+  absl::StatusOr<GuestMemory> memory = OpenMemory(*info, *process);
   if (!memory.ok()) return memory.status();
   absl::StatusOr<std::vector<RegionFile>> files = DescribeRegions(*memory);
   if (!files.ok()) return files.status();
   absl::StatusOr<ProbedLog> probed =
-      ProbeDirtyLog({.glue_socket = glue_path, .regions = *files, .mode = *mode});
+      ProbeDirtyLog({.glue_socket = glue_path, .qemu = identity, .regions = *files, .mode = *mode});
   if (!probed.ok()) return probed.status();
   for (const RefusedLog& refused : probed->refused) {
     findings->notes.push_back(absl::StrCat("dirty log ", std::string(refused.name),
@@ -124,8 +131,9 @@ absl::StatusOr<OpenedGuest> OpenGuest(const OpenGuestOptions& options, absl::Tim
                      .guest = *std::move(guest),
                      .notes = std::move(findings->notes),
                      .memory_may_be_discarded = findings->memory_may_be_discarded,
-                     .stop_tracking = [glue_path, files = *std::move(files)] {
-                       return StopTracking(glue_path, files, MonotonicNow() + absl::Seconds(5));
+                     .stop_tracking = [glue_path, identity, files = *std::move(files)] {
+                       return StopTracking(glue_path, identity, files,
+                                           MonotonicNow() + absl::Seconds(5));
                      }};
 }
 

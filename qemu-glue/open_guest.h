@@ -27,14 +27,13 @@ struct OpenGuestOptions {
   std::string dirty_log = "auto";        // or "uffd-async", "uffd-handler"
   MakeSourceGuest make_guest = nullptr;  // null: a QEMU that presync itself moves
   // Looks at what answers at the monitor before anything is done with it: its error is OpenGuest's.
-  // The process is not known() where presync can't tell which one it is.
   std::function<absl::Status(const GuestInfo& info, const ProcessIdentity& process)> check =
       [](const GuestInfo&, const ProcessIdentity&) { return absl::OkStatus(); };
 };
 
 struct OpenedGuest {
   GuestInfo info;
-  ProcessIdentity process;  // not known(): presync can't tell which process the QEMU is
+  ProcessIdentity process;
   GuestMemory memory;
   std::unique_ptr<DirtyLog> log;
   std::unique_ptr<SourceGuest> guest;
@@ -46,8 +45,10 @@ struct OpenedGuest {
   std::function<absl::Status()> stop_tracking;
 };
 
-// Opens a guest as a source. The guest runs on untouched, whatever comes out. FAILED_PRECONDITION:
-// it can't be mirrored; the text has every reason with its remedy. Else the errors of QmpClient.
+// Opens a guest as a source. The guest runs on untouched, whatever comes out. The monitor, the
+// plug-in and the memory must be one process's: the one that opened the monitor's socket.
+// FAILED_PRECONDITION: they are not, or it can't be mirrored; the text has every reason with its
+// remedy. Else the errors of QmpClient and of OpenMappedRegion.
 absl::StatusOr<OpenedGuest> OpenGuest(const OpenGuestOptions& options, absl::Time deadline);
 
 // Where the plug-in of process `pid` listens, from `-plugin ...,socket=PATH` in `arguments` or from

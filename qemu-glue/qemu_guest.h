@@ -141,6 +141,7 @@ class QemuTargetGuest final : public TargetGuest {
 
   pid_t pid() const { return process_.pid(); }
   const ProcessIdentity& identity() const { return identity_; }
+  const PeerProcess& peer() const { return process_; }
   QmpClient& qmp() { return *qmp_; }
   const std::vector<GuestStep>& steps() const { return steps_; }
 

@@ -103,7 +103,8 @@ absl::Status ReviveMonitor(std::unique_ptr<QmpClient>* qmp, const PeerProcess& p
                                            "be reached any more: ",
                                            again.status().message()));
   }
-  if ((*again)->peer_pid() != pid) {
+  // Both hold the number at the same time, so they are one process.
+  if ((*again)->peer_pid() != pid || process.HasEnded()) {
     return absl::AbortedError(absl::StrCat("QEMU (process ", pid,
                                            ") lives, but its monitor's "
                                            "socket ",

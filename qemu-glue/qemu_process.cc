@@ -129,10 +129,10 @@ void QemuProcess::KillDescendant(const std::string& qmp_path) const {
   const absl::StatusOr<std::unique_ptr<QmpClient>> monitor =
       QmpClient::Connect(qmp_path, MonotonicNow() + absl::Seconds(1));
   if (!monitor.ok()) return;
-  const pid_t pid = (*monitor)->peer_pid();
-  const UniqueFd pidfd(static_cast<int>(::syscall(SYS_pidfd_open, pid, 0)));
-  if (!pidfd.valid() || pid == pid_ || pid == ::getpid() || StartTicks(pid) < start_ticks_) return;
-  ::syscall(SYS_pidfd_send_signal, pidfd.get(), SIGKILL, nullptr, 0);
+  const absl::StatusOr<SocketPeer>& peer = (*monitor)->peer();
+  if (!peer.ok() || peer->pid == pid_ || peer->pid == ::getpid()) return;
+  if (StartTicks(peer->pid) < start_ticks_) return;
+  ::syscall(SYS_pidfd_send_signal, peer->pidfd.get(), SIGKILL, nullptr, 0);
 }
 
 absl::Status QemuProcess::ConnectMonitor(const std::string& path, absl::Time deadline) {

@@ -1,7 +1,5 @@
 #include "qemu-glue/qemu_target_place.h"
 
-#include <sys/stat.h>
-
 #include <algorithm>
 #include <optional>
 #include <utility>
@@ -14,6 +12,7 @@
 #include "qemu-glue/discovery.h"
 #include "qemu-glue/guest_notes.h"
 #include "qemu-glue/guest_shape.h"
+#include "qemu-glue/mapped_file.h"
 #include "qemu-glue/process_identity.h"
 #include "qemu-glue/qemu_guest.h"
 #include "qemu-glue/qemu_process.h"
@@ -182,7 +181,7 @@ class StartedPlace final : public TargetPlace {
     absl::StatusOr<std::unique_ptr<QemuTargetGuest>> guest =
         AttachTo(process_->TakeMonitor(), regions_, &info, deadline);
     if (guest.ok()) {
-      if (absl::Status s = CheckFiles(info); !s.ok()) guest = s;
+      if (absl::Status s = CheckFiles((*guest)->peer()); !s.ok()) guest = s;
     }
     // This QEMU has no other use: what can be done before a launch is done now.
     if (guest.ok()) {
@@ -271,15 +270,17 @@ class StartedPlace final : public TargetPlace {
   }
 
   // The QEMU must have mapped the very files that are mirrored into.
-  absl::Status CheckFiles(const GuestInfo& info) const {
+  absl::Status CheckFiles(const PeerProcess& process) const {
     for (const Region& region : memory_.regions()) {
-      struct stat ours = {};
-      if (::fstat(region.fd(), &ours) != 0 || !IsBackedBy(info, region.name(), ours)) {
+      const absl::Status mapped =
+          CheckMapped(process, region.name(), region.fd(), region.size_bytes());
+      if (!mapped.ok() && !absl::IsFailedPrecondition(mapped)) return mapped;
+      if (!mapped.ok()) {
         return absl::FailedPreconditionError(
             absl::StrCat("its memory backend ", region.name(),
                          " is not the file that is mirrored into; it must "
                          "have mem-path={ram.",
-                         region.name(), "} in the command"));
+                         region.name(), "} in the command: ", mapped.message()));
       }
     }
     return absl::OkStatus();
@@ -374,7 +375,8 @@ absl::StatusOr<std::unique_ptr<TargetPlace>> MakeAttachedPlace(
       return absl::FailedPreconditionError(
           absl::StrCat("the QEMU at ", qmp_path, " has no memory backend ", wanted.name));
     }
-    absl::StatusOr<Region> region = Region::Open(wanted.name, it->path, wanted.size_bytes);
+    absl::StatusOr<Region> region =
+        OpenMappedRegion((*guest)->peer(), wanted.name, it->path, wanted.size_bytes);
     if (!region.ok()) return region.status();
     opened.push_back(*std::move(region));
   }

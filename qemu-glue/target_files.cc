@@ -5,7 +5,6 @@
 #include <sys/file.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cstdio>
 #include <cstring>
 
@@ -41,14 +40,6 @@ absl::Status CheckGuestSize(const std::string& guest, const std::vector<RegionRe
   return absl::ResourceExhaustedError(
       absl::StrCat("guest ", guest, " has ", bytes >> 20, " MiB; this host accepts at most ",
                    max_guest_bytes >> 20, " MiB a guest (max_guest_memory)"));
-}
-
-bool IsBackedBy(const GuestInfo& info, const std::string& region, const struct stat& ours) {
-  const auto it = std::find_if(info.backends.begin(), info.backends.end(),
-                               [&](const RamBackend& backend) { return backend.id == region; });
-  struct stat theirs = {};
-  return it != info.backends.end() && ::stat(it->path.c_str(), &theirs) == 0 &&
-         ours.st_dev == theirs.st_dev && ours.st_ino == theirs.st_ino;
 }
 
 absl::Status ReplaceFile(const std::string& path, absl::string_view text) {

@@ -2,8 +2,6 @@
 // memory a guest may have, and the files that hold it.
 #pragma once
 
-#include <sys/stat.h>
-
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -11,7 +9,6 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
-#include "qemu-glue/discovery.h"
 #include "transport/sync/target_host.h"
 #include "transport/unique_fd.h"
 
@@ -20,10 +17,6 @@ namespace presync {
 // RESOURCE_EXHAUSTED if `guest` has more memory than `max_guest_bytes`; 0 = no limit.
 absl::Status CheckGuestSize(const std::string& guest, const std::vector<RegionRequest>& regions,
                             uint64_t max_guest_bytes);
-
-// Whether the memory backend `region` of `info` is the very file `ours`: not just one of the same
-// path, for a file that is missing there QEMU makes anew.
-bool IsBackedBy(const GuestInfo& info, const std::string& region, const struct stat& ours);
 
 // Writes a file anew: a reader finds the old one or the new one, never half of it. Its name ends in
 // ".new" meanwhile. Not synced to a disk. UNAVAILABLE: it can't; the old one stands.

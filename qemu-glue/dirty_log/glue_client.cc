@@ -11,6 +11,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "qemu-glue/socket_peer.h"
 #include "transport/clock.h"
 #include "transport/unix_address.h"
 
@@ -83,6 +84,21 @@ absl::Status ConnectSocket(int socket, const std::string& path, absl::Time deadl
     absl::SleepFor(absl::Milliseconds(2));
   }
   return absl::OkStatus();
+}
+
+// The peer is held: if it lives after its number was looked at, the number is its own.
+absl::Status CheckPeer(int socket, const std::string& path, const ProcessIdentity& qemu) {
+  const absl::StatusOr<SocketPeer> peer = PeerOf(socket);
+  if (!peer.ok()) {
+    return absl::FailedPreconditionError(absl::StrCat("who listens at the glue socket ", path,
+                                                      " can't be told: ", peer.status().message()));
+  }
+  pollfd ended = {peer->pidfd.get(), POLLIN, 0};
+  const bool same = peer->pid == qemu.pid && StartTicks(peer->pid) == qemu.start_ticks;
+  if (same && ::poll(&ended, 1, 0) == 0) return absl::OkStatus();
+  return absl::FailedPreconditionError(absl::StrCat(
+      "at the glue socket ", path, " listens process ", peer->pid, ", not this guest's QEMU (",
+      qemu.pid, "): name the socket of the plug-in that this very QEMU has loaded"));
 }
 
 absl::Status RegisterError(int error) {
@@ -202,13 +218,16 @@ int SendRequest(int socket, const presync_glue_request& request, int fd) {
 
 }  // namespace
 
-absl::StatusOr<GlueClient> GlueClient::Connect(const std::string& path, absl::Time deadline) {
+absl::StatusOr<GlueClient> GlueClient::Connect(const std::string& path, const ProcessIdentity& qemu,
+                                               absl::Time deadline) {
   GlueClient client;
   client.path_ = path;
   client.socket_.reset(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   if (!client.socket_.valid()) return absl::ErrnoToStatus(errno, "making a socket");
   absl::Status connected = ConnectSocket(client.socket_.get(), path, deadline);
   if (!connected.ok()) return connected;
+  if (absl::Status s = CheckPeer(client.socket_.get(), path, qemu); !s.ok()) return s;
+  client.pid_ = qemu.pid;
 
   UniqueFd none[2];
   const absl::StatusOr<presync_glue_reply> hello =
@@ -216,13 +235,6 @@ absl::StatusOr<GlueClient> GlueClient::Connect(const std::string& path, absl::Ti
   if (!hello.ok()) return hello.status();
   if (hello->step == PRESYNC_GLUE_STEP_BUSY) return ReplyError(*hello, path);
   client.hello_ = *hello;
-
-  ucred peer = {};
-  socklen_t length = sizeof(peer);
-  if (::getsockopt(client.socket_.get(), SOL_SOCKET, SO_PEERCRED, &peer, &length) != 0) {
-    return absl::ErrnoToStatus(errno, "asking who listens at the glue socket");
-  }
-  client.pid_ = peer.pid;
   return client;
 }
 

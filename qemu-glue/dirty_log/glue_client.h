@@ -10,6 +10,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "qemu-glue/plugin/glue_protocol.h"
+#include "qemu-glue/process_identity.h"
 #include "transport/unique_fd.h"
 
 namespace presync {
@@ -40,8 +41,11 @@ struct GlueRange {
 // with texts that say what to do.
 class GlueClient {
  public:
-  // NOT_FOUND: nothing listens at `path`. FAILED_PRECONDITION: another client is connected.
-  static absl::StatusOr<GlueClient> Connect(const std::string& path, absl::Time deadline);
+  // Connects to the library inside `qemu`, and to no other process: whoever else listens at `path`,
+  // which QEMU may have named, is hung up on unheard. NOT_FOUND: nothing listens at `path`.
+  // FAILED_PRECONDITION: another process does, or another client is connected.
+  static absl::StatusOr<GlueClient> Connect(const std::string& path, const ProcessIdentity& qemu,
+                                            absl::Time deadline);
 
   // Asks the library to track a range, or, if it does so already in this mode, for the same
   // descriptors.
@@ -60,7 +64,7 @@ class GlueClient {
   // Proves that the library is alive, and with it the process that pid() was of.
   absl::Status Ping(absl::Time deadline);
 
-  // QEMU's process id as this process would name it; 0 if it lives in a pid namespace out of sight.
+  // QEMU's process id as this process names it.
   pid_t pid() const { return pid_; }
   // The same as QEMU itself names it.
   pid_t pid_within() const { return static_cast<pid_t>(hello_.pid); }

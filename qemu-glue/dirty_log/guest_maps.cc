@@ -13,28 +13,16 @@
 namespace presync {
 namespace {
 
-// A line of /proc/PID/maps: proc(5).
-struct Mapping {
-  uint64_t start = 0;
-  uint64_t end = 0;
-  bool writable = false;
-  bool shared = false;
-  uint64_t offset_bytes = 0;
-  dev_t device = 0;
-  ino_t inode = 0;
-
-  uint64_t bytes() const { return end - start; }
-};
-
 std::optional<Mapping> ParseLine(const std::string& line) {
   Mapping m;
   char permissions[5] = {};
   unsigned device_major = 0;
   unsigned device_minor = 0;
   uint64_t inode = 0;
-  if (std::sscanf(line.c_str(), "%" SCNx64 "-%" SCNx64 " %4s %" SCNx64 " %x:%x %" SCNu64, &m.start,
-                  &m.end, permissions, &m.offset_bytes, &device_major, &device_minor,
-                  &inode) != 7 ||
+  int path_begin = 0;
+  if (std::sscanf(line.c_str(), "%" SCNx64 "-%" SCNx64 " %4s %" SCNx64 " %x:%x %" SCNu64 " %n",
+                  &m.start, &m.end, permissions, &m.offset_bytes, &device_major, &device_minor,
+                  &inode, &path_begin) != 7 ||
       m.end <= m.start || (m.start | m.end | m.offset_bytes) % kPageBytes != 0) {
     return std::nullopt;
   }
@@ -42,6 +30,7 @@ std::optional<Mapping> ParseLine(const std::string& line) {
   m.shared = permissions[3] == 's';
   m.device = makedev(device_major, device_minor);
   m.inode = inode;
+  m.path = line.substr(static_cast<size_t>(path_begin));
   return m;
 }
 
@@ -101,8 +90,7 @@ absl::Status AppendSegments(const RegionFile& region, const std::vector<Mapping>
 
 }  // namespace
 
-absl::StatusOr<std::vector<Segment>> FindSegments(std::string_view maps,
-                                                  absl::Span<const RegionFile> regions) {
+absl::StatusOr<std::vector<Mapping>> ParseMaps(std::string_view maps) {
   std::vector<Mapping> all;
   for (const auto line : absl::StrSplit(absl::string_view(maps.data(), maps.size()), '\n')) {
     if (line.empty()) continue;
@@ -113,9 +101,16 @@ absl::StatusOr<std::vector<Segment>> FindSegments(std::string_view maps,
     }
     all.push_back(*mapping);
   }
+  return all;
+}
+
+absl::StatusOr<std::vector<Segment>> FindSegments(std::string_view maps,
+                                                  absl::Span<const RegionFile> regions) {
+  const absl::StatusOr<std::vector<Mapping>> all = ParseMaps(maps);
+  if (!all.ok()) return all.status();
   std::vector<Segment> segments;
   for (const RegionFile& region : regions) {
-    const absl::StatusOr<std::vector<Mapping>> mappings = MappingsOf(region, all);
+    const absl::StatusOr<std::vector<Mapping>> mappings = MappingsOf(region, *all);
     if (!mappings.ok()) return mappings.status();
     const absl::Status appended = AppendSegments(region, *mappings, &segments);
     if (!appended.ok()) return appended;

@@ -34,6 +34,23 @@ struct Segment {
   friend bool operator==(const Segment&, const Segment&) = default;
 };
 
+// A line of /proc/PID/maps: proc(5).
+struct Mapping {
+  uint64_t start = 0;
+  uint64_t end = 0;
+  bool writable = false;
+  bool shared = false;
+  uint64_t offset_bytes = 0;
+  dev_t device = 0;
+  ino_t inode = 0;
+  std::string path;  // as the file was called; " (deleted)" behind it if it has lost its name
+
+  uint64_t bytes() const { return end - start; }
+};
+
+// All lines of `maps` (the text of /proc/PID/maps). INVALID_ARGUMENT: one can't be read.
+absl::StatusOr<std::vector<Mapping>> ParseMaps(std::string_view maps);
+
 // Finds the shared, writable mappings of each region in `maps` (the text of /proc/PID/maps);
 // adjacent ones are joined. Returns segments in ascending page order that cover every region
 // exactly once. NOT_FOUND: a region, or a part of one, is not mapped (yet). FAILED_PRECONDITION: it

@@ -59,12 +59,6 @@ pid_t InnermostPid(const std::string& status) {
 }  // namespace
 
 absl::StatusOr<GuestProcess> GuestProcess::Open(GlueClient* client, absl::Time deadline) {
-  if (client->pid() <= 0) {
-    return absl::FailedPreconditionError(
-        "QEMU's process id can't be seen from here, it runs in another pid namespace: run presyncd "
-        "in the "
-        "host's");
-  }
   GuestProcess process;
   process.pid_ = client->pid();
   const std::string folder = absl::StrCat("/proc/", process.pid_);

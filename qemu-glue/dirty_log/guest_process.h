@@ -18,9 +18,8 @@ namespace presync {
 // that is given the same number is never looked at by mistake.
 class GuestProcess {
  public:
-  // The process at the other end of `client`. FAILED_PRECONDITION: it lives in a pid namespace that
-  // this process can't see into. PERMISSION_DENIED: no right to look at its memory. UNAVAILABLE: it
-  // is gone.
+  // The process at the other end of `client`. FAILED_PRECONDITION: another one answers there.
+  // PERMISSION_DENIED: no right to look at its memory. UNAVAILABLE: it is gone.
   static absl::StatusOr<GuestProcess> Open(GlueClient* client, absl::Time deadline);
 
   absl::StatusOr<GuestProcess> Duplicate() const;

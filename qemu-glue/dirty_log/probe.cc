@@ -222,7 +222,8 @@ absl::StatusOr<ProbedLog> ProbeDirtyLog(const ProbeOptions& options) {
   const absl::Time deadline = MonotonicNow() + options.timeout;
   const absl::Status regions_ok = CheckRegions(options.regions);
   if (!regions_ok.ok()) return regions_ok;
-  absl::StatusOr<GlueClient> client = GlueClient::Connect(options.glue_socket, deadline);
+  absl::StatusOr<GlueClient> client =
+      GlueClient::Connect(options.glue_socket, options.qemu, deadline);
   if (!client.ok()) return client.status();
   absl::StatusOr<GuestProcess> process = GuestProcess::Open(&*client, deadline);
   if (!process.ok()) return process.status();
@@ -246,9 +247,9 @@ absl::StatusOr<ProbedLog> ProbeDirtyLog(const ProbeOptions& options) {
   return NoLogWorks(probed.refused);
 }
 
-absl::Status StopTracking(const std::string& glue_socket, absl::Span<const RegionFile> regions,
-                          absl::Time deadline) {
-  absl::StatusOr<GlueClient> client = GlueClient::Connect(glue_socket, deadline);
+absl::Status StopTracking(const std::string& glue_socket, const ProcessIdentity& qemu,
+                          absl::Span<const RegionFile> regions, absl::Time deadline) {
+  absl::StatusOr<GlueClient> client = GlueClient::Connect(glue_socket, qemu, deadline);
   if (!client.ok()) return client.status();
   const absl::StatusOr<GuestProcess> process = GuestProcess::Open(&*client, deadline);
   if (!process.ok()) return process.status();

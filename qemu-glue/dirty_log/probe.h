@@ -10,6 +10,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "qemu-glue/dirty_log/guest_maps.h"
+#include "qemu-glue/process_identity.h"
 #include "transport/dirty_log.h"
 #include "transport/memory.h"
 
@@ -22,6 +23,7 @@ absl::StatusOr<DirtyLogMode> ParseDirtyLogMode(std::string_view word);
 
 struct ProbeOptions {
   std::string glue_socket;          // path given to the library in QEMU
+  ProcessIdentity qemu;             // the process that must be there
   std::vector<RegionFile> regions;  // ascending, covering the guest's pages without a gap
   DirtyLogMode mode = DirtyLogMode::kAuto;
   absl::Duration timeout = absl::Seconds(10);  // for all of it; it takes a few milliseconds
@@ -55,7 +57,7 @@ absl::StatusOr<ProbedLog> ProbeDirtyLog(const ProbeOptions& options);
 // snapshots, post-copy). A log that ends leaves it on, for the next presyncd to resume.
 // Precondition: no log of this guest is alive here. Fails as GlueClient::Connect,
 // GuestProcess::Open and FindSegments do; ok if nothing was tracked.
-absl::Status StopTracking(const std::string& glue_socket, absl::Span<const RegionFile> regions,
-                          absl::Time deadline);
+absl::Status StopTracking(const std::string& glue_socket, const ProcessIdentity& qemu,
+                          absl::Span<const RegionFile> regions, absl::Time deadline);
 
 }  // namespace presync

@@ -66,6 +66,7 @@ class LibvirtTargetGuest final : public TargetGuest {
   absl::Status Discard(absl::Time deadline) override;
   absl::StatusOr<RunState> State(absl::Time deadline) override;
   bool HasRun() override;
+  const PeerProcess& peer() const { return process_; }
 
  private:
   LibvirtTargetGuest(std::unique_ptr<QmpClient> qmp, PeerProcess process, std::string uri,

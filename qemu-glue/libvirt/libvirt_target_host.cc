@@ -20,6 +20,7 @@
 #include "qemu-glue/discovery.h"
 #include "qemu-glue/libvirt/domain_xml.h"
 #include "qemu-glue/libvirt/libvirt_target_guest.h"
+#include "qemu-glue/mapped_file.h"
 #include "qemu-glue/qmp/qmp_client.h"
 #include "qemu-glue/target_files.h"
 #include "transport/clock.h"
@@ -152,14 +153,22 @@ class LibvirtPlace final : public TargetPlace {
 };
 
 // QEMU must have mapped the very files that are mirrored into.
-absl::Status CheckFiles(const GuestInfo& info, const std::vector<MirroredFile>& files) {
+absl::Status CheckFiles(const PeerProcess& process, const std::vector<MirroredFile>& files) {
   for (const MirroredFile& file : files) {
-    struct stat ours = {};
-    if (::stat(file.path.c_str(), &ours) != 0 || !IsBackedBy(info, file.region, ours)) {
+    const UniqueFd ours(::open(file.path.c_str(), O_PATH | O_CLOEXEC | O_NOFOLLOW));
+    struct stat made = {};
+    if (!ours.valid() || ::fstat(ours.get(), &made) != 0) {
+      return absl::UnavailableError(absl::StrCat("open ", file.path, ": ", std::strerror(errno)));
+    }
+    const absl::Status mapped =
+        CheckMapped(process, file.region, ours.get(), static_cast<uint64_t>(made.st_size));
+    if (!mapped.ok() && !absl::IsFailedPrecondition(mapped)) return mapped;
+    if (!mapped.ok()) {
       return absl::FailedPreconditionError(absl::StrCat(
           "its memory ", file.region,
           " is not the file that is mirrored into: is memory_backing_dir in presyncd.toml that of "
-          "libvirt's qemu.conf?"));
+          "libvirt's qemu.conf? (",
+          mapped.message(), ")"));
     }
   }
   return absl::OkStatus();
@@ -180,9 +189,11 @@ absl::StatusOr<std::unique_ptr<LibvirtTargetGuest>> LookAtWaiting(
     for (const Problem& problem : findings->problems) texts.push_back(problem.what);
     return absl::FailedPreconditionError(absl::StrJoin(texts, "; "));
   }
-  if (absl::Status s = CheckFiles(*info, arrival.files); !s.ok()) return s;
-  return LibvirtTargetGuest::Create(*std::move(qmp), options.uri, arrival.uuid, sockets.stream,
-                                    deadline);
+  absl::StatusOr<std::unique_ptr<LibvirtTargetGuest>> guest = LibvirtTargetGuest::Create(
+      *std::move(qmp), options.uri, arrival.uuid, sockets.stream, deadline);
+  if (!guest.ok()) return guest.status();
+  if (absl::Status s = CheckFiles((*guest)->peer(), arrival.files); !s.ok()) return s;
+  return guest;
 }
 
 std::string UuidIn(const std::string& address) {

@@ -1,5 +1,6 @@
 #include "qemu-glue/qmp/peer_process.h"
 
+#include <fcntl.h>
 #include <signal.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -16,10 +17,17 @@
 namespace presync {
 
 absl::StatusOr<PeerProcess> PeerProcess::Identify(QmpClient& qmp, absl::Time deadline) {
-  const pid_t pid = qmp.peer_pid();
-  // Opened before the question below: if the answer fits a process that lives after it, it is this
+  // Held before the question below: if the answer fits a process that lives after it, it is this
   // one.
-  PeerProcess process(pid, UniqueFd(static_cast<int>(::syscall(SYS_pidfd_open, pid, 0))));
+  const absl::StatusOr<SocketPeer>& peer = qmp.peer();
+  if (!peer.ok()) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "QMP: ", qmp.path(),
+        ": presync can't tell which process is the guest: ", peer.status().message(),
+        "; give presync a monitor that QEMU opens itself: -qmp unix:PATH,", "server=on,wait=off"));
+  }
+  const pid_t pid = peer->pid;
+  PeerProcess process(pid, UniqueFd(::fcntl(peer->pidfd.get(), F_DUPFD_CLOEXEC, 0)));
   absl::StatusOr<Json> cpus = qmp.Execute("query-cpus-fast", nullptr, deadline);
   if (!cpus.ok()) return cpus.status();
   bool certain = process.pidfd_.valid() && cpus->is_array() && !cpus->empty();

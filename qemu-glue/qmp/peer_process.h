@@ -18,9 +18,12 @@ namespace presync {
 // thread at a time.
 class PeerProcess {
  public:
-  // Finds the process and makes sure of it: SO_PEERCRED names whoever called listen(), which may be
-  // a parent that passed the socket on, so that process must also own the threads that QEMU names
-  // as its vCPUs. FAILED_PRECONDITION: it doesn't; else as QmpClient::Execute.
+  // Finds the process and makes sure of it: the kernel names whoever called listen(), which may be
+  // a parent that passed the socket on (as libvirtd does with the sockets of a domain's devices and
+  // with its own monitor, though not with what stands in `qemu:commandline`), or a proxy. So that
+  // process must also own the threads that QEMU names as its vCPUs. A monitor that lies about them
+  // names its own process: what it has mapped is asked of that (qemu-glue/mapped_file.h).
+  // FAILED_PRECONDITION: it doesn't; else as QmpClient::Execute.
   static absl::StatusOr<PeerProcess> Identify(QmpClient& qmp, absl::Time deadline);
 
   pid_t pid() const { return pid_; }

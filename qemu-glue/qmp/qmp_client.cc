@@ -66,13 +66,6 @@ absl::StatusOr<UniqueFd> OpenSocket(const std::string& path, absl::Time deadline
   return fd;
 }
 
-pid_t PeerPid(int socket) {
-  ucred credentials = {};
-  socklen_t size = sizeof(credentials);
-  if (::getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &credentials, &size) != 0) return -1;
-  return credentials.pid;
-}
-
 // What came instead of QMP, short enough for an error text.
 std::string Excerpt(const std::string& received) {
   return absl::StrCat("\"", absl::CHexEscape(received.substr(0, 60)), "\"");
@@ -117,7 +110,7 @@ absl::StatusOr<std::unique_ptr<QmpClient>> QmpClient::Connect(const std::string&
   absl::StatusOr<UniqueFd> socket = OpenSocket(path, deadline);
   if (!socket.ok()) return socket.status();
   std::unique_ptr<QmpClient> client(new QmpClient(path, *std::move(socket)));
-  client->peer_pid_ = PeerPid(client->socket_.get());
+  client->peer_ = PeerOf(client->socket_.get());
   if (absl::Status status = client->Negotiate(deadline); !status.ok()) return status;
   return client;
 }

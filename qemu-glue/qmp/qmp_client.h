@@ -21,6 +21,7 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "qemu-glue/qmp/json_read.h"
+#include "qemu-glue/socket_peer.h"
 #include "transport/unique_fd.h"
 
 namespace presync {
@@ -103,9 +104,11 @@ class QmpClient {
 
   const std::string& path() const { return path_; }
   const QmpVersion& version() const { return version_; }
-  // Who listens at the socket (SO_PEERCRED). That is QEMU only if QEMU itself opened the socket:
-  // see PeerProcess.
-  pid_t peer_pid() const { return peer_pid_; }
+  // Who listens at the socket, or why that can't be told. It is QEMU only if QEMU itself opened the
+  // socket: see PeerProcess.
+  const absl::StatusOr<SocketPeer>& peer() const { return peer_; }
+  // Its number; -1 if it can't be told.
+  pid_t peer_pid() const { return peer_.ok() ? peer_->pid : -1; }
 
  private:
   QmpClient(std::string path, UniqueFd socket)
@@ -124,7 +127,7 @@ class QmpClient {
 
   std::string path_;
   UniqueFd socket_;
-  pid_t peer_pid_ = -1;
+  absl::StatusOr<SocketPeer> peer_;
   QmpVersion version_;
   uint64_t next_id_ = 1;
   std::string received_;

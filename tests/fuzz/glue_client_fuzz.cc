@@ -133,7 +133,8 @@ void TryRange(const absl::StatusOr<GlueRange>& range, GlueMode mode) {
 
 void Ask(const std::string& path, uint8_t which) {
   const absl::Time deadline = MonotonicNow() + absl::Seconds(2);
-  absl::StatusOr<GlueClient> client = GlueClient::Connect(path, deadline);
+  absl::StatusOr<GlueClient> client =
+      GlueClient::Connect(path, IdentifyProcess(::getpid()), deadline);
   if (!client.ok()) return;
   const GlueMode mode = which % 2 == 0 ? GlueMode::kAsync : GlueMode::kHandler;
   if ((which & 2) != 0) TryRange(client->MakeScratch(mode, deadline), mode);

@@ -57,8 +57,8 @@ class SyntheticHandoverTest : public ::testing::Test {
     if (!way.address.empty()) target.rdma.addresses = {way.address};
     service_ = TargetService::Start(*std::move(listener), &host_, target);
 
-    absl::StatusOr<ProbedLog> probed =
-        ProbeDirtyLog({.glue_socket = source_.socket(), .regions = source_.regions()});
+    absl::StatusOr<ProbedLog> probed = ProbeDirtyLog(
+        {.glue_socket = source_.socket(), .qemu = source_.process(), .regions = source_.regions()});
     ASSERT_TRUE(probed.ok()) << probed.status();
     RecordProperty("dirty_log", std::string(probed->log->name()));
     SourceSessionOptions options;

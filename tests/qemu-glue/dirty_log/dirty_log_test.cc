@@ -41,7 +41,8 @@ class DirtyLogTest : public ::testing::TestWithParam<DirtyLogMode> {
 
   // Why this mode can't work on this host, whatever the code does; empty if it should.
   std::string MissingHere() {
-    const auto client = GlueClient::Connect(guest_->socket(), MonotonicNow() + absl::Seconds(10));
+    const auto client = GlueClient::Connect(guest_->socket(), guest_->process(),
+                                            MonotonicNow() + absl::Seconds(10));
     if (!client.ok()) return "";
     const bool async = GetParam() == DirtyLogMode::kUffdAsync;
     const uint64_t needed = async ? UFFD_FEATURE_WP_ASYNC : UFFD_FEATURE_WP_HUGETLBFS_SHMEM;
@@ -53,6 +54,7 @@ class DirtyLogTest : public ::testing::TestWithParam<DirtyLogMode> {
   absl::StatusOr<ProbedLog> Probe() {
     ProbeOptions options;
     options.glue_socket = guest_->socket();
+    options.qemu = guest_->process();
     options.regions = guest_->regions();
     options.mode = GetParam();
     return ProbeDirtyLog(options);
@@ -299,9 +301,11 @@ TEST_P(DirtyLogTest, StopTrackingMakesRoomForOthers) {
   log_.reset();
   EXPECT_EQ(guest_->Do(GUEST_REGISTER_OTHER), EBUSY);
   const absl::Time deadline = MonotonicNow() + absl::Seconds(20);
-  const absl::Status stopped = StopTracking(guest_->socket(), guest_->regions(), deadline);
+  const absl::Status stopped =
+      StopTracking(guest_->socket(), guest_->process(), guest_->regions(), deadline);
   ASSERT_TRUE(stopped.ok()) << stopped;
-  EXPECT_TRUE(StopTracking(guest_->socket(), guest_->regions(), deadline).ok()) << "twice is fine";
+  EXPECT_TRUE(StopTracking(guest_->socket(), guest_->process(), guest_->regions(), deadline).ok())
+      << "twice is fine";
   EXPECT_EQ(guest_->Do(GUEST_REGISTER_OTHER), 0);
 }
 

@@ -36,7 +36,8 @@ constexpr PageCount kPages = 64;
 class GlueTest : public ::testing::Test {
  protected:
   GlueClient Connect() {
-    absl::StatusOr<GlueClient> client = GlueClient::Connect(guest_.socket(), Soon());
+    absl::StatusOr<GlueClient> client =
+        GlueClient::Connect(guest_.socket(), guest_.process(), Soon());
     EXPECT_TRUE(client.ok()) << client.status();
     return *std::move(client);
   }
@@ -241,9 +242,11 @@ TEST(SharedBitmapTest, WaitsForABatchUnderWay) {
   EXPECT_EQ(bitmap->TakeWord(1), 0u);
 }
 
+ProcessIdentity Self() { return IdentifyProcess(::getpid()); }
+
 TEST(GlueClientTest, NobodyThere) {
   const TempFolder folder;
-  const auto client = GlueClient::Connect(folder.path() + "/none", Soon());
+  const auto client = GlueClient::Connect(folder.path() + "/none", Self(), Soon());
   EXPECT_EQ(client.status().code(), absl::StatusCode::kNotFound);
   EXPECT_THAT(client.status().message(), HasSubstr("-plugin presync_glue.so,socket="));
 }
@@ -258,6 +261,12 @@ class FakeGlue {
     EXPECT_EQ(::bind(fd_.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)), 0);
     EXPECT_EQ(::listen(fd_.get(), 4), 0);
   }
+  // What one client has to say before it hangs up.
+  ssize_t Hear() {
+    const UniqueFd client(::accept(fd_.get(), nullptr, nullptr));
+    char bytes[64];
+    return ::recv(client.get(), bytes, sizeof(bytes), 0);
+  }
   void Say(const void* bytes, size_t count) {
     const UniqueFd client(::accept(fd_.get(), nullptr, nullptr));
     EXPECT_EQ(::send(client.get(), bytes, count, MSG_NOSIGNAL), static_cast<ssize_t>(count));
@@ -270,10 +279,37 @@ class FakeGlue {
 TEST(GlueClientTest, SilenceEndsAtTheDeadline) {
   const TempFolder folder;
   const FakeGlue fake(folder.path() + "/glue");
-  EXPECT_EQ(GlueClient::Connect(folder.path() + "/glue", MonotonicNow() + absl::Milliseconds(50))
-                .status()
-                .code(),
-            absl::StatusCode::kDeadlineExceeded);
+  EXPECT_EQ(
+      GlueClient::Connect(folder.path() + "/glue", Self(), MonotonicNow() + absl::Milliseconds(50))
+          .status()
+          .code(),
+      absl::StatusCode::kDeadlineExceeded);
+}
+
+// QEMU names the socket. If it is another guest's, nothing is said there.
+TEST(GlueClientTest, AnotherProcessIsHungUpOnUnheard) {
+  const TempFolder folder;
+  FakeGlue fake(folder.path() + "/glue");
+  const SyntheticGuest guest(std::vector<GuestRegionSpec>{{8}});
+  ssize_t heard = -1;
+  std::thread server([&] { heard = fake.Hear(); });
+  const absl::Status refused =
+      GlueClient::Connect(folder.path() + "/glue", guest.process(), Soon()).status();
+  server.join();
+  EXPECT_EQ(refused.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(refused.message(), HasSubstr("not this guest's QEMU"));
+  EXPECT_EQ(heard, 0);
+}
+
+TEST(GlueClientTest, AProcessWithTheSameNumberIsAnother) {
+  const TempFolder folder;
+  FakeGlue fake(folder.path() + "/glue");
+  ProcessIdentity earlier = Self();
+  --earlier.start_ticks;
+  std::thread server([&] { fake.Hear(); });
+  EXPECT_EQ(GlueClient::Connect(folder.path() + "/glue", earlier, Soon()).status().code(),
+            absl::StatusCode::kFailedPrecondition);
+  server.join();
 }
 
 TEST(GlueClientTest, AnotherProtocolIsRefused) {
@@ -292,16 +328,16 @@ TEST(GlueClientTest, AnotherProtocolIsRefused) {
   bad[4].fds = 2;  // and carries none
   for (const presync_glue_reply& reply : bad) {
     std::thread server([&] { fake.Say(&reply, sizeof(reply)); });
-    EXPECT_EQ(GlueClient::Connect(folder.path() + "/glue", Soon()).status().code(),
+    EXPECT_EQ(GlueClient::Connect(folder.path() + "/glue", Self(), Soon()).status().code(),
               absl::StatusCode::kInvalidArgument);
     server.join();
   }
   std::thread server([&] { fake.Say(&good, sizeof(good) - 1); });
-  EXPECT_EQ(GlueClient::Connect(folder.path() + "/glue", Soon()).status().code(),
+  EXPECT_EQ(GlueClient::Connect(folder.path() + "/glue", Self(), Soon()).status().code(),
             absl::StatusCode::kInvalidArgument);
   server.join();
   std::thread right([&] { fake.Say(&good, sizeof(good)); });
-  EXPECT_TRUE(GlueClient::Connect(folder.path() + "/glue", Soon()).ok());
+  EXPECT_TRUE(GlueClient::Connect(folder.path() + "/glue", Self(), Soon()).ok());
   right.join();
 }
 

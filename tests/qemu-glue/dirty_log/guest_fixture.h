@@ -11,6 +11,7 @@
 
 #include "predictor/page.h"
 #include "qemu-glue/dirty_log/guest_maps.h"
+#include "qemu-glue/process_identity.h"
 #include "tests/qemu-glue/dirty_log/synthetic_guest.h"
 #include "transport/unique_fd.h"
 
@@ -50,6 +51,8 @@ class SyntheticGuest {
   void Kill();  // SIGKILL, and waits for its end
 
   pid_t pid() const { return pid_; }
+  // Of the process as it lives now.
+  ProcessIdentity process() const { return IdentifyProcess(pid_); }
   const std::string& socket() const { return socket_; }
   const std::vector<RegionFile>& regions() const { return regions_; }
   PageCount pages() const { return regions_.back().run.end(); }

@@ -164,7 +164,8 @@ class QemuDirtyLogTest : public ::testing::TestWithParam<QemuCase> {
     EXPECT_TRUE(region.ok());
     const absl::Time deadline = MonotonicNow() + absl::Seconds(60);
     while (true) {
-      absl::StatusOr<ProbedLog> probed = ProbeDirtyLog({socket(), {*region}, mode});
+      absl::StatusOr<ProbedLog> probed =
+          ProbeDirtyLog({socket(), IdentifyProcess(daemon_ > 0 ? daemon_ : pid_), {*region}, mode});
       const bool retry = absl::IsNotFound(probed.status()) || absl::IsUnavailable(probed.status());
       if (!retry || MonotonicNow() >= deadline) return probed;
       absl::SleepFor(absl::Milliseconds(10));
