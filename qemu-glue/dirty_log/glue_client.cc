@@ -175,6 +175,15 @@ absl::Status ReplyError(const presync_glue_reply& reply, const std::string& path
   }
 }
 
+// Calls on it are made with rights that QEMU lacks, so it must be what it is said to be. No file's
+// name begins like that.
+bool IsUserfaultfd(int fd) {
+  char name[64] = {};
+  const ssize_t length =
+      ::readlink(absl::StrCat("/proc/self/fd/", fd).c_str(), name, sizeof(name) - 1);
+  return length > 0 && absl::string_view(name) == "anon_inode:[userfaultfd]";
+}
+
 // Moves the descriptors of a message into received[0..1]; returns how many there were. More are
 // closed.
 uint32_t TakeDescriptors(msghdr* message, UniqueFd received[2]) {
@@ -264,9 +273,14 @@ absl::StatusOr<GlueRange> GlueClient::MakeScratch(GlueMode mode, absl::Time dead
 
 absl::StatusOr<GlueRange> GlueClient::CallForRange(const presync_glue_request& request,
                                                    absl::Time deadline) {
-  // Only root can open it: then QEMU needs no privilege of its own. Without it QEMU tries by
+  // Only root can open it. It gives a userfaultfd that holds up writes of the kernel, too, which
+  // can be used to attack it: so it is for the handler's log alone, which can't do without. Where
+  // the kernel itself lifts the protection, one of user mode is enough, and QEMU gets that by
   // itself.
-  const UniqueFd device(::open("/dev/userfaultfd", O_RDWR | O_CLOEXEC));
+  UniqueFd device;
+  if (request.mode == PRESYNC_GLUE_MODE_HANDLER) {
+    device.reset(::open("/dev/userfaultfd", O_RDWR | O_CLOEXEC));
+  }
   UniqueFd received[2];
   const absl::StatusOr<presync_glue_reply> reply = Call(request, device.get(), received, deadline);
   if (!reply.ok()) return reply.status();
@@ -274,6 +288,10 @@ absl::StatusOr<GlueRange> GlueClient::CallForRange(const presync_glue_request& r
   if (reply->fds != wanted) {
     return absl::InvalidArgumentError(absl::StrCat("the library inside QEMU sent ", reply->fds,
                                                    " descriptors instead of ", wanted));
+  }
+  if (!IsUserfaultfd(received[0].get())) {
+    return absl::InvalidArgumentError(
+        "the library inside QEMU sent a descriptor that is no userfaultfd");
   }
   return GlueRange{reply->start, reply->bytes, std::move(received[0]), std::move(received[1])};
 }
@@ -337,7 +355,7 @@ absl::StatusOr<presync_glue_reply> GlueClient::Receive(uint16_t type, UniqueFd r
     message.msg_control = control;
     message.msg_controllen = sizeof(control);
     bytes = ::recvmsg(socket_.get(), &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
-  } while (bytes < 0 && (errno == EINTR || errno == EAGAIN));
+  } while (bytes < 0 && (errno == EINTR || errno == EAGAIN) && MonotonicNow() < deadline);
   // An empty packet, which looks like the end, may bring descriptors, too.
   const uint32_t fds = bytes < 0 ? 0 : TakeDescriptors(&message, received);
   if (bytes <= 0) {

@@ -6,6 +6,7 @@
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -41,6 +42,13 @@ std::vector<Answer> TakeAnswers(fuzz::FuzzInput* input) {
     answers.push_back({std::string(input->Take(input->Byte() % 80)), how});
   }
   return answers;
+}
+
+// Where there is none to be had, what is behind it is not reached.
+UniqueFd MakeUserfaultfd() {
+  constexpr int kUserModeOnly = 1;
+  UniqueFd fd(static_cast<int>(::syscall(SYS_userfaultfd, O_CLOEXEC | kUserModeOnly)));
+  return fd.valid() ? std::move(fd) : UniqueFd(::open("/dev/null", O_RDWR | O_CLOEXEC));
 }
 
 UniqueFd MakeBitmap(uint8_t how) {
@@ -79,7 +87,7 @@ void SendAnswer(int socket, const Answer& answer, uint16_t type) {
   std::vector<UniqueFd> owned;
   int fds[3];
   for (uint32_t i = 0; i < count; ++i) {
-    owned.push_back(MakeBitmap(i == 0 ? 0 : answer.how));
+    owned.push_back(i == 0 ? MakeUserfaultfd() : MakeBitmap(answer.how));
     fds[i] = owned.back().get();
   }
   iovec data = {const_cast<char*>(bytes.data()), bytes.size()};

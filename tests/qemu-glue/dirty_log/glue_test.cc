@@ -242,6 +242,16 @@ TEST(SharedBitmapTest, WaitsForABatchUnderWay) {
   EXPECT_EQ(bitmap->TakeWord(1), 0u);
 }
 
+presync_glue_reply GoodHello() {
+  presync_glue_reply hello = {};
+  hello.magic = PRESYNC_GLUE_MAGIC;
+  hello.version = PRESYNC_GLUE_VERSION;
+  hello.type = PRESYNC_GLUE_HELLO;
+  hello.length = sizeof(hello);
+  hello.pid = static_cast<uint32_t>(::getpid());
+  return hello;
+}
+
 ProcessIdentity Self() { return IdentifyProcess(::getpid()); }
 
 TEST(GlueClientTest, NobodyThere) {
@@ -260,6 +270,48 @@ class FakeGlue {
     path.copy(address.sun_path, path.size());
     EXPECT_EQ(::bind(fd_.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)), 0);
     EXPECT_EQ(::listen(fd_.get(), 4), 0);
+  }
+  // How many descriptors come with a client's first request; then it is hung up on.
+  int CountDescriptors(const presync_glue_reply& hello) {
+    const UniqueFd client(::accept(fd_.get(), nullptr, nullptr));
+    EXPECT_EQ(::send(client.get(), &hello, sizeof(hello), MSG_NOSIGNAL), ssize_t{sizeof(hello)});
+    presync_glue_request request = {};
+    iovec data = {&request, sizeof(request)};
+    alignas(cmsghdr) char control[CMSG_SPACE(4 * sizeof(int))] = {};
+    msghdr message = {};
+    message.msg_iov = &data;
+    message.msg_iovlen = 1;
+    message.msg_control = control;
+    message.msg_controllen = sizeof(control);
+    EXPECT_EQ(::recvmsg(client.get(), &message, MSG_CMSG_CLOEXEC), ssize_t{sizeof(request)});
+    const cmsghdr* const c = CMSG_FIRSTHDR(&message);
+    if (c == nullptr) return 0;
+    int fd = -1;
+    std::memcpy(&fd, CMSG_DATA(c), sizeof(fd));
+    ::close(fd);
+    return static_cast<int>((c->cmsg_len - CMSG_LEN(0)) / sizeof(int));
+  }
+  // Greets, and answers the first request with a descriptor of /dev/null.
+  void PassDescriptor(const presync_glue_reply& hello, const presync_glue_reply& reply) {
+    const UniqueFd client(::accept(fd_.get(), nullptr, nullptr));
+    EXPECT_EQ(::send(client.get(), &hello, sizeof(hello), MSG_NOSIGNAL), ssize_t{sizeof(hello)});
+    presync_glue_request request = {};
+    EXPECT_EQ(::recv(client.get(), &request, sizeof(request), 0), ssize_t{sizeof(request)});
+    const UniqueFd null(::open("/dev/null", O_RDWR | O_CLOEXEC));
+    const int fd = null.get();
+    iovec data = {const_cast<presync_glue_reply*>(&reply), sizeof(reply)};
+    alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
+    msghdr message = {};
+    message.msg_iov = &data;
+    message.msg_iovlen = 1;
+    message.msg_control = control;
+    message.msg_controllen = sizeof(control);
+    cmsghdr* const c = CMSG_FIRSTHDR(&message);
+    c->cmsg_level = SOL_SOCKET;
+    c->cmsg_type = SCM_RIGHTS;
+    c->cmsg_len = CMSG_LEN(sizeof(int));
+    std::memcpy(CMSG_DATA(c), &fd, sizeof(fd));
+    EXPECT_EQ(::sendmsg(client.get(), &message, MSG_NOSIGNAL), ssize_t{sizeof(reply)});
   }
   // What one client has to say before it hangs up.
   ssize_t Hear() {
@@ -284,6 +336,39 @@ TEST(GlueClientTest, SilenceEndsAtTheDeadline) {
           .status()
           .code(),
       absl::StatusCode::kDeadlineExceeded);
+}
+
+// What opens it could be used against the kernel.
+TEST(GlueClientTest, TheDeviceIsForTheHandlersLogAlone) {
+  const TempFolder folder;
+  FakeGlue fake(folder.path() + "/glue");
+  const bool is_there = UniqueFd(::open("/dev/userfaultfd", O_RDWR | O_CLOEXEC)).valid();
+  for (const GlueMode mode : {GlueMode::kAsync, GlueMode::kHandler}) {
+    int descriptors = -1;
+    std::thread server([&] { descriptors = fake.CountDescriptors(GoodHello()); });
+    absl::StatusOr<GlueClient> client =
+        GlueClient::Connect(folder.path() + "/glue", Self(), Soon());
+    ASSERT_TRUE(client.ok()) << client.status();
+    EXPECT_FALSE(client->MakeScratch(mode, Soon()).ok());
+    server.join();
+    EXPECT_EQ(descriptors, is_there && mode == GlueMode::kHandler ? 1 : 0);
+  }
+}
+
+TEST(GlueClientTest, OnlyAUserfaultfdIsTakenForOne) {
+  const TempFolder folder;
+  FakeGlue fake(folder.path() + "/glue");
+  presync_glue_reply scratch = GoodHello();
+  scratch.type = PRESYNC_GLUE_SCRATCH;
+  scratch.bytes = PRESYNC_GLUE_SCRATCH_PAGES * PRESYNC_GLUE_PAGE_BYTES;
+  scratch.fds = 1;
+  std::thread server([&] { fake.PassDescriptor(GoodHello(), scratch); });
+  absl::StatusOr<GlueClient> client = GlueClient::Connect(folder.path() + "/glue", Self(), Soon());
+  ASSERT_TRUE(client.ok()) << client.status();
+  const absl::Status refused = client->MakeScratch(GlueMode::kAsync, Soon()).status();
+  EXPECT_EQ(refused.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(refused.message(), HasSubstr("no userfaultfd"));
+  server.join();
 }
 
 // QEMU names the socket. If it is another guest's, nothing is said there.
