@@ -145,13 +145,12 @@ GuestOutlook GuestWatch::Unknown(absl::Status why) const {
 bool GuestWatch::CameAndWent(QmpClient& qmp) {
   std::set<std::string> known = devices_;
   bool unknown = false;
-  while (true) {
-    const absl::StatusOr<QmpEvent> event = qmp.WaitEvent("DEVICE_DELETED", MonotonicNow());
-    if (!event.ok()) return unknown && looked_;
-    const std::string path = StringAt(event->data, "path");
+  for (const QmpEvent& event : qmp.TakeEvents("DEVICE_DELETED")) {
+    const std::string path = StringAt(event.data, "path");
     // Its parts are told of as well, and before the first look a device was none of ours.
     if (std::count(path.begin(), path.end(), '/') == 3) unknown |= known.erase(path) == 0;
   }
+  return unknown && looked_;
 }
 
 // Whether the block nodes are others than at the last look; looks from time to time only.

@@ -5,10 +5,7 @@
 #include <sys/stat.h>
 
 #include <cerrno>
-#include <cstring>
 #include <filesystem>
-#include <fstream>
-#include <iterator>
 #include <memory>
 #include <optional>
 #include <system_error>
@@ -29,19 +26,10 @@ bool IsFile(const Mapping& mapping, const struct stat& file) {
 }
 
 absl::StatusOr<std::string> ReadMaps(const PeerProcess& process) {
-  const std::string path = absl::StrCat("/proc/", process.pid(), "/maps");
-  std::ifstream file(path);
-  const int error = errno;
-  const std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  absl::StatusOr<std::string> text = ReadProcFile(absl::StrCat("/proc/", process.pid(), "/maps"));
   // Asked after the read: a process that still lives is the one whose memory was read of.
-  if (process.HasEnded()) {
-    return absl::UnavailableError(absl::StrCat("QEMU (process ", process.pid(), ") has ended"));
-  }
-  if (!text.empty()) return text;
-  return absl::PermissionDeniedError(
-      absl::StrCat("opening ", path, ": ", std::strerror(error),
-                   ": no right to look at QEMU's memory: run presyncd as root or with "
-                   "CAP_SYS_PTRACE"));
+  if (!process.HasEnded()) return text;
+  return absl::UnavailableError(absl::StrCat("QEMU (process ", process.pid(), ") has ended"));
 }
 
 // The mapping that QEMU most likely means by a path: of the file that is there now, else of one

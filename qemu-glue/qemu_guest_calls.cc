@@ -36,10 +36,11 @@ absl::StatusOr<MigrationState> AskMigration(QmpClient& qmp, std::string_view ste
                    state->error.empty() ? "; someone else may have ended it" : ": ", state->error));
 }
 
-// Ok if waiting for an event was only given up to look again.
+// Ok if waiting for an event was only given up to look again; an event that says nothing new ends
+// nothing, but does not prolong the waiting either.
 absl::Status StillWaiting(const absl::Status& waited, std::string_view step,
                           const MigrationState& state, absl::Time deadline) {
-  if (!absl::IsDeadlineExceeded(waited)) return waited;
+  if (!waited.ok() && !absl::IsDeadlineExceeded(waited)) return waited;
   if (MonotonicNow() < deadline) return absl::OkStatus();
   return absl::DeadlineExceededError(
       absl::StrCat(std::string(step), ": QEMU's migration is still '", state.status, "'"));
@@ -129,7 +130,7 @@ absl::StatusOr<MigrationState> AwaitMigration(QmpClient& qmp, std::string_view s
     // An event only says "look again": it may be an old one, of an earlier migration.
     absl::StatusOr<QmpEvent> event =
         qmp.WaitEvent("MIGRATION", std::min(deadline, MonotonicNow() + kAskAgain));
-    if (event.ok()) continue;
+    if (event.ok() && MonotonicNow() < deadline) continue;
     if (absl::Status s = StillWaiting(event.status(), step, *state, deadline); !s.ok()) return s;
   }
 }
@@ -143,12 +144,12 @@ absl::StatusOr<MigrationState> FollowMigration(QmpClient& qmp, std::string_view 
     if (event.ok()) {
       MigrationState told{StringAt(event->data, "status"), ""};
       if (IsOneOf(told.status, wanted)) return told;
-      if (!IsMigrationOver(told.status)) continue;
+      if (!IsMigrationOver(told.status) && MonotonicNow() < deadline) continue;
     }
     // It ended otherwise, and QEMU knows why; or nothing was heard for a while.
     absl::StatusOr<MigrationState> state = AskMigration(qmp, step, wanted, deadline);
     if (!state.ok() || IsOneOf(state->status, wanted)) return state;
-    if (event.ok()) continue;
+    if (event.ok() && MonotonicNow() < deadline) continue;
     if (absl::Status s = StillWaiting(event.status(), step, *state, deadline); !s.ok()) return s;
   }
 }

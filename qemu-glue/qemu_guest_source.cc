@@ -132,12 +132,8 @@ absl::StatusOr<absl::Time> QemuSourceGuest::Stop(absl::Time deadline) {
 // When QEMU last said that it stopped the guest, which is some time before its migration waits;
 // nothing if it did not say so since it was last asked.
 std::optional<absl::Time> QemuSourceGuest::TakeStopTime() {
-  std::optional<absl::Time> last;
-  while (true) {
-    const absl::StatusOr<QmpEvent> stop = qmp_->WaitEvent("STOP", MonotonicNow());
-    if (!stop.ok()) return last;
-    last = stop->at;
-  }
+  const std::vector<QmpEvent> stops = qmp_->TakeEvents("STOP");
+  return stops.empty() ? std::nullopt : std::optional(stops.back().at);
 }
 
 absl::Status QemuSourceGuest::FinishSave(absl::Time deadline) {

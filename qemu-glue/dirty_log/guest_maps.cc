@@ -1,17 +1,23 @@
 #include "qemu-glue/dirty_log/guest_maps.h"
 
+#include <fcntl.h>
 #include <sys/sysmacros.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cinttypes>
 #include <cstdio>
 #include <optional>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
+#include "transport/unique_fd.h"
 
 namespace presync {
 namespace {
+
+constexpr size_t kMostProcBytes = size_t{64} << 20;
 
 std::optional<Mapping> ParseLine(const std::string& line) {
   Mapping m;
@@ -89,6 +95,36 @@ absl::Status AppendSegments(const RegionFile& region, const std::vector<Mapping>
 }
 
 }  // namespace
+
+absl::Status ProcFileError(int error, const std::string& path) {
+  if (error == EACCES || error == EPERM) {
+    return absl::PermissionDeniedError(absl::StrCat(
+        "opening ", path,
+        ": no right to look at QEMU's memory: run presyncd as root or with CAP_SYS_PTRACE"));
+  }
+  if (error == ENOENT || error == ESRCH) {
+    return absl::UnavailableError(absl::StrCat("opening ", path, ": QEMU's process is gone"));
+  }
+  return absl::ErrnoToStatus(error, absl::StrCat("opening ", path));
+}
+
+absl::StatusOr<std::string> ReadProcFile(const std::string& path) {
+  const UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  if (!fd.valid()) return ProcFileError(errno, path);
+  std::string text;
+  char piece[16384];
+  while (text.size() <= kMostProcBytes) {
+    const ssize_t bytes = ::read(fd.get(), piece, sizeof(piece));
+    if (bytes == 0) return text;
+    if (bytes > 0) {
+      text.append(piece, static_cast<size_t>(bytes));
+    } else if (errno != EINTR) {
+      return ProcFileError(errno, path);
+    }
+  }
+  return absl::ResourceExhaustedError(
+      absl::StrCat(path, " has more than ", kMostProcBytes >> 20, " MiB: that is no QEMU's"));
+}
 
 absl::StatusOr<std::vector<Mapping>> ParseMaps(std::string_view maps) {
   std::vector<Mapping> all;

@@ -8,6 +8,7 @@
 #include <string_view>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "predictor/page.h"
@@ -47,6 +48,13 @@ struct Mapping {
 
   uint64_t bytes() const { return end - start; }
 };
+
+// The text of a file in /proc that describes a process, which has no length to ask for.
+// RESOURCE_EXHAUSTED: it has more than 64 MiB; a QEMU's has some hundred KiB, but whoever wants to
+// can map a file with a long name 65,000 times. UNAVAILABLE, PERMISSION_DENIED: as open(2) says.
+absl::StatusOr<std::string> ReadProcFile(const std::string& path);
+// What an errno of opening or reading such a file means.
+absl::Status ProcFileError(int error, const std::string& path);
 
 // All lines of `maps` (the text of /proc/PID/maps). INVALID_ARGUMENT: one can't be read.
 absl::StatusOr<std::vector<Mapping>> ParseMaps(std::string_view maps);

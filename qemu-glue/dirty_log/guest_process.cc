@@ -10,39 +10,11 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "predictor/page.h"
+#include "qemu-glue/dirty_log/guest_maps.h"
 #include "qemu-glue/plugin/kernel_abi.h"
 
 namespace presync {
 namespace {
-
-absl::Status OpenError(int error, const std::string& path) {
-  if (error == EACCES || error == EPERM) {
-    return absl::PermissionDeniedError(absl::StrCat(
-        "opening ", path,
-        ": no right to look at QEMU's memory: run presyncd as root or with CAP_SYS_PTRACE"));
-  }
-  if (error == ENOENT || error == ESRCH) {
-    return absl::UnavailableError(absl::StrCat("opening ", path, ": QEMU's process is gone"));
-  }
-  return absl::ErrnoToStatus(error, absl::StrCat("opening ", path));
-}
-
-// Files of /proc have no length to ask for.
-absl::StatusOr<std::string> ReadAll(const std::string& path) {
-  const UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
-  if (!fd.valid()) return OpenError(errno, path);
-  std::string text;
-  char piece[16384];
-  while (true) {
-    const ssize_t bytes = ::read(fd.get(), piece, sizeof(piece));
-    if (bytes == 0) return text;
-    if (bytes > 0) {
-      text.append(piece, static_cast<size_t>(bytes));
-    } else if (errno != EINTR) {
-      return OpenError(errno, path);
-    }
-  }
-}
 
 // The process's number in its innermost pid namespace: the last field of NSpid in /proc/PID/status.
 pid_t InnermostPid(const std::string& status) {
@@ -63,13 +35,13 @@ absl::StatusOr<GuestProcess> GuestProcess::Open(GlueClient* client, absl::Time d
   process.pid_ = client->pid();
   const std::string folder = absl::StrCat("/proc/", process.pid_);
 
-  absl::StatusOr<std::string> maps = ReadAll(folder + "/maps");
+  absl::StatusOr<std::string> maps = ReadProcFile(folder + "/maps");
   if (!maps.ok()) return maps.status();
   process.maps_ = *std::move(maps);
-  const absl::StatusOr<std::string> status = ReadAll(folder + "/status");
+  const absl::StatusOr<std::string> status = ReadProcFile(folder + "/status");
   if (!status.ok()) return status.status();
   process.pagemap_.reset(::open((folder + "/pagemap").c_str(), O_RDONLY | O_CLOEXEC));
-  if (!process.pagemap_.valid()) return OpenError(errno, folder + "/pagemap");
+  if (!process.pagemap_.valid()) return ProcFileError(errno, folder + "/pagemap");
 
   // An answer now means that the process lived all the while, so its number was its own when the
   // files were opened.

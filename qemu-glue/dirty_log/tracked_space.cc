@@ -6,21 +6,37 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "qemu-glue/plugin/kernel_abi.h"
+#include "transport/clock.h"
 
 namespace presync {
+namespace {
+
+constexpr absl::Duration kLookAgain = absl::Microseconds(50);  // a discard takes about as long
+
+}  // namespace
 
 absl::Status ProtectMemory(int uffd, uint64_t address, uint64_t bytes, bool protect) {
   uffdio_writeprotect request = {};
   request.range.start = address;
   request.range.len = bytes;
   request.mode = protect ? UFFDIO_WRITEPROTECT_MODE_WP : 0;
+  absl::Time give_up_at = absl::InfiniteFuture();
   while (::ioctl(uffd, UFFDIO_WRITEPROTECT, &request) != 0) {
-    // EAGAIN: QEMU's address space is changing at this moment.
-    if (errno == EAGAIN || errno == EINTR) continue;
-    const char* const cause = errno == ESRCH    ? "QEMU's process has ended"
-                              : errno == ENOENT ? "QEMU has unmapped it, or it is tracked no longer"
-                                                : std::strerror(errno);
+    const int error = errno;
+    if (error == EAGAIN || error == EINTR) {
+      const absl::Time now = MonotonicNow();
+      if (give_up_at == absl::InfiniteFuture()) give_up_at = now + kAddressSpacePatience;
+      if (now < give_up_at) {
+        absl::SleepFor(kLookAgain);
+        continue;
+      }
+    }
+    const char* const cause = error == ESRCH    ? "QEMU's process has ended"
+                              : error == ENOENT ? "QEMU has unmapped it, or it is tracked no longer"
+                              : error == EAGAIN ? "QEMU's address space does not come to rest"
+                                                : std::strerror(error);
     return absl::UnavailableError(
         absl::StrCat("write-protecting ", bytes, " bytes of guest RAM: ", cause));
   }

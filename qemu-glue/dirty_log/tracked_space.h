@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "predictor/bitmap.h"
 #include "predictor/page.h"
@@ -71,8 +72,13 @@ class TrackedSpace {
   std::optional<GlueClient> connection_;
 };
 
+// How long QEMU's address space may go on changing (it forks, or discards memory) until a page's
+// protection is given up. That takes QEMU milliseconds; one that asked for events of it, and does
+// not read them, has it changing for ever.
+inline constexpr absl::Duration kAddressSpacePatience = absl::Seconds(2);
+
 // UFFDIO_WRITEPROTECT on [address, address + bytes). UNAVAILABLE: QEMU has ended or unmapped the
-// memory.
+// memory, or its address space does not come to rest.
 absl::Status ProtectMemory(int uffd, uint64_t address, uint64_t bytes, bool protect);
 
 }  // namespace presync

@@ -31,6 +31,8 @@ constexpr absl::Duration kQuiet = absl::Seconds(2);
 // How long libvirt may take to see that its migration failed, or is over, before presync sees to
 // it.
 constexpr absl::Duration kLibvirtsTurn = absl::Seconds(5);
+// How long QEMU may leave the target's answer unread: some bytes, which it waits for.
+constexpr absl::Duration kTakesAnswer = absl::Seconds(5);
 
 }  // namespace
 
@@ -133,7 +135,7 @@ bool LibvirtSourceGuest::Begun() {
   if (!stream.valid()) return false;
   // The target was not asked: its hook is missing there, or another one writes to us. Closing the
   // connection makes the migration fail and the guest go on here.
-  if (!expected() || !IsFromQemu(stream.get(), process_.pid())) return false;
+  if (!expected() || !IsFromQemu(stream.get(), process_)) return false;
   begun_at_ = MonotonicNow();
   stream_ = std::move(stream);
   return true;
@@ -180,10 +182,8 @@ absl::StatusOr<absl::Time> LibvirtSourceGuest::Stop(absl::Time deadline) {
       AwaitSaved("stop the guest", {"pre-switchover", "device", "completed"}, deadline);
   if (!stopped.ok()) return stopped;
   absl::Time at = MonotonicNow();
-  while (true) {
-    const absl::StatusOr<QmpEvent> stop = qmp_->WaitEvent("STOP", MonotonicNow());
-    if (!stop.ok()) break;
-    if (stop->at >= begun_at_ - kSettling) at = std::min(at, stop->at);
+  for (const QmpEvent& stop : qmp_->TakeEvents("STOP")) {
+    if (stop.at >= begun_at_ - kSettling) at = std::min(at, stop.at);
   }
   return at;
 }
@@ -205,7 +205,8 @@ absl::Status LibvirtSourceGuest::FinishSave(absl::Time deadline) {
 
 // What the target's QEMU answers: that it has loaded everything is what libvirt waits for.
 absl::Status LibvirtSourceGuest::TakeReturn(absl::string_view bytes) {
-  if (stream_.valid() && WriteToSocket(stream_.get(), {bytes.data(), bytes.size()})) {
+  if (stream_.valid() &&
+      WriteToSocket(stream_.get(), {bytes.data(), bytes.size()}, MonotonicNow() + kTakesAnswer)) {
     return absl::OkStatus();
   }
   return absl::UnavailableError("QEMU does not wait for the target's answer any more");

@@ -136,7 +136,7 @@ absl::StatusOr<UniqueFd> LibvirtTargetGuest::BeginLoad(absl::Time deadline) {
   }
   absl::StatusOr<UniqueFd> qemu = ConnectUnix(stream_path_, deadline);
   if (!qemu.ok()) return qemu.status();
-  if (!IsFromQemu(qemu->get(), process_.pid())) {
+  if (!IsFromQemu(qemu->get(), process_)) {
     return absl::FailedPreconditionError(
         absl::StrCat("at ", stream_path_, " listens another process than the QEMU that waits"));
   }

@@ -1,6 +1,7 @@
 #include "qemu-glue/libvirt/unix_socket.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/sockios.h>
 #include <poll.h>
 #include <sys/ioctl.h>
@@ -12,6 +13,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "qemu-glue/qmp/wait.h"
 #include "transport/clock.h"
 #include "transport/unix_address.h"
 
@@ -40,8 +42,10 @@ absl::StatusOr<UniqueFd> ConnectUnix(const std::string& path, absl::Time deadlin
   absl::StatusOr<sockaddr_un> address = UnixAddress(path);
   if (!address.ok()) return address.status();
   while (true) {
-    UniqueFd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    // One that does not accept, with a full queue, would hold up a connect that blocks.
+    UniqueFd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
     if (::connect(fd.get(), Raw(*address), sizeof(*address)) == 0) {
+      if (::fcntl(fd.get(), F_SETFL, 0) != 0) return Failed("connect to", path);
       return fd;
     }
     if (errno != ENOENT && errno != ECONNREFUSED && errno != EAGAIN) {
@@ -54,19 +58,21 @@ absl::StatusOr<UniqueFd> ConnectUnix(const std::string& path, absl::Time deadlin
   }
 }
 
-bool IsFromQemu(int fd, pid_t pid) {
+bool IsFromQemu(int fd, const PeerProcess& qemu) {
   ucred peer = {};
   socklen_t size = sizeof(peer);
   if (::getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) != 0) return false;
-  return peer.pid == pid || peer.uid == 0;
+  if (peer.uid == 0) return true;
+  // Held at the same time as QEMU is, so it is QEMU if it has its number.
+  const absl::StatusOr<SocketPeer> held = PeerOf(fd);
+  return held.ok() && held->pid == qemu.pid() && !qemu.HasEnded();
 }
 
-bool WriteToSocket(int fd, std::string_view bytes) {
+bool WriteToSocket(int fd, std::string_view bytes, absl::Time deadline) {
   while (!bytes.empty()) {
     const ssize_t n = ::send(fd, bytes.data(), bytes.size(), MSG_NOSIGNAL);
     if (n < 0 && errno == EAGAIN) {
-      pollfd p = {.fd = fd, .events = POLLOUT, .revents = 0};
-      ::poll(&p, 1, -1);
+      if (!WaitReady(fd, POLLOUT, deadline)) return false;
       continue;
     }
     if (n < 0 && errno == EINTR) continue;

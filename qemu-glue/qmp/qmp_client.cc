@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <sys/socket.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <cstring>
@@ -41,6 +42,12 @@ absl::Status ConnectError(const std::string& path, int error) {
 // A listening socket whose queue is full says EAGAIN instead of waiting: others queue there
 // already.
 constexpr absl::Duration kRetryConnect = absl::Milliseconds(10);
+
+// What has come is read even after the deadline, but not for ever: a QEMU that sends events faster
+// than they are read would keep its reader.
+absl::Time GiveUpAt(absl::Time deadline) {
+  return std::max(deadline, MonotonicNow()) + absl::Seconds(1);
+}
 
 absl::StatusOr<UniqueFd> OpenSocket(const std::string& path, absl::Time deadline) {
   const absl::StatusOr<sockaddr_un> address = UnixAddress(path);
@@ -125,8 +132,13 @@ absl::Status QmpClient::ReadGreeting(absl::Time deadline) {
   Json greeting;
   // QEMU may still send events, or answers, that were for the monitor's last client: it notices
   // that there is a new one a moment after that is connected.
+  const absl::Time give_up_at = GiveUpAt(deadline);
   do {
     line = ReadLine(deadline);
+    if (line.ok() && MonotonicNow() > give_up_at) {
+      return absl::DeadlineExceededError(
+          absl::StrCat("QMP: ", path_, " sends other things than a greeting, without end"));
+    }
     if (absl::IsDeadlineExceeded(line.status()) && received_.empty()) {
       return absl::DeadlineExceededError(absl::StrCat(
           "QMP: ", path_,
@@ -196,9 +208,11 @@ absl::StatusOr<std::vector<Json>> QmpClient::ExecuteAll(absl::Span<const QmpComm
 absl::StatusOr<std::optional<Json>> QmpClient::AwaitReply(uint64_t id, const std::string& command,
                                                           std::string_view or_event,
                                                           absl::Time deadline) {
+  const absl::Time give_up_at = GiveUpAt(deadline);
   while (true) {
     absl::StatusOr<Json> message = ReadMessage(deadline);
-    if (absl::IsDeadlineExceeded(message.status())) {
+    if (absl::IsDeadlineExceeded(message.status()) ||
+        (message.ok() && MonotonicNow() > give_up_at)) {
       return absl::DeadlineExceededError(absl::StrCat("QMP: ", path_, ": no answer to '", command,
                                                       "' in time; QEMU is busy or stopped"));
     }
@@ -227,6 +241,7 @@ absl::Status QmpClient::Post(const std::string& command, const Json& arguments,
 
 absl::StatusOr<QmpEvent> QmpClient::WaitEvent(absl::FunctionRef<bool(const QmpEvent&)> matches,
                                               absl::Time deadline) {
+  const absl::Time give_up_at = GiveUpAt(deadline);
   size_t seen = 0;
   while (true) {
     for (; seen < events_.size(); ++seen) {
@@ -237,7 +252,8 @@ absl::StatusOr<QmpEvent> QmpClient::WaitEvent(absl::FunctionRef<bool(const QmpEv
     }
     if (!broken_.ok()) return broken_;
     absl::StatusOr<Json> message = ReadMessage(deadline);
-    if (absl::IsDeadlineExceeded(message.status())) {
+    if (absl::IsDeadlineExceeded(message.status()) ||
+        (message.ok() && MonotonicNow() > give_up_at)) {
       return absl::DeadlineExceededError(absl::StrCat("QMP: ", path_, ": no such event in time"));
     }
     if (!message.ok()) return message.status();
@@ -247,6 +263,16 @@ absl::StatusOr<QmpEvent> QmpClient::WaitEvent(absl::FunctionRef<bool(const QmpEv
 
 absl::StatusOr<QmpEvent> QmpClient::WaitEvent(const std::string& name, absl::Time deadline) {
   return WaitEvent([&name](const QmpEvent& event) { return event.name == name; }, deadline);
+}
+
+std::vector<QmpEvent> QmpClient::TakeEvents(const std::string& name) {
+  std::vector<QmpEvent> taken;
+  while (taken.size() < kMaxEvents) {
+    absl::StatusOr<QmpEvent> event = WaitEvent(name, MonotonicNow());
+    if (!event.ok()) break;
+    taken.push_back(*std::move(event));
+  }
+  return taken;
 }
 
 void QmpClient::DropEvents(std::string_view name) {
@@ -298,7 +324,9 @@ absl::StatusOr<Json> QmpClient::ReadMessage(absl::Time deadline) {
     return Break(absl::InvalidArgumentError(
         absl::StrCat("QMP: ", path_, " broke the protocol: it sent ", Excerpt(*line))));
   }
-  if (FindMember(message, "event") != nullptr) KeepEvent(message);
+  if (FindMember(message, "event") != nullptr && line->size() <= kMaxEventBytes) {
+    KeepEvent(message);
+  }
   return message;
 }
 

@@ -48,14 +48,18 @@ struct QmpEvent {
 // their deadline.
 //
 // Once QEMU is gone, or has sent something that is no QMP, every later call returns that first
-// error again.
+// error again. One that never ceases to send something else than what is waited for gets a second
+// beyond the deadline.
 class QmpClient {
  public:
   // Longest line taken from QEMU. The longest that presync asks for (`qom-list` of a large tree)
   // has some tens of kilobytes.
   static constexpr size_t kMaxLineBytes = size_t{8} << 20;
-  // Events kept until someone waits for them; beyond that the oldest is dropped.
+  // Events kept until someone waits for them; beyond that the oldest is dropped. An event whose
+  // line is longer than any of QEMU's is dropped at once: parsed, it may take thirty times as much
+  // memory.
   static constexpr size_t kMaxEvents = 256;
+  static constexpr size_t kMaxEventBytes = 16384;
 
   // Connects, reads the greeting and negotiates capabilities. NOT_FOUND: no such socket.
   // PERMISSION_DENIED. INVALID_ARGUMENT: the path is too long for a socket, or what answers there
@@ -90,6 +94,9 @@ class QmpClient {
   absl::StatusOr<QmpEvent> WaitEvent(absl::FunctionRef<bool(const QmpEvent&)> matches,
                                      absl::Time deadline);
   absl::StatusOr<QmpEvent> WaitEvent(const std::string& name, absl::Time deadline);
+
+  // Takes the events of this name that came so far, the oldest first; at most kMaxEvents.
+  std::vector<QmpEvent> TakeEvents(const std::string& name);
 
   // Forgets the events of this name that came so far: all that QEMU sent before its last reply.
   void DropEvents(std::string_view name);

@@ -11,12 +11,13 @@
 
 namespace presync {
 
-void FakeQmpConnection::Send(std::string_view text) {
+bool FakeQmpConnection::Send(std::string_view text) {
   while (!text.empty()) {
     const ssize_t count = ::send(socket_.get(), text.data(), text.size(), MSG_NOSIGNAL);
-    if (count <= 0) return;  // the client may hang up at any time
+    if (count <= 0) return false;
     text.remove_prefix(static_cast<size_t>(count));
   }
+  return true;
 }
 
 Json FakeQmpConnection::ReadCommand() {

@@ -20,7 +20,8 @@ class FakeQmpConnection {
  public:
   explicit FakeQmpConnection(UniqueFd socket) : socket_(std::move(socket)) {}
 
-  void Send(std::string_view text);
+  // False: the client has hung up.
+  bool Send(std::string_view text);
   // The next command; null once the client has hung up. A descriptor that came along is kept.
   Json ReadCommand();
   void Reply(const Json& command, const Json& result);

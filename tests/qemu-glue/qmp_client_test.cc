@@ -399,5 +399,51 @@ TEST(QmpEvents, KeepTheNewestAndTheirOrder) {
   EXPECT_TRUE(absl::IsDeadlineExceeded(client->WaitEvent("LAST", AtOnce()).status()));
 }
 
+// Sends without end, until the client hangs up.
+FakeQmpServer::Script Flood(const std::string& line) {
+  return [line](FakeQmpConnection& qemu) {
+    qemu.Greet();
+    std::string lines;
+    while (lines.size() < 200000) lines += line;
+    while (qemu.Send(lines)) {
+    }
+  };
+}
+
+TEST(QmpFlood, EventsWithoutEndDelayNobodyForEver) {
+  // Sent faster than it is parsed, so that there is always more.
+  std::string zeros;
+  while (zeros.size() < 8000) zeros += "0,";
+  FakeQmpServer server(Flood("{\"event\": \"RTC_CHANGE\", \"data\": {\"x\": [" + zeros + "0]}}\n"));
+  std::unique_ptr<QmpClient> client = ConnectTo(server);
+  const absl::Time start = MonotonicNow();
+  EXPECT_EQ(client->Execute("query-status", nullptr, AtOnce()).status().code(),
+            absl::StatusCode::kDeadlineExceeded);
+  EXPECT_EQ(client->WaitEvent("STOP", AtOnce()).status().code(),
+            absl::StatusCode::kDeadlineExceeded);
+  EXPECT_LE(client->TakeEvents("RTC_CHANGE").size(), QmpClient::kMaxEvents);
+  EXPECT_LT(MonotonicNow() - start, absl::Seconds(30));
+}
+
+TEST(QmpFlood, AGreetingIsNotWaitedForWithoutEnd) {
+  FakeQmpServer server([](FakeQmpConnection& qemu) {
+    while (qemu.Send("{\"event\": \"STOP\"}\n")) {
+    }
+  });
+  EXPECT_FALSE(QmpClient::Connect(server.path(), AtOnce()).ok());
+}
+
+TEST(QmpFlood, EventsAreKeptOnlyAsShortAsTheyAre) {
+  FakeQmpServer server([](FakeQmpConnection& qemu) {
+    qemu.Greet();
+    qemu.Send("{\"event\": \"LONG\", \"data\": {\"x\": \"" + std::string(1 << 20, 'x') +
+              "\"}}\n{\"event\": \"SHORT\"}\n");
+    qemu.AwaitHangUp();
+  });
+  std::unique_ptr<QmpClient> client = ConnectTo(server);
+  EXPECT_TRUE(client->WaitEvent("SHORT", Soon()).ok());
+  EXPECT_TRUE(client->TakeEvents("LONG").empty());
+}
+
 }  // namespace
 }  // namespace presync
