@@ -293,8 +293,10 @@ absl::StatusOr<std::unique_ptr<TargetPlace>> LibvirtTargetHost::MakePlace(
       failure = file.status();
       break;
     }
+    struct stat itself = {};
+    if (::fstat(file->fd(), &itself) != 0) itself = {};  // which no file is, so none is linked
+    arrival->files.push_back({region.name, path, itself.st_dev, itself.st_ino});
     made.push_back(*std::move(file));
-    arrival->files.push_back({region.name, path});
   }
   const std::string marker = MarkerOf(options_, uuid);
   absl::StatusOr<GuestMemory> memory =

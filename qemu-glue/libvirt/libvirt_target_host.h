@@ -27,10 +27,13 @@ struct LibvirtHostOptions {
 };
 
 // How a file of mirrored memory becomes a domain's: `path` is linked under the name `region` into
-// the domain's folder below LibvirtTargetHost::domains_folder().
+// the domain's folder below LibvirtTargetHost::domains_folder(). Others may change what the path
+// means; the device and the inode say which file it must be.
 struct MirroredFile {
   std::string region;
   std::string path;
+  uint64_t device = 0;
+  uint64_t inode = 0;
 };
 
 struct LibvirtArrival;  // one domain whose memory is mirrored here

@@ -1,23 +1,17 @@
 #include "tools/presync/libvirt_commands.h"
 
-#include <errno.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <cstdio>
-#include <cstring>
-#include <filesystem>
 #include <iostream>
 #include <iterator>
 #include <memory>
 #include <vector>
 
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "qemu-glue/libvirt/domain_xml.h"
 #include "qemu-glue/libvirt/libvirt_client.h"
 #include "tools/common/local_api.h"
 #include "tools/presync/doctor.h"
+#include "tools/presync/link_memory.h"
 
 namespace presync {
 namespace {
@@ -105,40 +99,20 @@ int RunXml(const XmlOptions& options, const CommandContext& context) {
   return kFailed;
 }
 
-// The folder that libvirt made for the memory of the domain with this number: NUMBER-NAME, the name
-// cut.
-absl::StatusOr<std::string> DomainFolder(const std::string& parent, const std::string& id) {
-  std::error_code error;
-  std::string found;
-  for (const auto& entry : std::filesystem::directory_iterator(parent, error)) {
-    if (!absl::StartsWith(entry.path().filename().string(), id + "-")) continue;
-    found = entry.path().string();
-  }
-  if (!found.empty() && !id.empty()) return found;
-  return absl::NotFoundError(
-      absl::StrCat(parent, " has no folder ", id,
-                   "-*: is memory_backing_dir in presyncd.toml that of libvirt's qemu.conf?"));
-}
-
-// The mirrored memory gets the name under which QEMU will look for it, and the owner of the folder
-// that libvirt made for it.
-absl::Status LinkMemory(const Json& answer, const std::string& id) {
-  absl::StatusOr<std::string> folder = DomainFolder(TextOr(answer, "folder", ""), id);
-  if (!folder.ok()) return folder.status();
-  struct stat owner = {};
-  if (::stat(folder->c_str(), &owner) != 0) {
-    return absl::UnavailableError(absl::StrCat(*folder, ": ", std::strerror(errno)));
-  }
+// INVALID_ARGUMENT: a presyncd of a version that does not say which files it means.
+absl::StatusOr<std::vector<MemoryFile>> FilesIn(const Json& answer) {
+  std::vector<MemoryFile> files;
   for (const Json& file : answer.value("files", Json::array())) {
-    const std::string from = TextOr(file, "path", "");
-    const std::string to = absl::StrCat(*folder, "/", TextOr(file, "name", ""));
-    if (::link(from.c_str(), to.c_str()) != 0 ||
-        ::chown(to.c_str(), owner.st_uid, owner.st_gid) != 0 || ::chmod(to.c_str(), 0600) != 0) {
-      return absl::UnavailableError(
-          absl::StrCat("link ", from, " to ", to, ": ", std::strerror(errno)));
-    }
+    files.push_back({.path = TextOr(file, "path", ""),
+                     .name = TextOr(file, "name", ""),
+                     .device = static_cast<dev_t>(NumberOr(file, "device", 0)),
+                     .inode = static_cast<ino_t>(NumberOr(file, "inode", 0))});
+    if (files.back().inode != 0) continue;
+    return absl::InvalidArgumentError(
+        "the presyncd that runs here is older than this presync: restart it (systemctl restart "
+        "presyncd)");
   }
-  return absl::OkStatus();
+  return files;
 }
 
 int RunHook(const HookOptions& options, const CommandContext& context) {
@@ -151,7 +125,11 @@ int RunHook(const HookOptions& options, const CommandContext& context) {
   const Answer answer = Ask(context, request, kHookTimeout);
   if (answer.exit_code != kOk) return answer.exit_code;
   if (!FlagOr(answer.json, "known", false) || options.operation != "start") return kOk;
-  if (absl::Status s = LinkMemory(answer.json, names->id); !s.ok()) return Fail(s, context);
+  const absl::StatusOr<std::vector<MemoryFile>> files = FilesIn(answer.json);
+  if (!files.ok()) return Fail(files.status(), context);
+  const absl::Status linked =
+      LinkMemory(TextOr(answer.json, "folder", ""), names->id, names->name, *files);
+  if (!linked.ok()) return Fail(linked, context);
   return kOk;
 }
 

@@ -72,7 +72,10 @@ absl::StatusOr<Json> OnStart(const std::string& uuid, LibvirtTargetHost* host,
   }
   Json answer = {{"known", true}, {"folder", host->domains_folder()}, {"files", Json::array()}};
   for (const MirroredFile& file : *files) {
-    answer["files"].push_back({{"path", file.path}, {"name", file.region}});
+    answer["files"].push_back({{"path", file.path},
+                               {"name", file.region},
+                               {"device", file.device},
+                               {"inode", file.inode}});
   }
   return answer;
 }
