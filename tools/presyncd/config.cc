@@ -213,6 +213,7 @@ void ReadSecurity(TableReader* reader, const std::string& path, Config* config) 
   reader->Text("certificate", &config->tls.certificate);
   reader->Text("key", &config->tls.key);
   reader->Text("ca", &config->tls.ca);
+  reader->Flag("trust_this_host", &config->trust_this_host);
   reader->Flag("insecure", &config->insecure);
   reader->Flag("require_encryption", &config->require_encryption);
   reader->Text("socket_group", &config->socket_group);
@@ -313,10 +314,11 @@ absl::Status CheckSecurity(const Config& config) {
   if (any && !all) {
     return absl::InvalidArgumentError("certificate, key and ca belong together: set all or none");
   }
-  if (any && config.insecure) {
+  if (any && (config.insecure || config.trust_this_host)) {
     return absl::InvalidArgumentError(
-        "insecure and certificates contradict each other: with certificates nothing goes without "
-        "them");
+        absl::StrCat(config.insecure ? "insecure" : "trust_this_host",
+                     " and certificates contradict each other: with certificates nothing goes "
+                     "without them"));
   }
   if (!any && config.require_encryption) {
     return absl::InvalidArgumentError(
@@ -327,6 +329,23 @@ absl::Status CheckSecurity(const Config& config) {
         "[peer.NAME] needs certificate, key and ca: without them nobody has a name");
   }
   return absl::OkStatus();
+}
+
+std::vector<std::string> ConfigNotes(const Config& config) {
+  std::vector<std::string> notes;
+  if (config.tls.certificate.empty() && config.insecure) {
+    notes.emplace_back(
+        "insecure: nothing is encrypted, and anybody who reaches this host may push guests here");
+  } else if (config.tls.certificate.empty() && config.trust_this_host) {
+    notes.emplace_back(
+        "trust_this_host: any user of this host, and a guest with user-mode networking, may push "
+        "guests here");
+  } else if (config.tls.certificate.empty()) {
+    notes.emplace_back(
+        "no certificates: no guest can come or go until certificate, key and ca are set "
+        "(docs/security.md)");
+  }
+  return notes;
 }
 
 absl::StatusOr<Config> LoadConfig(const std::string& path) {

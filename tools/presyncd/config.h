@@ -44,6 +44,7 @@ struct Config {
   std::string metrics_listen;  // HOST:PORT of /metrics; empty: none
   // Who other hosts are, and what they may: docs/security.md.
   TlsFiles tls;                     // all empty: no certificates
+  bool trust_this_host = false;     // without certificates, talk to any process of this host
   bool insecure = false;            // without certificates, talk to other hosts all the same
   bool require_encryption = false;  // no RDMA
   std::map<std::string, PeerRules> peers;
@@ -82,6 +83,8 @@ absl::StatusOr<Config> LoadConfig(const std::string& path);
 // What contradicts itself in what is about security. LoadConfig and ParseConfig look already; for
 // whoever changes it afterwards. INVALID_ARGUMENT.
 absl::Status CheckSecurity(const Config& config);
+// What is in order, and may not be what the operator has in mind: whole sentences, for --check.
+std::vector<std::string> ConfigNotes(const Config& config);
 absl::StatusOr<Config> ParseConfig(absl::string_view text, const std::string& path);
 
 }  // namespace presync

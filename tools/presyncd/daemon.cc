@@ -123,8 +123,10 @@ absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Create(Config config) {
   if (const std::string warning = TextOr(mode, "warning", ""); !warning.empty()) {
     spdlog::warn("{}", warning);
   }
-  if (TextOr(mode, "mode", "") == "this-host-only") {
-    spdlog::info("no certificates: only this host's own processes are talked to");
+  if (TextOr(mode, "mode", "") == "no-peers") {
+    spdlog::warn(
+        "no certificates: no guest can come or go until certificate, key and ca are set "
+        "(docs/security.md)");
   }
   daemon->recovery_ = std::move(recovery);
   daemon->recovery_->Start(

@@ -116,6 +116,23 @@ int Serve(Config config, const UniqueFd& signals) {
   return 0;
 }
 
+// A certificate that can't be looked at by whoever checks is only told of: its key is presyncd's.
+int Check(const Config& config, const std::string& path) {
+  const absl::Status tls =
+      config.tls.certificate.empty() ? absl::OkStatus() : TlsIdentity::Load(config.tls).status();
+  if (absl::IsInvalidArgument(tls)) {
+    std::fprintf(stderr, "presyncd: %s: %s\n", path.c_str(), std::string(tls.message()).c_str());
+    return 2;
+  }
+  std::printf("%s is good\n", path.c_str());
+  if (!tls.ok()) {
+    std::printf("note: this host's certificate was not looked at: %s\n",
+                std::string(tls.message()).c_str());
+  }
+  for (const std::string& note : ConfigNotes(config)) std::printf("note: %s\n", note.c_str());
+  return 0;
+}
+
 int Main(int argc, char** argv) {
   KeepNoMemoryInReserve();
   LetProtobufBeSilent();
@@ -151,10 +168,7 @@ int Main(int argc, char** argv) {
                  std::string(s.message()).c_str());
     return 2;
   }
-  if (check) {
-    std::printf("%s is good\n", config_path.c_str());
-    return 0;
-  }
+  if (check) return Check(*config, config_path);
   // The unit hands capabilities down to whatever is started; they are meant for presyncd alone, not
   // for the QEMUs that it starts.
   ::prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0);

@@ -11,6 +11,23 @@ namespace {
 // From when on a status says that a certificate runs out.
 constexpr absl::Duration kExpiresSoon = absl::Hours(30 * 24);
 
+PlainPeers PlainOf(const Config& config) {
+  if (config.insecure) return PlainPeers::kAnyone;
+  return config.trust_this_host ? PlainPeers::kThisHost : PlainPeers::kNobody;
+}
+
+const char* ModeOf(PlainPeers plain) {
+  switch (plain) {
+    case PlainPeers::kNobody:
+      return "no-peers";
+    case PlainPeers::kThisHost:
+      return "this-host-only";
+    case PlainPeers::kAnyone:
+      return "insecure";
+  }
+  return "";
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Security>> Security::Create(const Config& config) {
@@ -25,7 +42,7 @@ absl::StatusOr<std::unique_ptr<Security>> Security::Create(const Config& config)
 
 Security::Security(const Config& config, std::shared_ptr<TlsIdentity> identity)
     : identity_(std::move(identity)),
-      peers_({identity_, config.insecure ? PlainPeers::kAnyone : PlainPeers::kThisHost}),
+      peers_({identity_, PlainOf(config)}),
       require_encryption_(config.require_encryption),
       rules_(config.peers),
       everyone_(config.everyone),
@@ -47,6 +64,10 @@ std::string Security::Warning() const {
   if (identity_ == nullptr && peers_.plain == PlainPeers::kAnyone) {
     return "INSECURE: other hosts need no certificate, and nothing is encrypted (--insecure)";
   }
+  if (identity_ == nullptr && peers_.plain == PlainPeers::kThisHost) {
+    return "any user of this host, and a guest with user-mode networking, may push guests here "
+           "(trust_this_host)";
+  }
   if (identity_ == nullptr) return "";
   const absl::Duration left = identity_->expires() - absl::Now();
   if (left > kExpiresSoon) return "";
@@ -58,9 +79,7 @@ std::string Security::Warning() const {
 }
 
 nlohmann::json Security::ToJson() const {
-  nlohmann::json json = {{"mode", identity_ != nullptr                  ? "tls"
-                                  : peers_.plain == PlainPeers::kAnyone ? "insecure"
-                                                                        : "this-host-only"},
+  nlohmann::json json = {{"mode", identity_ != nullptr ? "tls" : ModeOf(peers_.plain)},
                          {"require_encryption", require_encryption_},
                          {"warning", Warning()}};
   if (identity_ != nullptr) {

@@ -58,11 +58,8 @@ absl::StatusOr<Connection> Take(UniqueFd socket, const AdmissionRules& rules, ab
         "it does not speak TLS, without which nobody is known here; a presyncd needs certificates "
         "of the same authority");
   }
-  if (security.identity == nullptr && security.plain == PlainPeers::kThisHost &&
-      !IsPeerOnThisHost(socket.get())) {
-    return absl::PermissionDeniedError(
-        "it is another host, and without certificates only this one's processes may come; set "
-        "certificate, key and ca (docs/security.md), or allow it with insecure = true");
+  if (security.identity == nullptr) {
+    if (absl::Status s = CheckPlain(security.plain, socket.get()); !s.ok()) return s;
   }
   return Connection(std::move(socket));
 }

@@ -7,6 +7,18 @@
 
 namespace presync {
 
+absl::Status CheckPlain(PlainPeers plain, int socket) {
+  if (plain == PlainPeers::kAnyone) return absl::OkStatus();
+  const bool is_here = IsPeerOnThisHost(socket);
+  if (is_here && plain == PlainPeers::kThisHost) return absl::OkStatus();
+  return absl::PermissionDeniedError(absl::StrCat(
+      is_here ? "it is a process of this host, any user's, or a guest with user-mode networking"
+              : "it is another host",
+      ", and this presyncd has no certificates: set certificate, key and ca (docs/security.md), or "
+      "allow it all the same with ",
+      is_here ? "trust_this_host" : "insecure", " = true"));
+}
+
 TcpDialer::TcpDialer(std::string host, uint16_t port, PeerSecurity security)
     : host_(std::move(host)),
       port_(port),
@@ -29,11 +41,8 @@ absl::StatusOr<Connection> TcpDialer::Dial(const Preamble& preamble, absl::Time 
                                            : ""));
     }
     connection = Connection(connection.TakeSocket(), *std::move(tls));
-  } else if (security_.plain == PlainPeers::kThisHost && !IsPeerOnThisHost(connection.fd())) {
-    return absl::PermissionDeniedError(absl::StrCat(
-        peer_,
-        " is another host, and without certificates presync talks to this one only; set "
-        "certificate, key and ca (docs/security.md), or allow it with insecure = true"));
+  } else if (absl::Status s = CheckPlain(security_.plain, connection.fd()); !s.ok()) {
+    return absl::Status(s.code(), absl::StrCat(peer_, ": ", s.message()));
   }
   const auto bytes = EncodePreamble(preamble);
   absl::Span<const char> left(reinterpret_cast<const char*>(bytes.data()), bytes.size());

@@ -29,7 +29,8 @@ class Dialer {
 
 // Who may be spoken to without TLS: nothing is encrypted then, and nobody knows who is there.
 enum class PlainPeers {
-  kThisHost,  // loopback, and addresses of this network namespace
+  kNobody,
+  kThisHost,  // loopback, and addresses of this network namespace: any process of any user
   kAnyone,
 };
 
@@ -39,6 +40,10 @@ struct PeerSecurity {
   std::shared_ptr<const TlsIdentity> identity;  // null: plain
   PlainPeers plain = PlainPeers::kThisHost;
 };
+
+// Whether the other end of `socket`, which is not within TLS, is one of `plain`. PERMISSION_DENIED:
+// who it is, and what to do.
+absl::Status CheckPlain(PlainPeers plain, int socket);
 
 // Dials TCP. `port` as in the operator's HOST[:PORT].
 class TcpDialer final : public Dialer {

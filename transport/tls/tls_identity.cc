@@ -49,13 +49,6 @@ std::string FirstDnsName(const X509& certificate) {
   return found;
 }
 
-std::string CommonName(const X509& certificate) {
-  X509_NAME* subject = X509_get_subject_name(&certificate);
-  const int at = X509_NAME_get_index_by_NID(subject, NID_commonName, -1);
-  if (at < 0) return "";
-  return TextOf(X509_NAME_ENTRY_get_data(X509_NAME_get_entry(subject, at)));
-}
-
 absl::Status CheckFile(const std::string& path, const char* what, bool secret) {
   const UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
   if (!fd.valid()) {
@@ -102,7 +95,7 @@ void SetRules(SSL_CTX* context) {
 absl::Status CheckOwnCertificate(SSL_CTX* context, const TlsFiles& files) {
   X509* own = SSL_CTX_get0_certificate(context);
   if (CertificateName(*own).empty()) {
-    return Bad(files.certificate, "names no host: it needs a DNS name (subjectAltName)");
+    return Bad(files.certificate, absl::StrCat("names no host: ", kNeedsDnsName));
   }
   X509_STORE_CTX* check = X509_STORE_CTX_new();
   STACK_OF(X509)* chain = nullptr;
@@ -136,8 +129,7 @@ std::string TakeTlsErrors() {
 }
 
 std::string CertificateName(const X509& certificate) {
-  std::string name = FirstDnsName(certificate);
-  if (name.empty()) name = CommonName(certificate);
+  const std::string name = FirstDnsName(certificate);
   return IsPlain(name) ? name : "";
 }
 

@@ -24,9 +24,16 @@ struct TlsFiles {
   std::string ca;           // the authority's certificate, or several
 };
 
-// The name that a certificate gives its host: its first DNS name (subjectAltName); the common name
-// if it has none. Empty: neither, or one with other characters than letters, digits, '.', '-', '_'.
+// The name that a certificate gives its host: its first DNS name (subjectAltName). Empty: it has
+// none (a common name is no name of a host: anything may stand there), or one with other characters
+// than letters, digits, '.', '-', '_', so also one with a wildcard.
 std::string CertificateName(const X509& certificate);
+
+// For texts about a certificate without such a name: what to do.
+inline constexpr char kNeedsDnsName[] =
+    "its first DNS name (subjectAltName) is its name, which has no wildcard, and a common name "
+    "does "
+    "not count; make it anew with one (tools/make-certs, or docs/security.md)";
 
 // Thread-safe.
 class TlsIdentity {

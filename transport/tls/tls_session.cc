@@ -50,6 +50,8 @@ bool SetExpectedHost(SSL* ssl, const std::string& host) {
     return X509_VERIFY_PARAM_set1_ip_asc(param, address.c_str()) == 1;
   }
   SSL_set_tlsext_host_name(ssl, host.c_str());
+  X509_VERIFY_PARAM_set_hostflags(
+      param, X509_CHECK_FLAG_NO_WILDCARDS | X509_CHECK_FLAG_NEVER_CHECK_SUBJECT);
   return X509_VERIFY_PARAM_set1_host(param, host.c_str(), host.size()) == 1;
 }
 
@@ -115,7 +117,8 @@ absl::StatusOr<std::unique_ptr<TlsSession>> TlsSession::Shake(int socket,
   const X509* certificate = SSL_get0_peer_certificate(ssl);
   if (certificate != nullptr) session->peer_name_ = CertificateName(*certificate);
   if (session->peer_name_.empty()) {
-    return absl::UnauthenticatedError("its certificate names no host (subjectAltName, DNS)");
+    return absl::UnauthenticatedError(
+        absl::StrCat("its certificate names no host: ", kNeedsDnsName));
   }
   return session;
 }
@@ -131,7 +134,10 @@ absl::Status TlsSession::Judge(int result, int error, short* events) {
   const std::string words = TakeTlsErrors();
   if (reason == SSL_R_CERTIFICATE_VERIFY_FAILED && verified != X509_V_OK) {
     return absl::UnauthenticatedError(
-        absl::StrCat("its certificate is not believed: ", X509_verify_cert_error_string(verified)));
+        absl::StrCat("its certificate is not believed: ", X509_verify_cert_error_string(verified),
+                     verified == X509_V_ERR_HOSTNAME_MISMATCH
+                         ? "; what was dialled must be one of its DNS names (subjectAltName)"
+                         : ""));
   }
   if (reason == SSL_R_PEER_DID_NOT_RETURN_A_CERTIFICATE) {
     return absl::UnauthenticatedError("it shows no certificate");

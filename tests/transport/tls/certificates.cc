@@ -40,6 +40,20 @@ TestCertificates::TestCertificates() {
                      " && echo subjectAltName=DNS:expired,IP:127.0.0.1 > expired.ext",
                      " && openssl x509 -req -in expired.csr -CA ca.crt -CAkey ca.key -days -1",
                      " -extfile expired.ext -out expired.crt 2>/dev/null"));
+  Sign("unnamed", "");
+  Sign("address", "IP:127.0.0.1");
+  Sign("wild", "'DNS:*.example.org,IP:127.0.0.1'");
+  Sign("several", "'DNS:several,DNS:*.example.org,IP:127.0.0.1'");
+}
+
+// `names` as subjectAltName, beside the common name.
+void TestCertificates::Sign(const std::string& host, const std::string& names) const {
+  Shell(absl::StrCat("cd ", folder_, " && cp two.key ", host,
+                     ".key && openssl req -new -key two.key", " -subj /CN=", host, " -out ", host,
+                     ".csr && echo ", names.empty() ? "" : absl::StrCat("subjectAltName=", names),
+                     " > ", host, ".ext && openssl x509 -req -in ", host,
+                     ".csr -CA ca.crt -CAkey ca.key", " -days 1 -extfile ", host, ".ext -out ",
+                     host, ".crt 2>/dev/null"));
 }
 
 TestCertificates::~TestCertificates() {

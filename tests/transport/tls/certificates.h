@@ -17,7 +17,8 @@ class TestCertificates {
 
   // "one", "two": hosts of the authority, for 127.0.0.1 and ::1. "elsewhere": the same, for another
   // address. "stranger": of another authority, and believes that one only. "expired": of the
-  // authority, but it ran out.
+  // authority, but it ran out. "unnamed", "address", "wild": of the authority, with no DNS name, or
+  // one that is a wildcard. "several": with a name, and a wildcard besides.
   TlsFiles Files(const std::string& host) const;
 
   // Loaded; ends the test process when that fails, as it does for "expired".
@@ -27,6 +28,7 @@ class TestCertificates {
 
  private:
   TestCertificates();
+  void Sign(const std::string& host, const std::string& names) const;
   std::string folder_;
 };
 

@@ -164,6 +164,25 @@ TEST(Tls, RefusesWhoShowsNoCertificateABadOneOrSpeaksAnOldVersion) {
   EXPECT_THAT(heard, HasSubstr("protocol version"));
 }
 
+// Anything may stand in a common name, and a wildcard is many hosts' name.
+TEST(Tls, OnlyADnsNameIsAName) {
+  for (const char* host : {"unnamed", "address", "wild"}) {
+    std::string heard;
+    const absl::Status status = AcceptRaw(host, &heard);
+    EXPECT_EQ(status.code(), absl::StatusCode::kUnauthenticated) << host;
+    EXPECT_THAT(status.ToString(), HasSubstr("subjectAltName")) << host;
+    EXPECT_THAT(status.ToString(), HasSubstr("tools/make-certs")) << host;
+    const absl::Status own = TlsIdentity::Load(Certificates().Files(host)).status();
+    EXPECT_EQ(own.code(), absl::StatusCode::kInvalidArgument) << host;
+    EXPECT_THAT(own.ToString(), HasSubstr("tools/make-certs")) << host;
+  }
+  EXPECT_EQ(Shake("several", "one").accepted->peer_name(), "several");
+  EXPECT_TRUE(Shake("one", "several", "several").dialled.ok());
+  const absl::Status wild = Shake("one", "several", "two.example.org").dialled.status();
+  EXPECT_EQ(wild.code(), absl::StatusCode::kUnauthenticated);
+  EXPECT_THAT(wild.ToString(), HasSubstr("one of its DNS names"));
+}
+
 TEST(Tls, WhoDialsHearsThatItsCertificateIsNotBelieved) {
   // A target whose authority is another one, but which the dialler believes: two of "one"'s files
   // and the stranger's authority, as after half of a change of authorities.
