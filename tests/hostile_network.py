@@ -468,9 +468,54 @@ class Crowds(Hostile):
         for stream in streams:
             stream.close()
         self.assertLess(len(self.new_log().splitlines()), 20, self.new_log()[-3000:])
-        self.logged_once("too many new connections from there")
+        self.logged_once("too many new connections at a time")
         self.nothing_left(megabytes=32)
         print(f"  at most {most_fds} descriptors, {most_fds - self.before['fds']} more than before")
+
+
+class Silent(Hostile):
+    """Who says nothing from many addresses does not keep those out who say who they are."""
+
+    def hold(self, address, streams):
+        """One more silent connection from there."""
+        stream = socket.socket()
+        stream.setblocking(False)
+        stream.bind((address, 0))
+        with contextlib.suppress(BlockingIOError, ConnectionError):
+            stream.connect(("127.0.0.1", self.target.port))
+        streams.append(stream)
+        if len(streams) > 60:  # of the address: the oldest are closed long since
+            streams.pop(0).close()
+
+    def crowd(self, addresses, ended):
+        held = {address: [] for address in addresses}
+        while not ended.wait(0.004):
+            for address, streams in held.items():
+                self.hold(address, streams)
+        for streams in held.values():
+            for stream in streams:
+                stream.close()
+
+    def comes_in(self, address):
+        stream = socket.create_connection(("127.0.0.1", self.target.port), 30, source_address=(address, 0))
+        Peer(self.context("one").wrap_socket(stream)).close()
+
+    def test_five_addresses(self):
+        ended = threading.Event()
+        crowd = threading.Thread(target=self.crowd, args=([f"127.0.0.{number}" for number in range(2, 7)], ended))
+        crowd.start()
+        try:
+            deadline = time.monotonic() + 60
+            while "too many new connections" not in self.new_log():  # all places are theirs
+                self.assertLess(time.monotonic(), deadline)
+                time.sleep(0.05)
+            for number in range(40):
+                self.comes_in(f"127.0.0.{100 + number % 20}")  # of the same network, seen never before
+        finally:
+            ended.set()
+            crowd.join()
+        self.assertLess(len(self.new_log().splitlines()), 10, self.new_log())
+        self.nothing_left()
 
 
 NOBODY = 65534

@@ -136,7 +136,7 @@ struct Target {
     options.record_folder = fuzz::ScratchFolder();
     options.rdma.enabled = false;
     // Inputs follow each other faster than what is over is swept.
-    options.max_connections = options.max_new = options.max_new_per_address = 1 << 20;
+    options.max_connections = options.newcomers.all = options.newcomers.a_place = 1 << 20;
     service = TargetService::Start(Listen("127.0.0.1", 0).value(), &host, options);
   }
 };

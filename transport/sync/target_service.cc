@@ -1,5 +1,8 @@
 #include "transport/sync/target_service.h"
 
+#include <fcntl.h>
+#include <sys/socket.h>
+
 #include <algorithm>
 #include <utility>
 
@@ -18,6 +21,9 @@ namespace {
 constexpr absl::Duration kSweepEvery = absl::Milliseconds(200);
 // When no connection can be taken, for want of descriptors: how long until the next try.
 constexpr absl::Duration kAcceptRest = absl::Milliseconds(100);
+// Newcomers that were dropped for others take a moment to end: while more than so many have not, no
+// connection is taken.
+constexpr size_t kMostDropped = 32;
 
 }  // namespace
 
@@ -34,7 +40,8 @@ TargetService::TargetService(UniqueFd listener, TargetHost* host, TargetServiceO
     : listener_(std::move(listener)),
       host_(host),
       options_(std::move(options)),
-      refusals_([this](const std::string& line) { Log(true, line); }) {}
+      refusals_([this](const std::string& line) { Log(true, line); }),
+      newcomers_(options_.newcomers) {}
 
 TargetService::~TargetService() {
   ending_ = true;
@@ -68,7 +75,7 @@ void TargetService::AcceptLoop() {
     }
     absl::StatusOr<UniqueFd> accepted = Accept(listener_.get(), MonotonicNow() + kSweepEvery);
     if (accepted.ok()) {
-      JoinEnded();  // or those of the last moments would count as open
+      AwaitDropped();
       std::string peer = PeerName(accepted->get());
       Adopt(*std::move(accepted), std::move(peer));
     } else if (!absl::IsDeadlineExceeded(accepted.status())) {
@@ -78,32 +85,60 @@ void TargetService::AcceptLoop() {
   }
 }
 
-absl::Status TargetService::CheckLimits(const std::string& address) const {
-  uint32_t all_new = 0;
-  uint32_t new_from_there = 0;
-  for (const Client& client : clients_) {
-    if (!client.is_new || client.done) continue;
-    ++all_new;
-    new_from_there += client.address == address;
+size_t TargetService::CountDropped() const {
+  return static_cast<size_t>(std::count_if(clients_.begin(), clients_.end(),
+                                           [](const Client& client) { return client.dropped; }));
+}
+
+void TargetService::AwaitDropped() {
+  while (!ending_) {
+    JoinEnded();  // or those of the last moments would count as open
+    {
+      MutexLock lock(&mutex_);
+      if (CountDropped() <= kMostDropped) return;
+    }
+    absl::SleepFor(absl::Milliseconds(1));
   }
-  if (clients_.size() >= options_.max_connections || all_new >= options_.max_new) {
-    return absl::ResourceExhaustedError("as many connections as may be are open");
+}
+
+absl::Status TargetService::MakeRoom(const std::string& address) {
+  if (const auto id = newcomers_.RoomFor(address); id.has_value()) Drop(*id);
+  if (clients_.size() - CountDropped() >= options_.max_connections) {
+    if (const auto id = newcomers_.MakeRoom(); id.has_value()) Drop(*id);
   }
-  if (new_from_there >= options_.max_new_per_address) {
-    return absl::ResourceExhaustedError("too many new connections from there at a time");
+  if (clients_.size() - CountDropped() < options_.max_connections) return absl::OkStatus();
+  return absl::ResourceExhaustedError("as many connections as may be are open");
+}
+
+void TargetService::Drop(Newcomers::Id id) {
+  newcomers_.Leave(id);
+  for (Client& client : clients_) {
+    if (client.id != id) continue;
+    client.dropped = true;
+    ::shutdown(client.handle.get(), SHUT_RDWR);  // its thread wakes, and ends it
   }
-  return absl::OkStatus();
+}
+
+bool TargetService::LeaveNewcomers(Client* client, bool known) {
+  MutexLock lock(&mutex_);
+  newcomers_.Leave(client->id);
+  if (known) newcomers_.Know(client->address);
+  client->handle.reset();
+  return client->dropped;
 }
 
 void TargetService::Adopt(UniqueFd socket, std::string peer) {
   const std::string address = PeerAddress(socket.get());
-  absl::Status limits;
+  absl::Status room;
   {
     MutexLock lock(&mutex_);
-    limits = CheckLimits(address);
-    if (limits.ok()) {
+    room = MakeRoom(address);
+    if (room.ok()) {
       Client& client = clients_.emplace_back();
       client.address = address;
+      client.id = ++last_id_;
+      client.handle.reset(::fcntl(socket.get(), F_DUPFD_CLOEXEC, 0));
+      newcomers_.Enter(client.id, address);
       client.thread = std::thread(
           [this, &client, peer = std::move(peer), socket = std::move(socket)]() mutable {
             Serve(&client, std::move(socket), peer);
@@ -112,23 +147,27 @@ void TargetService::Adopt(UniqueFd socket, std::string peer) {
       return;
     }
   }
-  refusals_.Refuse(address, std::string(limits.message()), MonotonicNow());
+  refusals_.Refuse(address, std::string(room.message()), MonotonicNow());
 }
 
 void TargetService::Serve(Client* client, UniqueFd socket, const std::string& peer) {
   absl::StatusOr<Admitted> admitted =
       Admit(std::move(socket), options_.admission, MonotonicNow() + options_.preamble_timeout);
-  client->is_new = false;
+  const std::string name = admitted.ok() ? admitted->connection.peer_name() : "";
+  const bool dropped = LeaveNewcomers(client, !name.empty());
   absl::Status status = admitted.status();
-  if (status.ok() && admitted->preamble.kind == Preamble::Kind::kData) {
+  if (dropped) {
+    status = absl::ResourceExhaustedError(
+        "it did not say who it is while others came; too many new connections at a time");
+  } else if (status.ok() && admitted->preamble.kind == Preamble::Kind::kData) {
     status = DeliverStream(admitted->preamble, std::move(admitted->connection));
   }
   if (!status.ok()) {
-    refusals_.Refuse(client->address, std::string(status.message()), MonotonicNow());
+    const std::string who = dropped ? WhereaboutsOf(client->address).network : client->address;
+    refusals_.Refuse(who, std::string(status.message()), MonotonicNow());
     return;
   }
   if (admitted->preamble.kind != Preamble::Kind::kControl) return;
-  const std::string name = admitted->connection.peer_name();
   ControlChannel channel(std::move(admitted->connection),
                          name.empty() ? peer : absl::StrCat(peer, " (", name, ")"));
   RunTargetConversation(this, &channel);

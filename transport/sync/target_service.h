@@ -22,6 +22,7 @@
 #include "transport/sync/admission.h"
 #include "transport/sync/guest_claims.h"
 #include "transport/sync/handover_record.h"
+#include "transport/sync/newcomers.h"
 #include "transport/sync/peer_rules.h"
 #include "transport/sync/refusal_log.h"
 #include "transport/sync/session_id.h"
@@ -47,10 +48,8 @@ struct TargetServiceOptions {
   PeerList peers;                           // who may push, by certificate; plain peers have none
   PeerRules everyone = {.max_guests = 64};  // for all peers together
   bool require_encryption = false;          // refuses RDMA, whose data is not encrypted
-  // At a time; more are closed at once.
-  uint32_t max_connections = 256;  // conversations, and connections that are new
-  uint32_t max_new = 128;          // that did not yet say who they are and what for
-  uint32_t max_new_per_address = 32;
+  uint32_t max_connections = 256;  // at a time: conversations, and connections that are new
+  NewcomerLimits newcomers;        // of those that did not yet say who they are and what for
   absl::Duration preamble_timeout = absl::Seconds(5);
   absl::Duration idle_timeout = absl::Seconds(15);  // a source pings every second
   absl::Duration keep_lost_session = absl::Minutes(10);
@@ -184,7 +183,9 @@ class TargetService {
   struct Client {
     std::thread thread;
     std::string address;
-    std::atomic<bool> is_new = true;
+    Newcomers::Id id = 0;
+    UniqueFd handle;       // of a newcomer's socket, to end it; guarded by mutex_
+    bool dropped = false;  // to make room for others; guarded by mutex_
     std::atomic<bool> done = false;
   };
 
@@ -192,7 +193,15 @@ class TargetService {
   wire::Outcome OutcomeOf(const HandoverEntry& entry, bool end_it);
   void TakeKept() ABSL_LOCKS_EXCLUDED(mutex_);
   void AcceptLoop();
-  absl::Status CheckLimits(const std::string& address) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  size_t CountDropped() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Forgets those that have ended, and waits until few that were dropped have not.
+  void AwaitDropped() ABSL_LOCKS_EXCLUDED(mutex_);
+  // Ends a newcomer if there is no room for another one from `address`. RESOURCE_EXHAUSTED: there
+  // is none all the same.
+  absl::Status MakeRoom(const std::string& address) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Drop(Newcomers::Id id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // It has said who it is, with a certificate if it is `known`, or is gone. Whether it was dropped.
+  bool LeaveNewcomers(Client* client, bool known) ABSL_LOCKS_EXCLUDED(mutex_);
   void Serve(Client* client, UniqueFd socket, const std::string& peer);
   absl::Status DeliverStream(const Preamble& preamble, Connection connection)
       ABSL_LOCKS_EXCLUDED(mutex_);
@@ -216,6 +225,8 @@ class TargetService {
   std::list<TargetSlot> slots_ ABSL_GUARDED_BY(mutex_);
   std::map<SessionToken, StreamRendezvous> rendezvous_ ABSL_GUARDED_BY(mutex_);
   std::list<Client> clients_ ABSL_GUARDED_BY(mutex_);
+  Newcomers newcomers_ ABSL_GUARDED_BY(mutex_);
+  Newcomers::Id last_id_ ABSL_GUARDED_BY(mutex_) = 0;
 
   std::thread acceptor_;  // last: it uses all of the above
 };
