@@ -28,6 +28,8 @@ set(install_text [[
   presync_install_text(tools/presyncd/presyncd.toml.example /etc/presync/presyncd.toml)
   presync_install_text(tools/presyncd/presync.sysusers
     "${CMAKE_INSTALL_PREFIX}/lib/sysusers.d/presync.conf")
+  file(INSTALL "@PROJECT_SOURCE_DIR@/tools/presyncd/presync.tmpfiles"
+    DESTINATION "${CMAKE_INSTALL_PREFIX}/lib/tmpfiles.d" RENAME presync.conf)
   execute_process(COMMAND "@PROJECT_SOURCE_DIR@/tools/man-pages"
     "$ENV{DESTDIR}${CMAKE_INSTALL_PREFIX}/share/man" COMMAND_ERROR_IS_FATAL ANY)
   file(INSTALL "@PROJECT_SOURCE_DIR@/tools/libvirt/presync-hook"

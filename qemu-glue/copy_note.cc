@@ -4,7 +4,6 @@
 #include <unistd.h>
 
 #include <filesystem>
-#include <fstream>
 #include <optional>
 #include <utility>
 
@@ -22,7 +21,7 @@ std::optional<CopiedFile> ParseFile(const Json& json) {
                      .path = StringAt(json, "path"),
                      .device = UintAt(json, "device").value_or(0),
                      .inode = UintAt(json, "inode").value_or(0)};
-  if (file.region.name.empty() || file.region.size_bytes == 0 || file.inode == 0) return {};
+  if (!IsPlainName(file.region.name) || file.region.size_bytes == 0 || file.inode == 0) return {};
   return file;
 }
 
@@ -30,8 +29,8 @@ std::optional<CopyNote> Parse(const Json& json) {
   const std::optional<uint64_t> pid = UintAt(json, "holder_pid");
   const absl::StatusOr<SessionId> session = IdFromHex(StringAt(json, "session"));
   const Json* files = FindMember(json, "files");
-  if (!pid || *pid == 0 || *pid > INT32_MAX || !session.ok() || files == nullptr ||
-      !files->is_array() || files->empty()) {
+  if (!IsPlainName(StringAt(json, "guest")) || !pid || *pid == 0 || *pid > INT32_MAX ||
+      !session.ok() || files == nullptr || !files->is_array() || files->empty()) {
     return {};
   }
   CopyNote note;
@@ -86,8 +85,7 @@ std::vector<CopyNote> ReadCopyNotes(const std::string& folder) {
   std::error_code error;
   for (const auto& file : std::filesystem::directory_iterator(folder, error)) {
     if (file.path().extension() != ".copy") continue;
-    std::ifstream in(file.path());
-    std::optional<CopyNote> note = Parse(Json::parse(in, nullptr, false));
+    std::optional<CopyNote> note = Parse(Json::parse(ReadSmallFile(file.path()), nullptr, false));
     if (!note) continue;
     note->path = file.path();
     notes.push_back(*std::move(note));

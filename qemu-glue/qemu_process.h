@@ -4,14 +4,16 @@
 #include <sys/types.h>
 
 #include <functional>
-#include <ios>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "qemu-glue/qemu_log.h"
+#include "qemu-glue/qemu_user.h"
 #include "qemu-glue/qmp/qmp_client.h"
 #include "transport/unique_fd.h"
 
@@ -24,16 +26,17 @@ class QemuProcess {
   struct Options {
     std::vector<std::string> argv;  // the binary first, searched in PATH; no shell in between
     std::string qmp_path;           // where its monitor will answer; must occur in argv
-    std::string log_path;           // stdout and stderr are appended (0600)
+    std::string log_path;           // stdout and stderr are appended: qemu_log.h
+    std::optional<ProcessUser> user = std::nullopt;  // whom it runs as; none: as this process
     // Called as soon as it is there, before anything is waited for. It may be ended all the same.
     std::function<void(pid_t pid, uint64_t start_ticks)> on_started = nullptr;
   };
 
-  // Starts it in a session of its own, in the folder /, with none of our descriptors but the log,
-  // and connects to its monitor. INVALID_ARGUMENT: no arguments. NOT_FOUND, PERMISSION_DENIED: the
-  // binary or the log. FAILED_PRECONDITION: QEMU ended at once; the text has its last words.
-  // DEADLINE_EXCEEDED: no answer in time; QEMU was killed. Else as QmpClient::Connect, QEMU killed.
-  // After an error nothing that the command started answers at `qmp_path`.
+  // Starts it as SpawnApart does, with the log for its output, and connects to its monitor.
+  // INVALID_ARGUMENT: no arguments. NOT_FOUND, PERMISSION_DENIED: the binary or the log.
+  // FAILED_PRECONDITION: QEMU ended at once; the text has its last words. DEADLINE_EXCEEDED: no
+  // answer in time; QEMU was killed. Else as QmpClient::Connect, QEMU killed. After an error
+  // nothing that the command started answers at `qmp_path`.
   static absl::StatusOr<QemuProcess> Start(const Options& options, absl::Time deadline);
 
   QemuProcess(QemuProcess&&) = default;
@@ -55,18 +58,18 @@ class QemuProcess {
   // Waits for its end until `deadline`; reaps it then. False: it lives.
   bool AwaitEnd(absl::Time deadline) { return Reap(deadline); }
   // The end of what it wrote to its log, a few lines.
-  std::string LastWords() const;
+  std::string LastWords() const { return log_.WordsSinceOpened(); }
 
  private:
-  QemuProcess(pid_t pid, UniqueFd pidfd, std::string log_path, std::streamoff log_begin);
-  absl::Status ConnectMonitor(const std::string& path, absl::Time deadline);
+  QemuProcess(pid_t pid, UniqueFd pidfd, QemuLog log);
+  std::string ExplainEnd(const std::optional<ProcessUser>& user) const;
+  absl::Status ConnectMonitor(const Options& options, absl::Time deadline);
   void KillDescendant(const std::string& qmp_path) const;
   bool Reap(absl::Time deadline);
 
   pid_t pid_;
   UniqueFd pidfd_;
-  std::string log_path_;
-  std::streamoff log_begin_ = 0;  // where what it wrote begins
+  QemuLog log_;
   uint64_t start_ticks_ = 0;
   std::unique_ptr<QmpClient> monitor_;
   bool reaped_ = false;

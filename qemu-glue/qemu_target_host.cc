@@ -1,7 +1,5 @@
 #include "qemu-glue/qemu_target_host.h"
 
-#include <errno.h>
-#include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -20,6 +18,7 @@
 #include "qemu-glue/guest_notes.h"
 #include "qemu-glue/process_identity.h"
 #include "qemu-glue/qemu_guest.h"
+#include "qemu-glue/qemu_log.h"
 #include "qemu-glue/qemu_target_place.h"
 #include "qemu-glue/qmp/listener.h"
 #include "qemu-glue/qmp/qmp_client.h"
@@ -37,7 +36,26 @@ constexpr absl::Duration kEndingTimeout = absl::Seconds(10);
 
 GuestPaths PathsOf(const QemuTargetHostOptions& options, const std::string& guest,
                    const std::vector<RegionRequest>& regions) {
-  return MakePaths(options.run_folder, options.ram_folder, guest, regions);
+  std::vector<std::string> names;
+  for (const RegionRequest& region : regions) names.push_back(region.name);
+  return MakePaths(options.run_folder, options.ram_folder, guest, names);
+}
+
+// The memory backends that a command names: {ram.ID}.
+std::set<std::string> RegionsIn(const std::vector<std::string>& command) {
+  constexpr absl::string_view kOpen = "{ram.";
+  std::set<std::string> regions;
+  for (const absl::string_view argument : command) {
+    for (size_t at = argument.find(kOpen); at != absl::string_view::npos;
+         at = argument.find(kOpen, at + 1)) {
+      const size_t begin = at + kOpen.size();
+      const size_t close = argument.find('}', begin);
+      if (close == absl::string_view::npos) break;
+      const absl::string_view name = argument.substr(begin, close - begin);
+      if (IsPlainName(name)) regions.emplace(name);
+    }
+  }
+  return regions;
 }
 
 absl::Status CheckSocketPath(const std::string& path) {
@@ -54,12 +72,12 @@ absl::Status CheckPlaceholders(absl::string_view argument) {
     const size_t close = argument.find('}', open);
     if (close == absl::string_view::npos) break;
     const absl::string_view word = argument.substr(open + 1, close - open - 1);
-    const bool known = word == "qmp" || word == "glue" || word == "name" ||
+    const bool known = word == "qmp" || word == "glue" || word == "name" || word == "folder" ||
                        (absl::StartsWith(word, "ram.") && word.size() > 4);
     if (known || !IsPlainName(word)) continue;
-    return absl::InvalidArgumentError(
-        absl::StrCat("{", word, "} in its command means nothing; there are {qmp}, {glue}, {name} ",
-                     "and {ram.ID} for the file of the memory backend ID"));
+    return absl::InvalidArgumentError(absl::StrCat(
+        "{", word, "} in its command means nothing; there are {qmp}, {glue}, {folder}, {name} ",
+        "and {ram.ID} for the file of the memory backend ID"));
   }
   return absl::OkStatus();
 }
@@ -86,7 +104,7 @@ absl::StatusOr<std::vector<std::string>> FillTemplate(const std::vector<std::str
                                                       const GuestPaths& paths,
                                                       const std::vector<RegionRequest>& regions) {
   std::vector<std::pair<std::string, std::string>> values = {
-      {"{qmp}", paths.qmp}, {"{glue}", paths.glue}, {"{name}", guest}};
+      {"{qmp}", paths.qmp}, {"{glue}", paths.glue}, {"{folder}", paths.folder}, {"{name}", guest}};
   for (size_t i = 0; i < regions.size(); ++i) {
     values.emplace_back(absl::StrCat("{ram.", regions[i].name, "}"), paths.ram[i]);
   }
@@ -160,17 +178,6 @@ absl::StatusOr<std::unique_ptr<QemuSourceGuest>> OpenOrphan(const std::string& f
   return absl::NotFoundError(absl::StrCat("the QEMU at ", qmp_path, " has ended"));
 }
 
-// A folder that is there already keeps its rights: it may be everybody's /dev/shm.
-absl::Status MakeFolder(const std::string& path) {
-  std::error_code error;
-  const bool made = std::filesystem::create_directories(path, error);
-  if (!std::filesystem::is_directory(path)) {
-    return absl::UnavailableError(absl::StrCat("make the folder ", path, ": ", error.message()));
-  }
-  if (made) ::chmod(path.c_str(), 0700);
-  return absl::OkStatus();
-}
-
 }  // namespace
 
 absl::Status CheckGuestConfig(const std::string& name, const TargetGuestConfig& guest,
@@ -190,8 +197,17 @@ absl::Status CheckGuestConfig(const std::string& name, const TargetGuestConfig& 
 
 absl::StatusOr<std::unique_ptr<QemuTargetHost>> QemuTargetHost::Create(
     QemuTargetHostOptions options) {
-  if (absl::Status s = MakeFolder(options.ram_folder); !s.ok()) return s;
-  if (absl::Status s = MakeFolder(options.run_folder); !s.ok()) return s;
+  if (absl::Status s = MakeOwnFolder(options.ram_folder, "ram_folder", /*shared=*/true); !s.ok()) {
+    return s;
+  }
+  if (absl::Status s = MakeOwnFolder(options.run_folder, "run_folder", /*shared=*/false); !s.ok()) {
+    return s;
+  }
+  if (options.users.any_apart()) {
+    for (const std::string& folder : {options.ram_folder, options.run_folder}) {
+      if (absl::Status s = LetThrough(folder); !s.ok()) return s;
+    }
+  }
   std::unique_ptr<QemuTargetHost> host(new QemuTargetHost(std::move(options)));
   host->RemoveLeftovers();
   return host;
@@ -295,12 +311,45 @@ void QemuTargetHost::RemoveLeftovers() {
     for (const CopiedFile& file : note.files) copied.insert(file.path);
   }
   for (const GuestNote& note : ReadGuestNotes(options_.run_folder)) {
-    if (IsAlive(note)) continue;
-    for (const std::string& path : note.files) {
-      if (!copied.contains(path)) RemoveFile(path).IgnoreError();
+    if (IsAlive(note)) {
+      CutLongQemuLog(MakePaths(options_.run_folder, "", note.guest, {}).log);
+    } else {
+      RemoveEnded(note, copied);
     }
-    RemoveFile(note.path).IgnoreError();
   }
+}
+
+// Only what this host's own configuration, or this guest's own note, gives a name in our folders.
+void QemuTargetHost::RemoveEnded(const GuestNote& note, const std::set<std::string>& copied) {
+  std::set<std::string> regions(note.regions.begin(), note.regions.end());
+  const auto it = options_.guests.find(note.guest);
+  if (it != options_.guests.end()) regions.merge(RegionsIn(it->second.command));
+  const GuestPaths paths = MakePaths(options_.run_folder, options_.ram_folder, note.guest,
+                                     {regions.begin(), regions.end()});
+  for (const std::string& path : paths.ram) {
+    if (!copied.contains(path)) RemoveFile(path).IgnoreError();
+  }
+  RemoveTraces(paths);
+  if (!regions.empty()) return;
+  options_.log(true,
+               absl::StrCat(note.guest, ": its QEMU, which an earlier presyncd started, has ",
+                            "ended, and it is not configured here any more: remove its memory ",
+                            "yourself, ", options_.ram_folder, "/", note.guest, ".*.ram"));
+}
+
+absl::StatusOr<std::optional<ProcessUser>> QemuTargetHost::UserOf(const std::string& guest) {
+  const std::vector<GuestNote> notes = ReadGuestNotes(options_.run_folder);
+  MutexLock lock(&mutex_);
+  std::set<uid_t> taken;
+  for (const auto& [other, uid] : users_) {
+    if (other != guest) taken.insert(uid);
+  }
+  for (const GuestNote& note : notes) {
+    if (note.guest != guest) taken.insert(note.uid);
+  }
+  absl::StatusOr<std::optional<ProcessUser>> user = options_.users.Choose(guest, taken);
+  if (user.ok() && user->has_value()) users_[guest] = (*user)->uid;
+  return user;
 }
 
 std::vector<KeptPlace> QemuTargetHost::TakeKept(

@@ -1,6 +1,12 @@
 #include "qemu-glue/qemu_target_place.h"
 
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <cerrno>
+#include <filesystem>
 #include <optional>
 #include <utility>
 
@@ -17,6 +23,7 @@
 #include "qemu-glue/qemu_guest.h"
 #include "qemu-glue/qemu_process.h"
 #include "qemu-glue/qemu_target_host.h"
+#include "qemu-glue/qemu_user.h"
 #include "qemu-glue/qmp/qmp_client.h"
 #include "qemu-glue/target_files.h"
 #include "transport/clock.h"
@@ -147,9 +154,7 @@ class StartedPlace final : public TargetPlace {
     EndWaiting().IgnoreError();
     RemoveFile(paths_.copy).IgnoreError();
     for (const std::string& path : paths_.ram) RemoveFile(path).IgnoreError();
-    RemoveFile(paths_.qmp).IgnoreError();
-    RemoveFile(paths_.glue).IgnoreError();
-    RemoveFile(paths_.note).IgnoreError();
+    RemoveTraces(paths_);
   }
 
   const GuestMemory& memory() const override { return memory_; }
@@ -158,12 +163,17 @@ class StartedPlace final : public TargetPlace {
   absl::StatusOr<TargetGuest*> Waiting(absl::Time deadline) override {
     if (guest_ != nullptr && Check().ok()) return guest_.get();
     if (absl::Status s = EndWaiting(); !s.ok()) return s;
+    absl::StatusOr<std::optional<ProcessUser>> user = host_->UserOf(guest_name_);
+    if (!user.ok()) return user.status();
+    user_ = *std::move(user);
+    if (absl::Status s = PrepareFor(user_); !s.ok()) return s;
     // The note comes first: were this presyncd killed while QEMU starts, nobody would know of it.
     absl::Status noted;
     absl::StatusOr<QemuProcess> process = QemuProcess::Start(
         {.argv = command_,
          .qmp_path = paths_.qmp,
          .log_path = paths_.log,
+         .user = user_,
          .on_started = [&](pid_t pid,
                            uint64_t start_ticks) { noted = WriteNote(pid, start_ticks); }},
         deadline);
@@ -242,9 +252,7 @@ class StartedPlace final : public TargetPlace {
 
   void Leave() override {
     // A QEMU that does not end is ended by the next presyncd, before it looks at the copy.
-    EndWaiting().IgnoreError();
-    RemoveFile(paths_.qmp).IgnoreError();
-    RemoveFile(paths_.glue).IgnoreError();
+    if (EndWaiting().ok()) RemoveTraces(paths_);
     kept_ = true;
   }
 
@@ -260,13 +268,53 @@ class StartedPlace final : public TargetPlace {
  private:
   // For a presyncd that comes after this one: whose files these are.
   absl::Status WriteNote(pid_t pid, uint64_t start_ticks) const {
-    GuestNote note = {.path = paths_.note,
+    GuestNote note = {.guest = guest_name_,
                       .pid = pid,
                       .start_ticks = start_ticks,
+                      .uid = user_ ? user_->uid : ::geteuid(),
                       .qmp = paths_.qmp,
-                      .files = {paths_.qmp, paths_.glue}};
-    note.files.insert(note.files.end(), paths_.ram.begin(), paths_.ram.end());
-    return WriteGuestNote(note);
+                      .regions = {}};
+    for (const RegionRequest& region : regions_) note.regions.push_back(region.name);
+    return WriteGuestNote(host_->run_folder(), note);
+  }
+
+  // What the QEMU may touch: its memory, and a folder for its sockets. They stay presyncd's and
+  // become its group's.
+  absl::Status PrepareFor(const std::optional<ProcessUser>& user) {
+    RemoveTraces(paths_);
+    if (::mkdir(paths_.folder.c_str(), 0700) != 0) return FolderError("make");
+    for (const auto& [link, socket] :
+         {std::pair(paths_.qmp_before, paths_.qmp), std::pair(paths_.glue_before, paths_.glue)}) {
+      const std::filesystem::path at(socket);
+      const std::string to = at.parent_path().filename() / at.filename();
+      if (::symlink(to.c_str(), link.c_str()) != 0) return FolderError("make a link to");
+    }
+    const gid_t group = user ? user->gid : ::getegid();
+    const UniqueFd folder(
+        ::open(paths_.folder.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
+    if (user && (::fchown(folder.get(), static_cast<uid_t>(-1), group) != 0 ||
+                 ::fchmod(folder.get(), 0770) != 0)) {
+      return FolderError("hand over");
+    }
+    for (const Region& region : memory_.regions()) {
+      struct stat st = {};
+      if (::fstat(region.fd(), &st) != 0) return MemoryError(region);
+      const mode_t mode = user ? 0660 : 0600;
+      const bool as_it_should = st.st_gid == group && (st.st_mode & 07777) == mode;
+      if (as_it_should || (!user && (st.st_mode & 0077) == 0)) continue;
+      if (::fchown(region.fd(), static_cast<uid_t>(-1), group) != 0 ||
+          ::fchmod(region.fd(), mode) != 0) {
+        return MemoryError(region);
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status FolderError(absl::string_view what) const {
+    return absl::ErrnoToStatus(errno, absl::StrCat("start QEMU: ", what, " ", paths_.folder));
+  }
+  static absl::Status MemoryError(const Region& region) {
+    return absl::ErrnoToStatus(errno, absl::StrCat("start QEMU: hand over ", region.path()));
   }
 
   // The QEMU must have mapped the very files that are mirrored into.
@@ -293,7 +341,8 @@ class StartedPlace final : public TargetPlace {
   const std::vector<RegionRequest> regions_;
   GuestMemory memory_;
   const bool fresh_;
-  Mutex note_mutex_;  // one note at a time is written
+  Mutex note_mutex_;                 // one note at a time is written
+  std::optional<ProcessUser> user_;  // of the QEMU; none: presyncd's own
   std::optional<QemuProcess> process_;
   std::unique_ptr<QemuTargetGuest> guest_;
   bool unknown_ = false;  // see TakeUnknown
@@ -302,19 +351,12 @@ class StartedPlace final : public TargetPlace {
 
 }  // namespace
 
-GuestPaths MakePaths(const std::string& run_folder, const std::string& ram_folder,
-                     const std::string& guest, const std::vector<RegionRequest>& regions) {
-  const std::string base = absl::StrCat(run_folder, "/", guest);
-  GuestPaths paths = {.qmp = base + ".qmp",
-                      .glue = base + ".glue",
-                      .log = base + ".log",
-                      .note = base + ".guest",
-                      .copy = base + ".copy",
-                      .ram = {}};
-  for (const RegionRequest& region : regions) {
-    paths.ram.push_back(absl::StrCat(ram_folder, "/", guest, ".", region.name, ".ram"));
+void RemoveTraces(const GuestPaths& paths) {
+  std::error_code error;  // remove_all follows no link
+  std::filesystem::remove_all(paths.folder, error);
+  for (const std::string& path : {paths.qmp_before, paths.glue_before, paths.note}) {
+    RemoveFile(path).IgnoreError();
   }
-  return paths;
 }
 
 absl::StatusOr<GuestMemory> CreateMemory(const std::vector<RegionRequest>& regions,

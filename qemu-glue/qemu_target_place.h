@@ -7,6 +7,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "qemu-glue/guest_notes.h"
 #include "transport/memory.h"
 #include "transport/sync/target_host.h"
 
@@ -14,24 +15,16 @@ namespace presync {
 
 class QemuTargetHost;
 
-// Where one guest's things lie.
-struct GuestPaths {
-  std::string qmp, glue, log;
-  std::string note;              // guest_notes.h: while a QEMU lives
-  std::string copy;              // copy_note.h: while the memory is a copy that may be taken up
-  std::vector<std::string> ram;  // in the regions' order
-};
-
-// A guest's name is plain (letters, digits, '-', '_', '.'), and so are the regions'.
-GuestPaths MakePaths(const std::string& run_folder, const std::string& ram_folder,
-                     const std::string& guest, const std::vector<RegionRequest>& regions);
-
 // Makes the memory files, zeroed; a failure leaves none. Errors as Region::Create.
 absl::StatusOr<GuestMemory> CreateMemory(const std::vector<RegionRequest>& regions,
                                          const GuestPaths& paths);
 // Opens those that are there. Errors as Region::Open.
 absl::StatusOr<GuestMemory> ReopenMemory(const std::vector<RegionRequest>& regions,
                                          const GuestPaths& paths);
+
+// Removes what a guest's QEMU has beside its memory: its folder, its sockets, and then its note.
+// What can't be removed stays.
+void RemoveTraces(const GuestPaths& paths);
 
 // A place made here, whose QEMU is started when it is asked for. `command` is filled in already;
 // `fresh`: the memory is zero. `host` must outlive it.

@@ -14,7 +14,7 @@ import unittest
 from e2e import EndToEnd, presync
 
 OWN_USER = 64123  # nobody's; as presync.sysusers has systemd make one
-CAPABILITIES = "-all,+sys_ptrace,+dac_override"  # presyncd.service: AmbientCapabilities
+CAPABILITIES = "-all,+sys_ptrace,+dac_override"  # what presyncd needs where QEMUs are not apart: qemu_user = "own"
 
 
 class SecurityTest(EndToEnd):
@@ -99,7 +99,7 @@ class SecurityTest(EndToEnd):
         self.launch(move)
 
     def test_presyncd_without_root(self):
-        """Its own user and the unit's capabilities: keeps root's QEMU in sync, and starts one that has no rights at all."""
+        """Its own user and two capabilities: keeps root's QEMU in sync, and starts one that has no rights at all."""
         spec = self.spec()
         image = pathlib.Path(self.folder) / "image"  # the cache is root's alone
         subprocess.run(["cp", "-rL", "--sparse=always", "--reflink=auto", spec.image, image], check=True)

@@ -150,7 +150,9 @@ class PackageTest(unittest.TestCase):
         unit = (self.root / "etc/systemd/system/multi-user.target.wants/presyncd.service").readlink()
         text = (self.root / str(unit).lstrip("/")).read_text(encoding="utf-8")
         self.assertIn("ExecStart=/usr/sbin/presyncd", text)
-        self.inside("getent", "passwd", "presync")
+        for user in ("presync", "presync-qemu"):
+            self.inside("getent", "passwd", user)
+        self.assertIn("/dev/shm/presync 0711 presync", (self.root / "usr/lib/tmpfiles.d/presync.conf").read_text(encoding="utf-8"))
         config = (self.root / "etc/presync/presyncd.toml").read_text(encoding="utf-8")
         for path in re.findall(r'"(/[^",]*\.so)[",]', config):
             self.assertTrue((self.root / path.lstrip("/")).exists(), path)

@@ -55,11 +55,14 @@ shift 3
 cd "$root"
 pivot_root . mnt
 umount -l /mnt
+mount --make-rshared / # credentials reach their unit by it
 "$@"
 exec env -i container=presync-unit PATH=/usr/sbin:/usr/bin:/sbin:/bin /lib/systemd/systemd --unit=presync-test.target --log-target=journal
 """
 IMAGES = "/var/lib/presync-images"
 TARGET_QMP = "/run/presync/guests/demo.qmp"
+KEY = "/etc/presync-host.key"
+CREDENTIAL = "/run/credentials/presyncd.service/host.key"
 
 
 def cgroup2():
@@ -117,11 +120,17 @@ def prepare():
         shutil.copy(build / "tools" / name, f"/usr/local/bin/{name}")
     shutil.copy(build / "qemu-glue" / "plugin" / "presync_glue.so", "/usr/local/lib/presync_glue.so")
     shutil.copy(UNIT.parent / "presync.sysusers", "/usr/lib/sysusers.d/presync.conf")
+    shutil.copy(UNIT.parent / "presync.tmpfiles", "/usr/lib/tmpfiles.d/presync.conf")
     subprocess.run(["systemd-sysusers"], check=True)
+    subprocess.run(["systemd-tmpfiles", "--create", "/usr/lib/tmpfiles.d/presync.conf"], check=True)
     prepare_images()
     prepare_configs()
     unit = UNIT.read_text(encoding="utf-8")
     (system / "presyncd.service").write_text(unit, encoding="utf-8")
+    # As docs/security.md has it: the key is root's alone.
+    drop_in = system / "presyncd.service.d"
+    drop_in.mkdir()
+    (drop_in / "key.conf").write_text(f"[Service]\nLoadCredential=host.key:{KEY}\n", encoding="utf-8")
     source = re.sub(r"^((?:State|Runtime)Directory=presync)$", r"\1-source", unit, flags=re.M)
     source = source.replace("/presyncd\n", "/presyncd -c /etc/presync/source.toml\n", 1)
     (system / "presyncd-source.service").write_text(source, encoding="utf-8")
@@ -138,7 +147,7 @@ def prepare_images():
     os.environ["HOME"] = "/root"
     image = guest.image_for("hammer")
     subprocess.run(["cp", "-rL", "--sparse=always", image, IMAGES], check=True)
-    subprocess.run(["chown", "-R", "presync:presync", IMAGES], check=True)
+    subprocess.run(["chown", "-R", "presync-qemu:presync-qemu", IMAGES], check=True)
     os.chmod(IMAGES, 0o755)
 
 
@@ -147,15 +156,22 @@ def spec():
                            kernel_args="presync.area_mb=12 presync.pages_s=1500 no_timer_check")
 
 
+def with_credential(settings):
+    return [f'key = "{CREDENTIAL}"' if line.startswith("key = ") else line for line in settings]
+
+
 def prepare_configs():
     etc = pathlib.Path("/etc/presync")
     etc.mkdir(exist_ok=True)
     certificates.make(etc / "certificates", "source,127.0.0.1", "target,127.0.0.2")
     subprocess.run(["chown", "-R", "presync:presync", etc], check=True)
-    sockets = guest.Sockets(ram=["{ram.ram0}"], qmp=["{qmp}"], agent="/run/presync/demo.agent", serial="/run/presync/demo.serial")
+    shutil.copy(etc / "certificates" / "target.key", KEY)
+    os.chmod(KEY, 0o600)
+    (etc / "certificates" / "target.key").unlink()
+    sockets = guest.Sockets(ram=["{ram.ram0}"], qmp=["{qmp}"], agent="{folder}/agent", serial="{folder}/serial")
     plugged = dataclasses.replace(spec(), plugin="/usr/local/lib/presync_glue.so,socket={glue}")
     command = guest.qemu_argv(plugged, "target", sockets)
-    target = [f'listen = "127.0.0.2:{presync.PORT}"', *certificates.settings(etc / "certificates", "target"),
+    target = [f'listen = "127.0.0.2:{presync.PORT}"', *with_credential(certificates.settings(etc / "certificates", "target")),
               '[peer."source"]', "[guest.demo]", f"command = {json.dumps(command)}"]
     source = [f'listen = "127.0.0.1:{presync.PORT}"', *certificates.settings(etc / "certificates", "source"),
               'socket = "/run/presync-source/presyncd.sock"', 'state_folder = "/var/lib/presync-source"',
@@ -199,8 +215,21 @@ class InsideTest(unittest.TestCase):
             self.assertIn("Read-only file system", self.as_it_sees(pid, "sh", "-c", f"exec 3>>{path}").stderr, path)
         self.assertEqual(self.as_it_sees(pid, "ls", "-A", "/root").stdout, "")
 
+    def check_reach(self, qemu, user):
+        """What is presyncd's is not its QEMU's."""
+        daemon = self.main_pid("presyncd")
+        self.assertEqual(os.stat(f"/proc/{daemon}/mem").st_uid, 0, "presyncd can't be dumped")
+        self.assertRegex(pathlib.Path(f"/proc/{daemon}/limits").read_text(encoding="ascii"), r"Max core file size +0 +0 ")
+        self.assertEqual(os.stat("/dev/shm/presync").st_mode & 0o7777, 0o711)
+        for script in (f"cat {CREDENTIAL}", f"cat {KEY}", "ls /run/presync/guests", "echo > /run/presync/guests/x.guest",
+                       "ls /var/lib/presync", f"kill -0 {daemon}", f": < /proc/{daemon}/mem",
+                       "/usr/local/bin/presync status"):
+            done = self.as_it_sees(qemu, "setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups",
+                                   "--inh-caps=-all", "--bounding-set=-all", "sh", "-c", f"{script} && echo REACHED")
+            self.assertNotIn("REACHED", done.stdout, script)
+
     def test_moves_a_guest(self):
-        both = 1 << 19 | 1 << 1  # CAP_SYS_PTRACE, CAP_DAC_OVERRIDE
+        both = sum(1 << bit for bit in (0, 1, 5, 6, 7, 19))  # CAP_CHOWN, DAC_OVERRIDE, KILL, SETGID, SETUID, SYS_PTRACE
         for unit in ("presyncd", "presyncd-source"):
             self.assertEqual(run("systemctl", "show", "-P", "ActiveState", unit).strip(), "active", run("journalctl", "-u", unit))
             self.check_sandbox(self.main_pid(unit), both)
@@ -216,8 +245,10 @@ class InsideTest(unittest.TestCase):
             note = pathlib.Path("/run/presync/guests/demo.guest").read_text(encoding="utf-8")
             qemu = int(re.search(r'"pid": ?(\d+)', note)[1])
             self.check_sandbox(qemu, 0)
-            self.assertEqual(status_of(qemu)["Uid"].split()[0], str(pwd.getpwnam("presync").pw_uid))
-            reader.attach("target", "/run/presync/demo.agent")
+            user = pwd.getpwnam("presync-qemu")
+            self.assertEqual(status_of(qemu)["Uid"].split()[0], str(user.pw_uid))
+            self.check_reach(qemu, user)
+            reader.attach("target", "/run/presync/guests/demo.d/agent")
             print(run(*source_side, "launch", "demo", "--verify", "--wait"))
             reader.wait_beat("target", 60)
             self.check_guest(reader)

@@ -120,12 +120,12 @@ void TryGuestNote(std::string_view bytes) {
   const std::vector<GuestNote> notes = ReadGuestNotes(fuzz::ScratchFolder());
   FUZZ_REQUIRE(notes.size() <= 1);
   if (!notes.empty()) {
-    FUZZ_REQUIRE(notes[0].path == path && notes[0].pid > 0);
+    FUZZ_REQUIRE(notes[0].guest == "g" && notes[0].pid > 0);
     (void)IsAlive(notes[0]);
-    FUZZ_REQUIRE(WriteGuestNote(notes[0]).ok());
+    FUZZ_REQUIRE(WriteGuestNote(fuzz::ScratchFolder(), notes[0]).ok());
     const std::vector<GuestNote> again = ReadGuestNotes(fuzz::ScratchFolder());
     FUZZ_REQUIRE(again.size() == 1 && again[0].pid == notes[0].pid);
-    FUZZ_REQUIRE(again[0].qmp == notes[0].qmp && again[0].files == notes[0].files);
+    FUZZ_REQUIRE(again[0].qmp == notes[0].qmp && again[0].regions == notes[0].regions);
   }
   ::remove(path.c_str());
 }

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <filesystem>
+#include <fstream>
 
 #include "absl/strings/str_cat.h"
 #include "tests/qemu-glue/fake_qmp_server.h"
@@ -16,12 +17,14 @@
 namespace presync {
 namespace {
 
+using ::testing::EndsWith;
 using ::testing::HasSubstr;
+using ::testing::Not;
 
 absl::Time Soon() { return MonotonicNow() + absl::Seconds(60); }
 
 QemuProcess::Options Program(const TestFolder& folder, std::vector<std::string> argv) {
-  return {std::move(argv), folder.Path("qmp"), folder.Path("log")};
+  return {std::move(argv), folder.Path("qmp"), folder.Path("log"), {}};
 }
 
 TEST(QemuProcess, QuotesAProgramThatEndsAtOnce) {
@@ -55,6 +58,42 @@ TEST(QemuProcess, SaysWhatIsMissing) {
   QemuProcess::Options no_log = Program(folder, {"true"});
   no_log.log_path = "/no/such/folder/log";
   EXPECT_TRUE(absl::IsNotFound(QemuProcess::Start(no_log, Soon()).status()));
+}
+
+// Whoever writes the log may be taken over: its last words are what it wrote, not what it points
+// at.
+TEST(QemuProcess, QuotesNoOtherFileThanItsLog) {
+  TestFolder folder;
+  std::ofstream(folder.Path("secret")) << "the host's key";
+  const std::string log = folder.Path("log");
+  const std::string script =
+      absl::StrCat("echo mine; rm ", log, "; ln -s ", folder.Path("secret"), " ", log, "; exit 1");
+  absl::Status status = QemuProcess::Start(Program(folder, {"sh", "-c", script}), Soon()).status();
+  EXPECT_THAT(std::string(status.message()), HasSubstr("mine"));
+  EXPECT_THAT(std::string(status.message()), Not(HasSubstr("the host's key")));
+  status = QemuProcess::Start(Program(folder, {"true"}), Soon()).status();
+  EXPECT_TRUE(absl::IsFailedPrecondition(status)) << status;
+  EXPECT_THAT(std::string(status.message()), HasSubstr("no plain file"));
+}
+
+TEST(QemuProcess, ALogThatGrowsIsCutAndGoesOn) {
+  TestFolder folder;
+  const std::string path = folder.Path("log");
+  absl::StatusOr<QemuLog> log = QemuLog::Open(path);
+  ASSERT_TRUE(log.ok()) << log.status();
+  const std::string line(1000, 'x');
+  for (int64_t written = 0; written <= kLongestQemuLogBytes; written += 1000) {
+    ASSERT_EQ(::write(log->fd(), line.data(), line.size()), 1000);
+  }
+  ASSERT_EQ(::write(log->fd(), "the end", 7), 7);
+  CutLongQemuLog(path);
+  EXPECT_LT(std::filesystem::file_size(path), size_t{kKeptQemuLogBytes} + 200);
+  EXPECT_THAT(log->WordsSinceOpened(), EndsWith("the end"));
+  ASSERT_EQ(::write(log->fd(), ", and more", 10), 10);
+  EXPECT_THAT(log->WordsSinceOpened(), EndsWith("the end, and more"));
+  CutLongQemuLog(path);
+  CutLongQemuLog(folder.Path("none"));
+  EXPECT_THAT(log->WordsSinceOpened(), EndsWith("the end, and more"));
 }
 
 TEST(QemuProcess, RejectsASocketThatIsSomeoneElses) {

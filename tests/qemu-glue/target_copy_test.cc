@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -11,6 +12,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <memory>
 #include <string>
 #include <thread>
@@ -19,6 +21,7 @@
 #include "absl/time/clock.h"
 #include "qemu-glue/copy_note.h"
 #include "qemu-glue/guest_notes.h"
+#include "qemu-glue/process_identity.h"
 #include "qemu-glue/qemu_target_host.h"
 #include "transport/clock.h"
 
@@ -133,7 +136,7 @@ TEST_F(TargetCopyTest, AQemuThatWasJustStartedIsKnownToTheNextPresyncd) {
   const std::vector<GuestNote> notes = ReadGuestNotes(folder_ + "/run");
   ASSERT_THAT(notes, ::testing::SizeIs(1));
   EXPECT_TRUE(IsAlive(notes[0]));
-  EXPECT_THAT(notes[0].qmp, HasSubstr("g1.qmp"));
+  EXPECT_THAT(notes[0].qmp, HasSubstr("g1.d/qmp"));
   EXPECT_EQ(::kill(notes[0].pid, SIGKILL), 0);
 }
 
@@ -204,6 +207,127 @@ TEST_F(TargetCopyTest, ANoteUnderAnotherGuestsNameIsNotBelieved) {
   std::filesystem::rename(folder_ + "/run/g1.copy", folder_ + "/run/g2.copy");
   EXPECT_THAT(TakeKept(), IsEmpty());
   EXPECT_THAT(log_, HasSubstr("another guest's"));
+}
+
+// What lies in presyncd's folders may have been put there by a QEMU that ran as presyncd's user.
+class UntrustedFilesTest : public TargetCopyTest {
+ protected:
+  UntrustedFilesTest() {
+    std::filesystem::create_directories(folder_ + "/run");
+    std::ofstream(precious_) << "precious";
+  }
+
+  std::string Precious() const {
+    std::ifstream in(precious_);
+    return {std::istreambuf_iterator<char>(in), {}};
+  }
+
+  // As presyncds wrote it before QEMUs ran apart.
+  void WriteEarlierNote(pid_t pid, uint64_t start_ticks, const std::string& file) const {
+    std::ofstream(folder_ + "/run/g1.guest")
+        << R"({"files": [")" << folder_ << "/run/g1.qmp\", \"" << file << R"("], "pid": )" << pid
+        << R"(, "qmp": ")" << folder_ << R"(/run/g1.qmp", "start_ticks": )" << start_ticks << "}\n";
+  }
+
+  const std::string precious_ = folder_ + "/precious";
+  const std::string ram_ = folder_ + "/ram/g1.ram0.ram";
+};
+
+TEST_F(UntrustedFilesTest, ANoteRemovesNothingThatTheConfigurationDoesNotName) {
+  WriteEarlierNote(2147483000, 1, precious_);
+  TakeKept();
+  EXPECT_EQ(Precious(), "precious");
+  EXPECT_THAT(FilesIn("run"), IsEmpty());
+  std::ofstream(folder_ + "/run/g1.guest")
+      << R"({"pid": 2147483000, "start_ticks": 1, "regions": ["x/../../../precious"]})";
+  TakeKept();
+  EXPECT_EQ(Precious(), "precious");
+}
+
+TEST_F(UntrustedFilesTest, TheMemoryOfAnEarlierPresyncdsGuestGoesWhenItHasEnded) {
+  std::filesystem::create_directories(folder_ + "/ram");
+  std::ofstream(ram_) << "memory";
+  std::ofstream(folder_ + "/run/g1.qmp") << "the socket";
+  WriteEarlierNote(2147483000, 1, ram_);
+  TakeKept();
+  EXPECT_THAT(FilesIn("ram"), IsEmpty());
+  EXPECT_THAT(FilesIn("run"), IsEmpty());
+}
+
+TEST_F(UntrustedFilesTest, AnEarlierPresyncdsGuestThatRunsIsKnownAndLeftAlone) {
+  std::filesystem::create_directories(folder_ + "/ram");
+  std::ofstream(ram_) << "memory";
+  WriteEarlierNote(::getpid(), StartTicks(::getpid()), ram_);
+  TakeKept();
+  EXPECT_THAT(FilesIn("ram"), ElementsAre("g1.ram0.ram"));
+  const std::vector<GuestNote> notes = ReadGuestNotes(folder_ + "/run");
+  ASSERT_EQ(notes.size(), 1u);
+  EXPECT_EQ(notes[0].pid, ::getpid());
+  EXPECT_EQ(notes[0].qmp, folder_ + "/run/g1.qmp");
+  const auto place = host_->MakePlace("g1", kRegions);
+  EXPECT_TRUE(absl::IsAlreadyExists(place.status())) << place.status();
+}
+
+TEST_F(UntrustedFilesTest, AnEarlierNoteOfAGuestThatIsNotConfiguredSaysWhatIsLeft) {
+  options_.guests.clear();
+  WriteEarlierNote(2147483000, 1, precious_);
+  TakeKept();
+  EXPECT_EQ(Precious(), "precious");
+  EXPECT_THAT(log_, HasSubstr("g1.*.ram"));
+}
+
+TEST_F(UntrustedFilesTest, ANotesSocketIsTheGuestsOwn) {
+  std::ofstream(folder_ + "/run/g1.guest")
+      << R"({"pid": 1, "start_ticks": 1, "qmp": "/run/libvirt/somebody.monitor"})";
+  const std::vector<GuestNote> notes = ReadGuestNotes(folder_ + "/run");
+  ASSERT_EQ(notes.size(), 1u);
+  EXPECT_EQ(notes[0].qmp, folder_ + "/run/g1.qmp");
+}
+
+TEST_F(UntrustedFilesTest, ALinkInTheWayOfANoteIsReplaced) {
+  std::filesystem::create_symlink(precious_, folder_ + "/run/g1.guest.new");
+  EXPECT_TRUE(WriteGuestNote(folder_ + "/run", {.guest = "g1", .pid = 1}).ok());
+  EXPECT_EQ(Precious(), "precious");
+  EXPECT_TRUE(
+      std::filesystem::is_regular_file(std::filesystem::symlink_status(folder_ + "/run/g1.guest")));
+  std::filesystem::create_symlink(precious_, folder_ + "/run/g1.copy.new");
+  EXPECT_TRUE(WriteCopyNote(folder_ + "/run/g1.copy", kOwner, {}).ok());
+  EXPECT_EQ(Precious(), "precious");
+}
+
+// Whoever opens the other end of a FIFO waits for it.
+TEST_F(UntrustedFilesTest, WhatIsNoPlainFileIsNotRead) {
+  ASSERT_EQ(::mkfifo((folder_ + "/run/g1.guest").c_str(), 0600), 0);
+  ASSERT_EQ(::mkfifo((folder_ + "/run/g1.copy").c_str(), 0600), 0);
+  std::ofstream(folder_ + "/other") << R"({"pid": 1, "start_ticks": 1})";
+  std::filesystem::create_symlink(folder_ + "/other", folder_ + "/run/g2.guest");
+  EXPECT_THAT(ReadGuestNotes(folder_ + "/run"), IsEmpty());
+  EXPECT_THAT(ReadCopyNotes(folder_ + "/run"), IsEmpty());
+}
+
+TEST_F(UntrustedFilesTest, AFolderWhereOthersMayWriteIsRefused) {
+  for (const std::string& folder : {folder_ + "/ram", folder_ + "/run"}) {
+    std::filesystem::create_directories(folder);
+    ASSERT_EQ(::chmod(folder.c_str(), 0777), 0);
+    const absl::Status status = QemuTargetHost::Create(options_).status();
+    EXPECT_TRUE(absl::IsFailedPrecondition(status)) << status;
+    EXPECT_THAT(std::string(status.message()), HasSubstr(folder + " is user"));
+    EXPECT_THAT(std::string(status.message()), HasSubstr("chmod go-w " + folder));
+    ASSERT_EQ(::chmod(folder.c_str(), 0750), 0);
+    EXPECT_TRUE(QemuTargetHost::Create(options_).ok());
+  }
+  // As /dev/shm itself: everybody may make a file there, nobody may replace another one's.
+  ASSERT_EQ(::chmod((folder_ + "/ram").c_str(), 01777), 0);
+  EXPECT_TRUE(QemuTargetHost::Create(options_).ok());
+  ASSERT_EQ(::chmod((folder_ + "/run").c_str(), 01777), 0);
+  EXPECT_FALSE(QemuTargetHost::Create(options_).ok());
+  if (::geteuid() != 0) GTEST_SKIP() << "giving a folder away needs root";
+  ASSERT_EQ(::chmod((folder_ + "/run").c_str(), 0700), 0);
+  EXPECT_TRUE(QemuTargetHost::Create(options_).ok());
+  ASSERT_EQ(::chown((folder_ + "/run").c_str(), 1234, 1234), 0);
+  const absl::Status status = QemuTargetHost::Create(options_).status();
+  EXPECT_THAT(std::string(status.message()), HasSubstr("run_folder")) << status;
+  EXPECT_THAT(std::string(status.message()), HasSubstr("user 1234"));
 }
 
 TEST_F(TargetCopyTest, WhileItsPresyncdLivesItIsNotTakenUp) {

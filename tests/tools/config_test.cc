@@ -83,6 +83,22 @@ TEST(Config, RefusesSecurityThatContradictsItself) {
   EXPECT_THAT(ErrorOf("[peer.h1]"), HasSubstr("nobody has a name"));
 }
 
+TEST(Config, ReadsWhomQemusRunAs) {
+  EXPECT_EQ(ParseConfig("", "f")->qemu.user, "auto");
+  const std::string guest = "[guest.g1]\ncommand = ['q', '{qmp}', '{folder}']\nuser = 'vm-g1'\n";
+  const absl::StatusOr<Config> config =
+      ParseConfig("qemu_user = '64200-64210'\nqemu_groups = ['kvm']\n" + guest, "f");
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->qemu.user, "64200-64210");
+  EXPECT_EQ(config->qemu.groups, std::vector<std::string>{"kvm"});
+  EXPECT_EQ(config->guests.at("g1").user, "vm-g1");
+  for (const char* user : {"0-10", "64201-64200", ""}) {
+    const absl::Status status =
+        ParseConfig(std::string("qemu_user = '") + user + "'\n" + guest, "f").status();
+    EXPECT_NE(status.message().find("qemu_user"), std::string::npos) << status;
+  }
+}
+
 TEST(Config, SaysWhereAndWhatIsWrong) {
   EXPECT_THAT(ErrorOf("listen = 'x'\nlissten = 'y'"), HasSubstr("presyncd.toml:2: lissten"));
   EXPECT_THAT(ErrorOf("listen = "), HasSubstr("presyncd.toml:1"));

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include "tools/presync/disk_locks.h"
+#include "tools/presync/qemu_users.h"
 #include "tools/presync/unit_restart.h"
 
 namespace presync {
@@ -28,6 +29,23 @@ TEST(UnitRestart, ARestartThatAsksNobodyIsAProblem) {
                   .level,
               Level::kGood);
   }
+}
+
+TEST(QemuUsers, SaysWhoIsNotApart) {
+  const auto judge = [](bool apart, bool each, int landlock) {
+    return JudgeQemuUsers({{"user", "someone"},
+                           {"apart", apart},
+                           {"each_its_own", each},
+                           {"why_not", "the reason"},
+                           {"landlock", landlock}});
+  };
+  EXPECT_EQ(judge(false, false, 6).at(0).level, Level::kNote);
+  EXPECT_NE(judge(false, false, 6).at(0).detail.find("the reason"), std::string::npos);
+  EXPECT_EQ(judge(true, false, 6).at(0).level, Level::kNote);
+  EXPECT_EQ(judge(true, true, 6).at(0).level, Level::kGood);
+  EXPECT_EQ(judge(true, true, 6).size(), 1u);
+  EXPECT_EQ(judge(true, true, 0).at(1).what, "Landlock");
+  EXPECT_TRUE(JudgeQemuUsers({}).empty()) << "an earlier presyncd says nothing of it";
 }
 
 TEST(DiskLocks, SaysWhereNothingLocks) {

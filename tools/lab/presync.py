@@ -87,7 +87,8 @@ class Daemon:
         lines = [f'listen = "{self._two.address[self.host]}:{PORT}"', f'socket = "{self.socket}"',
                  f'state_folder = "{self.folder}/state"', f'run_folder = "{self.folder}/run"',
                  f'ram_folder = "{self.ram}"', *self._security]
-        lines += [f"{key} = {json.dumps(value)}" for key, value in (settings or {}).items()]
+        # Disks and build folders here are whose they are: QEMUs as presyncd's user, also where the package is installed.
+        lines += [f"{key} = {json.dumps(value)}" for key, value in {"qemu_user": "own", **(settings or {})}.items()]
         if defaults:
             lines += ["[defaults]", *(f"{key} = {json.dumps(value)}" for key, value in defaults.items())]
         for table, keys in self._tables.items():

@@ -23,6 +23,7 @@
 #include "tools/common/local_api.h"
 #include "tools/common/units.h"
 #include "tools/presync/disk_locks.h"
+#include "tools/presync/qemu_users.h"
 #include "tools/presync/unit_restart.h"
 #include "transport/clock.h"
 #include "transport/rdma/rdma_devices.h"
@@ -121,12 +122,18 @@ Finding ExamineShm() {
   return Good("/dev/shm", absl::StrCat("tmpfs with ", FormatBytes(free_bytes), " free for guests"));
 }
 
-Finding ExamineDaemon(const std::string& socket) {
+std::vector<Finding> ExamineDaemon(const std::string& socket) {
   const absl::StatusOr<nlohmann::json> answer =
       CallLocal(socket, {{"command", "status"}}, MonotonicNow() + kTimeout);
-  if (answer.ok() && JsonToStatus(*answer).ok()) return Good("presyncd", "answers at " + socket);
-  return Bad("presyncd", std::string(answer.status().message()),
-             "systemctl start presyncd; journalctl -u presyncd says why it does not start");
+  if (!answer.ok() || !JsonToStatus(*answer).ok()) {
+    return {Bad("presyncd", std::string(answer.status().message()),
+                "systemctl start presyncd; journalctl -u presyncd says why it does not start")};
+  }
+  std::vector<Finding> findings = {Good("presyncd", "answers at " + socket)};
+  for (Finding& each : JudgeQemuUsers(answer->value("qemu", nlohmann::json::object()))) {
+    findings.push_back(std::move(each));
+  }
+  return findings;
 }
 
 std::vector<std::string> OthersInMemory(QmpClient& qmp, const GuestInfo& info,
@@ -155,7 +162,7 @@ std::vector<Finding> ExamineHost(const std::string& socket) {
   std::vector<Finding> findings = {ExamineKernel(), ExamineUserfaultfd(), ExamineMemlock()};
   for (Finding& finding : ExamineRdma()) findings.push_back(std::move(finding));
   findings.push_back(ExamineShm());
-  findings.push_back(ExamineDaemon(socket));
+  for (Finding& finding : ExamineDaemon(socket)) findings.push_back(std::move(finding));
   return findings;
 }
 

@@ -132,6 +132,7 @@ absl::Status OnTable(const toml::node& node, const TableReader& reader) {
 absl::Status ReadGuest(const toml::node& node, const std::string& path, TargetGuestConfig* guest) {
   TableReader reader(path);
   reader.Text("attach", &guest->attach_qmp);
+  reader.Text("user", &guest->user);
   reader.On("command", [guest](const toml::node& value) {
     const toml::array* array = value.as_array();
     if (array == nullptr) return absl::InvalidArgumentError("must be an array of strings");
@@ -265,6 +266,8 @@ absl::StatusOr<Config> ParseConfig(absl::string_view text, const std::string& pa
   reader.Text("state_folder", &config.state_folder);
   reader.Text("run_folder", &config.run_folder);
   reader.Text("ram_folder", &config.ram_folder);
+  reader.Text("qemu_user", &config.qemu.user);
+  reader.Texts("qemu_groups", &config.qemu.groups, 32);
   reader.Word("log_level", &config.log_level, {"debug", "info", "warn", "error"});
   reader.Parsed("max_guest_memory", &config.max_guest_bytes, &ParseSize);
   ReadSecurity(&reader, path, &config);
@@ -295,11 +298,16 @@ absl::StatusOr<Config> ParseConfig(absl::string_view text, const std::string& pa
     return absl::InvalidArgumentError(
         absl::StrCat(path, ": ", key, ": '", value, "' must be an absolute path"));
   }
+  size_t started = 0;
   for (const auto& [name, guest] : config.guests) {
+    started += guest.command.empty() ? 0 : 1;
     const absl::Status good = CheckGuestConfig(name, guest, GuestsFolder(config));
     if (good.ok()) continue;
     return absl::InvalidArgumentError(
         absl::StrCat(path, ": [guest.\"", name, "\"]: ", good.message()));
+  }
+  if (absl::Status s = CheckQemuUsers(config.qemu, started); !s.ok()) {
+    return absl::InvalidArgumentError(absl::StrCat(path, ": ", s.message()));
   }
   if (absl::Status s = CheckSecurity(config); !s.ok()) {
     return absl::InvalidArgumentError(absl::StrCat(path, ": ", s.message()));

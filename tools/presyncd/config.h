@@ -9,6 +9,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "qemu-glue/qemu_target_host.h"
+#include "qemu-glue/qemu_user.h"
 #include "transport/sync/peer_rules.h"
 #include "transport/tls/tls_identity.h"
 
@@ -40,6 +41,7 @@ struct Config {
   std::string ram_folder = "/dev/shm/presync";
   std::string socket_group;  // whose members may command presyncd, besides root and its own user
   std::string log_level = "info";
+  QemuUserConfig qemu;  // whom QEMUs run as that presyncd starts
   uint64_t max_guest_bytes = 0;
   std::string metrics_listen;  // HOST:PORT of /metrics; empty: none
   // Who other hosts are, and what they may: docs/security.md.

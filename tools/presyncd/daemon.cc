@@ -1,7 +1,6 @@
 #include "tools/presyncd/daemon.h"
 
 #include <spdlog/spdlog.h>
-#include <sys/stat.h>
 
 #include <algorithm>
 #include <filesystem>
@@ -14,6 +13,7 @@
 #include "tools/common/local_api.h"
 #include "tools/common/units.h"
 #include "tools/presyncd/libvirt_api.h"
+#include "tools/presyncd/qemu_users_api.h"
 #include "tools/presyncd/recording_api.h"
 #include "tools/presyncd/session_options.h"
 #include "tools/presyncd/status_json.h"
@@ -33,12 +33,10 @@ absl::Status TakeFolders(const Config& config, std::vector<UniqueFd>* locks) {
                                                          {config.run_folder, "run_folder"},
                                                          {config.ram_folder, "ram_folder"}};
   for (const auto& [path, setting] : folders) {
+    // On a tmpfs of everybody's, /dev/shm itself, memory files are made new or not at all.
+    const bool shared = path == config.ram_folder;
+    if (absl::Status s = MakeOwnFolder(path, setting, shared); !s.ok()) return s;
     std::error_code error;
-    const bool made = std::filesystem::create_directories(path, error);
-    if (!std::filesystem::is_directory(path)) {
-      return absl::UnavailableError(absl::StrCat("make the folder ", path, ": ", error.message()));
-    }
-    if (made && path == config.ram_folder) ::chmod(path.c_str(), 0700);
     if (!taken.insert(std::filesystem::canonical(path, error)).second) continue;
     absl::StatusOr<UniqueFd> lock = LockFolder(path, setting);
     if (!lock.ok()) return lock.status();
@@ -94,11 +92,17 @@ absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Create(Config config) {
   absl::StatusOr<std::unique_ptr<Security>> security = Security::Create(c);
   if (!security.ok()) return security.status();
   daemon->security_ = *std::move(security);
+  absl::StatusOr<QemuUsers> users = FindQemuUsers(c);
+  if (!users.ok()) return users.status();
+  if (users->any_apart()) {  // the folders of guests are in it
+    if (absl::Status s = LetThrough(c.run_folder); !s.ok()) return s;
+  }
   absl::StatusOr<std::unique_ptr<QemuTargetHost>> host =
       QemuTargetHost::Create({.ram_folder = c.ram_folder,
                               .run_folder = GuestsFolder(c),
                               .max_guest_bytes = c.max_guest_bytes,
                               .guests = c.guests,
+                              .users = *users,
                               .log = LogLine});
   if (!host.ok()) return host.status();
   absl::StatusOr<std::unique_ptr<LibvirtTargetHost>> libvirt = MakeLibvirtHost(c);
@@ -106,6 +110,8 @@ absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Create(Config config) {
   daemon->host_ = std::make_unique<GuestHost>(*std::move(host), *std::move(libvirt));
   auto recovery = std::make_unique<RecoveryLoop>(
       c.state_folder, daemon->host_.get(), daemon->security_->peers(), daemon->claims_, LogLine);
+  daemon->qemu_users_ = QemuUsersToJson(*users);
+  WarnOfQemuUsers(c, *users);
   daemon->host_->qemu()->EndWaitingLeftovers();
 
   absl::StatusOr<UniqueFd> listener = Listen(c.listen_host, c.listen_port);
@@ -343,6 +349,7 @@ Json Daemon::Status(const Json& request) const {
                  {"open", Json::array()},
                  {"open_matters", Json::array()}};
   answer["security"] = security_->ToJson();
+  answer["qemu"] = qemu_users_;
   for (const OpenMatter& matter : recovery_->open()) {
     if (!name.empty() && matter.entry.guest != name) continue;
     answer["open"].push_back(MatterText(matter));

@@ -114,6 +114,7 @@ class Daemon {
   const Config config_;
   const std::shared_ptr<GuestClaims> claims_ = std::make_shared<GuestClaims>();
   std::unique_ptr<Security> security_;
+  nlohmann::json qemu_users_;    // for every status
   std::vector<UniqueFd> locks_;  // on its folders, while this daemon lives
   FixedCosts fixed_costs_;
   History history_;

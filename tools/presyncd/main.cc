@@ -172,6 +172,9 @@ int Main(int argc, char** argv) {
   // The unit hands capabilities down to whatever is started; they are meant for presyncd alone, not
   // for the QEMUs that it starts.
   ::prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0);
+  // Its memory has guests' pages and the host's key in it: no core dump, and no look into it by a
+  // process of the same user.
+  ::prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
   ::umask(077);  // what is made here is nobody else's, unless it is said
   const UniqueFd signals = EndSignals();
   SetUpLog(log_level.empty() ? config->log_level : log_level);
