@@ -217,15 +217,22 @@ class EarlierPair(ApartPair):
     def _settings(self, config):
         return config.replace('qemu_user = "own"\n', "")
 
+    def _become_own_user(self):
+        after = os.environ.get("PRESYNC_BUILD")
+        os.environ["PRESYNC_BUILD"] = os.environ["PRESYNC_BEFORE"]
+        try:
+            super()._become_own_user()
+        finally:
+            os.environ.pop("PRESYNC_BUILD")
+            if after is not None:
+                os.environ["PRESYNC_BUILD"] = after
+
 
 @unittest.skipUnless(os.environ.get("PRESYNC_BEFORE"), "PRESYNC_BEFORE names no build folder of an earlier version")
 class UpgradeTest(unittest.TestCase):
     """An earlier version's presyncd is replaced while its guest runs."""
 
     def test_a_guest_is_not_touched(self):
-        before, after = os.environ["PRESYNC_BEFORE"], str(presync.build_folder())
-        os.environ["PRESYNC_BUILD"] = before
-        self.addCleanup(os.environ.__setitem__, "PRESYNC_BUILD", after)
         pair = EarlierPair()
         self.addCleanup(pair.__exit__, None, None, None)
         pair.__enter__()
@@ -234,13 +241,10 @@ class UpgradeTest(unittest.TestCase):
         self.assertEqual(code, 0, words)
         qemu = pair.target.guest_pids()[tiny.NAME]
         self.assertEqual(int(status_of(qemu)["Uid"].split()[1]), OWN_USER)
-        os.environ["PRESYNC_BUILD"] = after
-        for daemon in (pair.source, pair.target):
-            daemon.stop()
+        pair.target.stop()
         config = pair.target.config.read_text(encoding="utf-8")
         pair.target.config.write_text(f'qemu_user = "{QEMU_USERS[0]}-{QEMU_USERS[-1]}"\n{config}', encoding="utf-8")
-        for daemon in (pair.source, pair.target):
-            daemon.start()
+        pair.target.start()
         self.assertEqual(pair.target.guest_pids()[tiny.NAME], qemu)
         self.assertEqual(int(status_of(qemu)["Uid"].split()[1]), OWN_USER)
         # The next guest's QEMU is apart already.

@@ -129,6 +129,12 @@ absl::Status Reserve(int fd, const std::string& path, uint64_t size_bytes) {
 absl::StatusOr<std::byte*> Map(int fd, const std::string& path, uint64_t size_bytes) {
   void* address = mmap(nullptr, size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   if (address == MAP_FAILED) return FileError("map", path, errno);
+  // A core dump of ours is no place for a guest's memory.
+  if (madvise(address, size_bytes, MADV_DONTDUMP) != 0) {
+    const absl::Status status = FileError("keep out of core dumps", path, errno);
+    munmap(address, size_bytes);
+    return status;
+  }
   return static_cast<std::byte*>(address);
 }
 

@@ -13,6 +13,8 @@
 #include <fstream>
 
 #include "absl/cleanup/cleanup.h"
+#include "absl/strings/match.h"
+#include "absl/strings/str_format.h"
 #include "tests/transport/scratch_memory.h"
 
 namespace presync {
@@ -31,6 +33,27 @@ class RegionTest : public ::testing::Test {
   bool exists() const { return std::filesystem::exists(path_); }
   const std::string path_ = ScratchPath();
 };
+
+// Whether /proc/self/smaps says of the mapping at `address` that core dumps leave it out ("dd").
+bool IsLeftOutOfDumps(const std::byte* address) {
+  std::ifstream smaps("/proc/self/smaps");
+  const std::string begin = absl::StrFormat("%x-", reinterpret_cast<uintptr_t>(address));
+  bool found = false;
+  for (std::string line; std::getline(smaps, line);) {
+    found = found || line.starts_with(begin);
+    if (found && line.starts_with("VmFlags:")) return absl::StrContains(line + " ", " dd ");
+  }
+  return false;
+}
+
+TEST_F(RegionTest, NoCoreDumpHasItsMemory) {
+  auto made = Region::Create("pc.ram", path_, kSize);
+  ASSERT_TRUE(made.ok()) << made.status();
+  EXPECT_TRUE(IsLeftOutOfDumps(made->data()));
+  auto opened = Region::Open("pc.ram", path_, kSize);
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  EXPECT_TRUE(IsLeftOutOfDumps(opened->data()));
+}
 
 TEST_F(RegionTest, CreateReservesAllItsMemoryPrivatelyAndZeroed) {
   auto region = Region::Create("pc.ram", path_, kSize);
