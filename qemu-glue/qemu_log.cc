@@ -11,6 +11,8 @@
 #include "absl/status/status.h"
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_replace.h"
+#include "transport/printable.h"
 
 namespace presync {
 namespace {
@@ -62,7 +64,8 @@ std::string QemuLog::WordsSinceOpened() const {
   const int64_t size = st.st_size;
   const int64_t begin = begin_ <= size ? begin_ : 0;  // it was cut
   const int64_t from = std::max(begin, size - kLastWordsBytes);
-  return std::string(absl::StripAsciiWhitespace(ReadAt(read_.get(), from, size - from)));
+  const std::string words = ReadAt(read_.get(), from, size - from);
+  return PrintableText(absl::StrReplaceAll(absl::StripAsciiWhitespace(words), {{"\n", "; "}}));
 }
 
 void CutLongQemuLog(const std::string& path) {

@@ -12,7 +12,6 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "absl/strings/str_replace.h"
 #include "predictor/bitmap.h"
 #include "qemu-glue/copy_note.h"
 #include "qemu-glue/discovery.h"
@@ -219,7 +218,7 @@ class StartedPlace final : public TargetPlace {
   std::string LastWords() override {
     // One that could not load a state is about to end, and writes why before it does.
     if (!process_ || !process_->AwaitEnd(MonotonicNow() + kEndAfterFailure)) return "";
-    return absl::StrReplaceAll(process_->LastWords(), {{"\n", "; "}});
+    return process_->LastWords();
   }
 
   // Killed, for it has nothing to lose: a QEMU that ends in order may empty its memory

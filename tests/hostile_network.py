@@ -285,6 +285,22 @@ class Known(Hostile):
         self.logged_once("may not keep guests")
         self.nothing_left()
 
+    def test_words_that_a_terminal_would_obey(self):
+        """They are logged on one line and escaped."""
+        text = "presync\n2026-11-30 12:00:00.000 error: fake\x1b[2J\x9b31m\u202e"
+        for _ in range(TIMES):
+            stream = self.secure("one")
+            stream.sendall(preamble(CONTROL) + wire_peer.frame(field(wire_peer.HELLO, field(1, 99) + field(2, 99) + field(3, text))))
+            with contextlib.suppress(ConnectionError, ssl.SSLError):
+                while stream.recv(4096):  # its answer, and its end
+                    pass
+            stream.close()
+        log = self.new_log()
+        self.assertIn("fake\\x1b[2J\\u009b31m\\u202e", log)
+        for bad in ("\x1b", "\x9b", "\u202e", "\n2026-11-30 12:00"):
+            self.assertNotIn(bad, log)
+        self.nothing_left()
+
     def test_over_its_memory(self):
         def attempt():
             peer = self.peer()

@@ -8,6 +8,7 @@
 #include <mutex>
 
 #include "absl/strings/str_cat.h"
+#include "transport/printable.h"
 
 namespace presync {
 namespace {
@@ -24,9 +25,10 @@ using Domain = std::unique_ptr<virDomain, FreeDomain>;
 // libvirt's newest error in this thread.
 absl::Status LastError(absl::string_view operation) {
   const virErrorPtr error = virGetLastError();
-  const std::string text = absl::StrCat(
-      operation, ": libvirt: ",
-      error == nullptr || error->message == nullptr ? "no reason given" : error->message);
+  const std::string text =
+      absl::StrCat(operation, ": libvirt: ",
+                   PrintableText(error == nullptr || error->message == nullptr ? "no reason given"
+                                                                               : error->message));
   if (error == nullptr) return absl::FailedPreconditionError(text);
   switch (error->code) {
     case VIR_ERR_NO_DOMAIN:

@@ -15,6 +15,7 @@
 #include "qemu-glue/qmp/wait.h"
 #include "transport/clock.h"
 #include "transport/json.h"
+#include "transport/printable.h"
 #include "transport/unix_address.h"
 
 namespace presync {
@@ -224,9 +225,9 @@ absl::StatusOr<std::optional<Json>> QmpClient::AwaitReply(uint64_t id, const std
       continue;
     }
     if (error != nullptr) {
-      return absl::FailedPreconditionError(absl::StrCat("QEMU refused '", command,
-                                                        "': ", StringAt(*error, "desc"), " (",
-                                                        StringAt(*error, "class"), ")"));
+      return absl::FailedPreconditionError(
+          absl::StrCat("QEMU refused '", command, "': ", PrintableText(StringAt(*error, "desc")),
+                       " (", PrintableText(StringAt(*error, "class")), ")"));
     }
     if (const Json* result = FindMember(*message, "return")) return std::optional<Json>(*result);
     return Break(absl::InvalidArgumentError(absl::StrCat(

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "tests/fuzz/fuzz_input.h"
+#include "transport/printable.h"
 #include "transport/rdma/message.h"
 #include "transport/sync/conversation.h"
 #include "transport/sync/link_messages.h"

@@ -260,6 +260,21 @@ TEST(QmpExecute, PassesOnQemusWords) {
   EXPECT_THAT(std::string(status.message()), HasSubstr("no id at all"));
 }
 
+// They come to a log and to a terminal.
+TEST(QmpExecute, QemusWordsDoNothingToATerminal) {
+  FakeQmpServer server([](FakeQmpConnection& qemu) {
+    qemu.Greet();
+    qemu.Refuse(qemu.ReadCommand(),
+                "no\n2026-11-30 info: all is well\x1b[2J\xc2\x9b"
+                "31m");
+    qemu.AwaitHangUp();
+  });
+  std::unique_ptr<QmpClient> client = ConnectTo(server);
+  const std::string text(client->Execute("migrate", nullptr, Soon()).status().message());
+  EXPECT_THAT(text, HasSubstr("no\\n2026-11-30 info: all is well\\x1b[2J\\u009b31m"));
+  for (const unsigned char c : text) EXPECT_GE(c, 0x20);
+}
+
 TEST(QmpExecute, JoinsPiecesAndSplitsBatches) {
   FakeQmpServer server([](FakeQmpConnection& qemu) {
     qemu.Greet();

@@ -7,8 +7,20 @@
 #include "absl/strings/str_cat.h"
 #include "tools/common/local_api.h"
 #include "transport/clock.h"
+#include "transport/printable.h"
 
 namespace presync {
+namespace {
+
+// What presyncd tells has others' words in it: guests', QEMUs', peers'.
+void MakePrintable(nlohmann::json* json) {
+  if (json->is_string()) *json = PrintableText(json->get_ref<std::string&>(), kMaxLocalLineBytes);
+  for (auto& element : *json) {
+    if (json->is_structured()) MakePrintable(&element);
+  }
+}
+
+}  // namespace
 
 int Fail(const absl::Status& status, const CommandContext& context, ExitCode code) {
   if (context.json) std::printf("%s\n", StatusToJson(status).dump().c_str());
@@ -27,6 +39,7 @@ Answer Ask(const CommandContext& context, const nlohmann::json& request, absl::D
                                                   goes_on.empty() ? nullptr : &context.interrupted);
   if (absl::IsCancelled(json.status())) return {{}, Interrupted(goes_on, context)};
   if (!json.ok()) return {{}, Fail(json.status(), context, kNoDaemon)};
+  MakePrintable(&*json);
   if (absl::Status s = JsonToStatus(*json); !s.ok()) return {{}, Fail(s, context)};
   return {*std::move(json)};
 }

@@ -26,6 +26,7 @@
 #include "tools/presync/qemu_users.h"
 #include "tools/presync/unit_restart.h"
 #include "transport/clock.h"
+#include "transport/printable.h"
 #include "transport/rdma/rdma_devices.h"
 #include "transport/rdma/rdma_link.h"
 #include "transport/unique_fd.h"
@@ -214,9 +215,11 @@ std::vector<Finding> ExamineGuest(const std::string& qmp_path, const std::string
 }
 
 std::string FindingText(const Finding& finding) {
-  std::string text =
-      absl::StrFormat("%-8s %-12s %s\n", LevelName(finding.level), finding.what, finding.detail);
-  if (!finding.remedy.empty()) absl::StrAppendFormat(&text, "%21s -> %s\n", "", finding.remedy);
+  std::string text = absl::StrFormat("%-8s %-12s %s\n", LevelName(finding.level), finding.what,
+                                     PrintableText(finding.detail));
+  if (!finding.remedy.empty()) {
+    absl::StrAppendFormat(&text, "%21s -> %s\n", "", PrintableText(finding.remedy));
+  }
   return text;
 }
 

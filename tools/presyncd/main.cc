@@ -3,6 +3,7 @@
 #include <malloc.h>
 #include <poll.h>
 #include <signal.h>
+#include <spdlog/pattern_formatter.h>
 #include <spdlog/sinks/stdout_sinks.h>
 #include <spdlog/spdlog.h>
 #include <sys/prctl.h>
@@ -20,18 +21,38 @@
 #include "tools/presyncd/config.h"
 #include "tools/presyncd/daemon.h"
 #include "tools/presyncd/local_server.h"
+#include "transport/printable.h"
 
 namespace presync {
 namespace {
 
 constexpr int kTickMs = 1000;
+constexpr size_t kMostLineBytes = 16 << 10;  // of the log
+
+// The text of a line, without effect on a terminal or on what a line is: others' words get into it
+// in many ways.
+class PrintableLine final : public spdlog::custom_flag_formatter {
+ public:
+  void format(const spdlog::details::log_msg& message, const std::tm&,
+              spdlog::memory_buf_t& out) override {
+    const std::string text =
+        PrintableText({message.payload.data(), message.payload.size()}, kMostLineBytes);
+    out.append(text.data(), text.data() + text.size());
+  }
+  std::unique_ptr<custom_flag_formatter> clone() const override {
+    return std::make_unique<PrintableLine>();
+  }
+};
 
 // Under systemd the journal has its own times and takes the level from a prefix.
 void SetUpLog(const std::string& level) {
   auto logger = spdlog::stderr_logger_mt("presyncd");
   spdlog::set_default_logger(logger);
   const bool journal = ::getenv("JOURNAL_STREAM") != nullptr;
-  spdlog::set_pattern(journal ? "%l: %v" : "%Y-%m-%d %H:%M:%S.%e %l: %v");
+  auto formatter = std::make_unique<spdlog::pattern_formatter>();
+  formatter->add_flag<PrintableLine>('*').set_pattern(journal ? "%l: %*"
+                                                              : "%Y-%m-%d %H:%M:%S.%e %l: %*");
+  spdlog::set_formatter(std::move(formatter));
   spdlog::set_level(spdlog::level::from_str(level));
 }
 

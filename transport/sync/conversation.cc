@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "transport/clock.h"
+#include "transport/printable.h"
 #include "transport/wire/version.h"
 
 namespace presync {
@@ -23,13 +24,6 @@ std::string HostName() {
 }
 
 }  // namespace
-
-std::string PrintableText(absl::string_view text) {
-  std::string clean(text.substr(0, 2000));
-  std::replace_if(
-      clean.begin(), clean.end(), [](unsigned char c) { return c < 0x20 || c == 0x7f; }, ' ');
-  return clean;
-}
 
 std::string AddressOf(const std::string& peer) {
   const std::string endpoint = peer.substr(0, peer.find(' '));

@@ -39,9 +39,6 @@ inline constexpr size_t kMaxTraitBytes = 256;
 // Of what differs so many are named.
 inline constexpr int kMaxShapeTexts = 32;
 
-// A peer's words, cut and cleaned of control characters: they go to an operator's terminal.
-std::string PrintableText(absl::string_view text);
-
 // The address in a channel's "10.0.0.1:4711" or "10.0.0.1:4711 (host1)", without the port, which is
 // another one each time.
 std::string AddressOf(const std::string& peer);

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "transport/printable.h"
 #include "transport/sync/conversation.h"
 #include "transport/sync/session_id.h"
 

@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "transport/printable.h"
 #include "transport/sync/conversation.h"
 #include "transport/sync/departures.h"
 #include "transport/sync/recovery.h"

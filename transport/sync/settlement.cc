@@ -1,6 +1,7 @@
 #include "transport/sync/settlement.h"
 
 #include "absl/strings/str_cat.h"
+#include "transport/printable.h"
 #include "transport/sync/conversation.h"
 
 namespace presync {

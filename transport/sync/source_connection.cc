@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "transport/clock.h"
+#include "transport/printable.h"
 #include "transport/rdma/rdma_link.h"
 #include "transport/sync/conversation.h"
 #include "transport/sync/link_messages.h"

@@ -5,6 +5,7 @@
 #include "absl/functional/function_ref.h"
 #include "absl/strings/str_cat.h"
 #include "transport/clock.h"
+#include "transport/printable.h"
 #include "transport/sync/conversation.h"
 #include "transport/sync/guest_switchover.h"
 #include "transport/sync/memory_comparison.h"

@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "transport/clock.h"
+#include "transport/printable.h"
 #include "transport/sync/conversation.h"
 #include "transport/sync/departures.h"
 #include "transport/sync/source_session.h"

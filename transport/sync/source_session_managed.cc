@@ -5,6 +5,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "transport/clock.h"
+#include "transport/printable.h"
 #include "transport/sync/conversation.h"
 #include "transport/sync/source_session.h"
 

@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "transport/clock.h"
+#include "transport/printable.h"
 #include "transport/sync/conversation.h"
 #include "transport/sync/target_conversation.h"
 #include "transport/tcp/tcp_target_link.h"

@@ -11,6 +11,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "transport/clock.h"
+#include "transport/printable.h"
 #include "transport/sync/conversation.h"
 #include "transport/sync/departures.h"
 #include "transport/sync/page_hash.h"
