@@ -4,11 +4,15 @@
 #include <gtest/gtest.h>
 
 #include <string>
+#include <vector>
 
 namespace presync {
 namespace {
 
+using ::testing::AllOf;
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
+using ::testing::Not;
 
 std::string ErrorOf(const char* text) {
   return std::string(ParseConfig(text, "presyncd.toml").status().message());
@@ -114,6 +118,23 @@ TEST(Config, RefusesPathsThatDependOnWhereItIsStarted) {
     EXPECT_THAT(ErrorOf((key + " = 'here'").c_str()),
                 HasSubstr("presyncd.toml: " + key + ": 'here' must be an absolute path"));
   }
+}
+
+std::vector<std::string> NotesOf(const std::string& text) {
+  const absl::StatusOr<Config> config = ParseConfig(text, "presyncd.toml");
+  return config.ok() ? ConfigNotes(*config) : std::vector<std::string>{"bad"};
+}
+
+TEST(Config, SaysWhatIsInOrderAndMayNotBeMeant) {
+  const std::string tls = "certificate = 'c'\nkey = 'k'\nca = 'a'\n";
+  EXPECT_THAT(NotesOf(""), ElementsAre(HasSubstr("no certificates")));
+  EXPECT_THAT(NotesOf("trust_this_host = true"), ElementsAre(HasSubstr("any user of this host")));
+  EXPECT_THAT(NotesOf("insecure = true"), ElementsAre(HasSubstr("anybody")));
+  EXPECT_THAT(NotesOf(tls + "[peer.a]\nguests = ['web-*']"), ElementsAre());
+  EXPECT_THAT(NotesOf(tls + "[peer.a]\nguests = ['web-*']\n[peer.b]\nmax_guests = 3"),
+              ElementsAre(AllOf(HasSubstr("b may push every guest"), Not(HasSubstr("domain")))));
+  EXPECT_THAT(NotesOf(tls + "[libvirt]\n[peer.b]"), ElementsAre(HasSubstr("every domain")));
+  EXPECT_THAT(ErrorOf((tls + "trust_this_host = true").c_str()), HasSubstr("contradict"));
 }
 
 std::string ErrorOfCommand(const std::string& arguments) {

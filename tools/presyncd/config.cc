@@ -353,6 +353,13 @@ std::vector<std::string> ConfigNotes(const Config& config) {
         "no certificates: no guest can come or go until certificate, key and ca are set "
         "(docs/security.md)");
   }
+  for (const auto& [name, rules] : config.peers) {
+    if (!rules.guests.empty()) continue;
+    notes.push_back(absl::StrCat("[peer.\"", name, "\"] names no guests, so ", name,
+                                 " may push every guest that is configured here",
+                                 config.libvirt.enabled ? ", and every domain of libvirt's" : "",
+                                 "; to name them: guests = [\"web-*\"]"));
+  }
   return notes;
 }
 
