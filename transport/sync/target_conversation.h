@@ -27,7 +27,9 @@ namespace presync {
 class TargetConversation {
  public:
   TargetConversation(TargetService* service, ControlChannel* channel)
-      : service_(service), channel_(channel) {}
+      : service_(service),
+        channel_(channel),
+        staged_share_(service->state_budget(), channel->peer_name()) {}
 
   void Run();
 
@@ -38,6 +40,7 @@ class TargetConversation {
   absl::Status OpenTcpLink(uint32_t streams, wire::ControlMessage opened);
   absl::StatusOr<wire::SessionOpened::Content> PreparePlace(const wire::OpenSession& open);
   absl::Status LookAtCopy();
+  absl::Status CheckRecords(const SessionId& session);
   absl::Status ReserveRecord();
   void OnLinkUp();
   absl::Status Serve();
@@ -71,6 +74,7 @@ class TargetConversation {
   std::optional<HandoverRecord> record_;
   UniqueFd state_stream_;
   std::string staged_;
+  StateBudget::Share staged_share_;
   uint64_t state_bytes_ = 0;
   std::thread hasher_;
   bool loading_ =

@@ -41,6 +41,7 @@ TargetService::TargetService(UniqueFd listener, TargetHost* host, TargetServiceO
       host_(host),
       options_(std::move(options)),
       refusals_([this](const std::string& line) { Log(true, line); }),
+      state_budget_(options_.state),
       newcomers_(options_.newcomers) {}
 
 TargetService::~TargetService() {

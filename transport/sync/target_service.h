@@ -26,6 +26,7 @@
 #include "transport/sync/peer_rules.h"
 #include "transport/sync/refusal_log.h"
 #include "transport/sync/session_id.h"
+#include "transport/sync/state_budget.h"
 #include "transport/sync/target_host.h"
 #include "transport/tcp/byte_stream.h"
 #include "transport/wire/control_channel.h"
@@ -49,7 +50,11 @@ struct TargetServiceOptions {
   PeerRules everyone = {.max_guests = 64};  // for all peers together
   bool require_encryption = false;          // refuses RDMA, whose data is not encrypted
   uint32_t max_connections = 256;  // at a time: conversations, and connections that are new
-  NewcomerLimits newcomers;        // of those that did not yet say who they are and what for
+  StateLimits state;
+  // Handovers of one peer's guests of which records are kept here, each for a week: a session that
+  // could add one more is refused.
+  uint32_t max_records_of_a_peer = 1024;
+  NewcomerLimits newcomers;  // of those that did not yet say who they are and what for
   absl::Duration preamble_timeout = absl::Seconds(5);
   absl::Duration idle_timeout = absl::Seconds(15);  // a source pings every second
   absl::Duration keep_lost_session = absl::Minutes(10);
@@ -129,6 +134,7 @@ class TargetService {
   // ------------------------------------------------------
   const TargetServiceOptions& options() const { return options_; }
   TargetHost* host() { return host_; }
+  StateBudget* state_budget() { return &state_budget_; }
   void Log(bool problem, const std::string& line) const { options_.log(problem, line); }
   // `channel`'s peer is not served, because of `why`. Said once, however often it comes again.
   void LogRefusal(const ControlChannel& channel, const absl::Status& why);
@@ -144,10 +150,11 @@ class TargetService {
   // The slot of `session`, made if need be, marked busy. If another conversation of the same
   // session holds it, that one is ended first (its source has come back before we noticed). A lost
   // slot of an earlier session of the same guest, from the same source, is taken over with its
-  // memory, an older copy; from another source it is ended.
-  // ALREADY_EXISTS: another session mirrors the same guest. PERMISSION_DENIED: it is another peer's
-  // session, or a guest that may not come from this one. RESOURCE_EXHAUSTED: as many guests, or as
-  // much memory, as its rules or everyone's allow are here.
+  // memory, an older copy. One of a source that had no certificate is ended for another source;
+  // that of a peer with one is its own until it is given up. ALREADY_EXISTS: another session
+  // mirrors the same guest, or its memory is kept for another peer. PERMISSION_DENIED: it is
+  // another peer's session, or a guest that may not come from this one. RESOURCE_EXHAUSTED: as many
+  // guests, or as much memory, as its rules or everyone's allow are here.
   absl::StatusOr<TargetSlot*> AcquireSlot(const SessionId& session, const std::string& guest,
                                           uint64_t memory_bytes, ControlChannel* channel)
       ABSL_LOCKS_EXCLUDED(mutex_);
@@ -219,6 +226,7 @@ class TargetService {
   TargetHost* const host_;
   const TargetServiceOptions options_;
   RefusalLog refusals_;
+  StateBudget state_budget_;
   std::atomic<bool> ending_ = false;
 
   mutable Mutex mutex_;

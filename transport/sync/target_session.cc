@@ -137,6 +137,7 @@ absl::Status TargetConversation::Open(const wire::OpenSession& open) {
   if (absl::Status s = CheckRequest(open); !s.ok()) return s;
   const absl::StatusOr<SessionId> id = IdFromBytes(open.session_id());
   if (!id.ok()) return id.status();
+  if (absl::Status s = CheckRecords(*id); !s.ok()) return s;
   uint64_t bytes = 0;
   for (const wire::RegionSpec& region : open.regions()) bytes += region.size_bytes();
   absl::StatusOr<TargetSlot*> slot = service_->AcquireSlot(*id, open.guest(), bytes, channel_);
@@ -308,6 +309,26 @@ absl::Status TargetConversation::LookAtCopy() {
     return absl::UnavailableError("the QEMU that waited has ended by itself: its copy is proven");
   }
   return absl::OkStatus();
+}
+
+// A record is needed until its source can't ask any more, so none goes to make room for another.
+absl::Status TargetConversation::CheckRecords(const SessionId& session) {
+  const std::string peer = channel_->peer_name();
+  const std::vector<TargetStatus> here = service_->status();
+  const bool goes_on = std::any_of(here.begin(), here.end(), [&](const TargetStatus& status) {
+    return status.session == IdToHex(session);
+  });
+  std::vector<std::string> unreadable;
+  const std::vector<HandoverEntry> entries =
+      HandoverRecord::ReadAll(service_->options().record_folder, &unreadable);
+  const auto kept = std::count_if(entries.begin(), entries.end(), [&](const HandoverEntry& entry) {
+    return entry.role == HandoverRole::kTarget && entry.peer_name == peer;
+  });
+  if (goes_on || kept < service_->options().max_records_of_a_peer) return absl::OkStatus();
+  return absl::ResourceExhaustedError(
+      absl::StrCat(kept,
+                   " handovers from this peer are on record here, which is as many as may "
+                   "be; each is kept for a week after it is settled, so this has to wait"));
 }
 
 // Ahead of any handover, which has to write it while it is timed.

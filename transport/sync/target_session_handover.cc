@@ -22,8 +22,6 @@ namespace {
 
 using Body = wire::ControlMessage;
 
-// Device state that is staged: QEMU's is some hundred KB, with video RAM some tens of MB.
-constexpr uint64_t kMaxStateBytes = uint64_t{1} << 30;
 constexpr size_t kMaxHashReplyBytes = 512 << 10;
 
 // Writes all of `bytes` to a pipe or socket whose reader is a loading guest.
@@ -90,9 +88,7 @@ absl::Status TargetConversation::TakeState(const wire::StateChunk& chunk) {
   }
   state_bytes_ += chunk.data().size();
   if (chunk.staged() || !staged_.empty()) {
-    if (staged_.size() + chunk.data().size() > kMaxStateBytes) {
-      return absl::InvalidArgumentError("the device state is too long");
-    }
+    if (absl::Status s = staged_share_.Take(chunk.data().size()); !s.ok()) return s;
     staged_ += chunk.data();
     return absl::OkStatus();
   }
@@ -153,6 +149,8 @@ absl::Status TargetConversation::Load(const wire::Load& load) {
   if (absl::Status s = WriteAll(state_stream_.get(), staged_, deadline); !s.ok()) {
     return WithLastWords(std::move(s));
   }
+  std::string().swap(staged_);
+  staged_share_.GiveBack();
   state_stream_.reset();
   if (absl::Status s = guest_->AwaitLoaded(deadline); !s.ok()) {
     // The source goes on as soon as it hears of it: what ran here must have ended by then.

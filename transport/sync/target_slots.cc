@@ -20,6 +20,22 @@ bool IsSameSource(const TargetSlot& slot, const ControlChannel& channel) {
   return !name.empty() || AddressOf(slot.peer) == AddressOf(channel.peer());
 }
 
+// Who has it is said to whom it belongs, and to nobody else.
+absl::Status Occupied(const TargetSlot& slot, const std::string& asks, absl::Duration kept) {
+  const std::string whose = slot.peer_name == asks ? slot.peer : "another peer";
+  const std::string stop = absl::StrCat("(presync stop ", slot.guest, ", on its source)");
+  if (slot.busy) {
+    return absl::AlreadyExistsError(absl::StrCat("guest ", slot.guest,
+                                                 " is already being mirrored here, from ", whose,
+                                                 "; stop that sync first ", stop));
+  }
+  return absl::AlreadyExistsError(absl::StrCat(
+      "the memory of guest ", slot.guest, " is kept here for ", whose,
+      ", which may come back, until ",
+      absl::FormatTime("%H:%M:%S", ToWallTime(slot.lost_at + kept), absl::LocalTimeZone()),
+      "; then it may come from elsewhere, or once that sync was stopped ", stop));
+}
+
 }  // namespace
 
 // A guest that was told to run has written the memory, whatever a note says.
@@ -101,15 +117,13 @@ absl::StatusOr<TargetSlot*> TargetService::AcquireSlot(const SessionId& session,
     if (IsSameSource(*it, *channel)) {
       it->session = session;
       it->older_copy = true;
-    } else {
+    } else if (it->peer_name.empty()) {  // without a certificate nobody has a name
       replaced.splice(replaced.end(), slots_, it);
       it = slots_.end();
     }
   }
   if (it != slots_.end() && (it->busy || it->session != session)) {
-    return absl::AlreadyExistsError(
-        absl::StrCat("guest ", guest, " is already being mirrored here, from ", it->peer,
-                     "; stop that sync first (presync stop ", guest, ", on its source)"));
+    return Occupied(*it, peer_name, options_.keep_lost_session);
   }
   TargetSlot& slot = it != slots_.end() ? *it : slots_.emplace_back();
   slot.session = session;

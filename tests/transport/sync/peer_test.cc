@@ -16,7 +16,9 @@
 namespace presync {
 namespace {
 
+using ::testing::AllOf;
 using ::testing::HasSubstr;
+using ::testing::Not;
 using Body = wire::ControlMessage;
 
 class PeerTest : public SessionTest {
@@ -39,6 +41,20 @@ class PeerTest : public SessionTest {
   void Restart() {
     service_.reset();
     StartTarget();
+  }
+
+  void StartSync() {
+    SourceSessionOptions options = source_options_;
+    options.guest = "g1";
+    options.guest_address = "model";
+    options.record_folder = source_folder_.path();
+    options.sync.scan_interval = absl::Milliseconds(10);
+    options.sync.max_launch_time = options.sync.fixed_cost;
+    auto session = SourceSession::Start(
+        options, std::make_unique<TcpDialer>("127.0.0.1", port_, Secure("one")), CopyMemory(),
+        source_.MakeLog(), std::make_unique<ModelSourceGuest>(&world_, &source_, "", -1));
+    ASSERT_TRUE(session.ok()) << session.status();
+    session_ = *std::move(session);
   }
 
   static PeerSecurity Secure(const std::string& host) {
@@ -172,6 +188,50 @@ TEST_F(PeerTest, WhoMayNotReplacesNoLostSessionEither) {
   EXPECT_EQ(service_->status()[0].session, IdToHex(session));
 }
 
+// Nor somebody who may: the copy is kept for its own source to come back, and whose it is is not
+// said.
+TEST_F(PeerTest, AnotherPeersLostCopyIsItsOwn) {
+  const SessionId session = RandomId();
+  {
+    ASSERT_TRUE(Open("one", session).ok());
+    const absl::Status busy = Open("elsewhere", RandomId()).status();
+    EXPECT_EQ(busy.code(), absl::StatusCode::kAlreadyExists) << busy;
+    EXPECT_THAT(busy.ToString(), HasSubstr("another peer"));
+    EXPECT_THAT(busy.ToString(), Not(HasSubstr("one)")));
+  }
+  ASSERT_TRUE(Await([&] { return service_->status()[0].state == "lost"; }));
+  const absl::Status lost = Open("elsewhere", RandomId()).status();
+  EXPECT_EQ(lost.code(), absl::StatusCode::kAlreadyExists) << lost;
+  EXPECT_THAT(lost.ToString(), AllOf(HasSubstr("another peer"), HasSubstr("until")));
+  ASSERT_EQ(service_->status().size(), 1u);
+  EXPECT_EQ(service_->status()[0].session, IdToHex(session));
+  EXPECT_TRUE(Open("one", RandomId()).ok()) << "its own";
+}
+
+TEST_F(PeerTest, APeerWithTooManyRecordsOpensNoNewSession) {
+  target_options_.max_records_of_a_peer = 2;
+  Restart();
+  HandoverEntry entry = {.role = HandoverRole::kTarget,
+                         .phase = HandoverPhase::kNeverRan,
+                         .guest = "g9",
+                         .session = RandomId(),
+                         .peer_name = "one"};
+  ASSERT_TRUE(HandoverRecord::Open(target_folder_.path(), entry).ok());
+  const SessionId session = RandomId();
+  { ASSERT_TRUE(Open("one", session).ok()); }
+  ASSERT_TRUE(Await([&] { return service_->status()[0].state == "lost"; }));
+  entry.session = RandomId();
+  ASSERT_TRUE(HandoverRecord::Open(target_folder_.path(), entry).ok());
+  const absl::Status status = Open("one", RandomId(), "g2").status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << status;
+  EXPECT_THAT(status.ToString(), HasSubstr("on record"));
+  EXPECT_TRUE(Open("one", session).ok()) << "what was begun goes on";
+  const absl::Status other = Open("elsewhere", RandomId(), "g2").status();
+  EXPECT_EQ(other.code(), absl::StatusCode::kNotFound)
+      << "not for its records, of which it has none";
+  EXPECT_TRUE(HandoverRecord::Read(target_folder_.path(), entry).ok()) << "none was dropped";
+}
+
 TEST_F(PeerTest, AllPeersTogetherTakeNoMoreThanEveryoneMay) {
   target_options_.everyone = {.max_guests = 1};
   Restart();
@@ -270,18 +330,19 @@ TEST_F(PeerTest, WhoSaysNothingIsCountedAndDropped) {
   EXPECT_EQ(LogLines("did not say what it is for"), 1);
 }
 
+TEST_F(PeerTest, DeviceStateBeyondTheBudgetIsRefusedAndTheGuestGoesOn) {
+  target_options_.state.a_peer_bytes = 1;
+  Restart();
+  StartSync();
+  const absl::StatusOr<HandoverReport> report = Launch();
+  EXPECT_FALSE(report.ok());
+  EXPECT_THAT(report.status().ToString(), HasSubstr("device state"));
+  EXPECT_TRUE(Await([&] { return world_.source_running(); }));
+  EXPECT_FALSE(world_.target_running());
+}
+
 TEST_F(PeerTest, AWholeMoveWithinTls) {
-  SourceSessionOptions options = source_options_;
-  options.guest = "g1";
-  options.guest_address = "model";
-  options.record_folder = source_folder_.path();
-  options.sync.scan_interval = absl::Milliseconds(10);
-  options.sync.max_launch_time = options.sync.fixed_cost;
-  auto session = SourceSession::Start(
-      options, std::make_unique<TcpDialer>("127.0.0.1", port_, Secure("one")), CopyMemory(),
-      source_.MakeLog(), std::make_unique<ModelSourceGuest>(&world_, &source_, "", -1));
-  ASSERT_TRUE(session.ok()) << session.status();
-  session_ = *std::move(session);
+  StartSync();
   StartWriting();
   const absl::StatusOr<HandoverReport> report = Launch();
   StopWriting();
