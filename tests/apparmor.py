@@ -26,7 +26,7 @@ from lab import hosts as lab_hosts  # noqa: E402  (after the path is set)
 BUILD = pathlib.Path(os.environ.get("PRESYNC_BUILD", ROOT / "build" / "release")).resolve()
 CACHE = pathlib.Path(os.environ.get("PRESYNC_CACHE", pathlib.Path.home() / ".cache" / "presync")) / "apparmor"
 UUID = "3c0c9a4e-8a4e-4a36-9d0c-6d1f1d7a5b11"
-SOCKETS = f"/run/presync/libvirt/{UUID}"
+SOCKETS = f"/run/presync/libvirt/libvirt-{UUID}"
 MEMORY = "/dev/shm/libvirt"
 LAPS_AT = 2 << 20  # where the guest counts (bare_guest.S)
 # Debian's packages that bring AppArmor's rules. Unpacked in the machines only: this host stays as it is.
@@ -195,6 +195,38 @@ def installed(folder):
     return root
 
 
+# Another guest of the same host, which somebody has taken over.
+OTHER_UUID = "3c0c9a4e-8a4e-4a36-9d0c-6d1f1d7a5b12"
+OTHER = DOMAIN.replace(UUID, OTHER_UUID).replace("<name>bare</name>", "<name>other</name>")
+# What its QEMU can do: of the same user, under the other domain's profile. Says what it could open or connect to.
+TRY = """
+import os, socket, sys
+os.setgroups([]), os.setgid(64055), os.setuid(64055)
+with open("/proc/self/attr/current", "w") as profile:
+    profile.write("changeprofile libvirt-" + sys.argv[1])
+for path in sys.argv[2:]:
+    try:
+        os.chmod(path, 0o666)
+        print("mode changed", path)
+        if sys.argv[1] not in path:
+            os.unlink(path)
+            print("removed", path)
+    except OSError:
+        pass
+    try:
+        if path.endswith((".glue", ".qmp")):
+            stream = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET if path.endswith(".glue") else socket.SOCK_STREAM)
+            stream.settimeout(30)
+            stream.connect(path)
+            print("reached" if stream.recv(256) else "not greeted", path)
+        else:
+            open(path, "rb").close()
+            print("reached", path)
+    except OSError as error:
+        print(error.strerror, path)
+"""
+
+
 class ConfinedTest(unittest.TestCase):
     def setUp(self):
         if shutil.which("libvirtd") is None:
@@ -230,6 +262,20 @@ class ConfinedTest(unittest.TestCase):
             self.assertLess(time.monotonic(), deadline, "the guest does not run")
         self.assertEqual(here.run("pgrep -c qemu-system || true"), "0")
 
+    def taken_over(self, host):
+        """From within `other`: its own monitor can be reached; that of `bare`, its plug-in and its memory can't, nor be changed."""
+        host.run(f"cat >/tmp/other.xml <<'END'\n{OTHER}END\nvirsh -q define /tmp/other.xml && presync libvirt xml other --apply && virsh -q start other")
+        own = [f"/run/presync/libvirt/libvirt-{OTHER_UUID}.{kind}" for kind in ("qmp", "glue")]
+        others = [f"{SOCKETS}.qmp", f"{SOCKETS}.glue", *host.run(f"ls -d {MEMORY}/libvirt/qemu/*-bare/*").split()]
+        self.assertEqual(len(others), 3, others)
+        said = host.run(f"cat >/tmp/try.py <<'END'\n{TRY}END\npython3 /tmp/try.py {OTHER_UUID} {shlex.join(own + others)}").splitlines()
+        self.say("\n    ".join(["as the other guest's QEMU:", *said]))
+        for words in ("mode changed", "reached"):
+            self.assertIn(f"{words} {own[0]}", said)
+        refused = [f"{'not greeted' if path.endswith('.glue') else 'Permission denied'} {path}" for path in others]
+        self.assertEqual([line for line in said if line.split()[-1] in others], refused)
+        host.run("virsh -q destroy other")
+
     def test_to_and_fro(self):
         one, other = self.hosts
         one.run(SERVICES)
@@ -248,6 +294,8 @@ class ConfinedTest(unittest.TestCase):
             self.assertRegex(host.try_run("presync doctor")[1], r"AppArmor.*is included")
         one.run("virsh -q start bare")
         self.confined(one)
+        self.taken_over(one)
+        refused[one] = len(one.denied())
         for _ in range(2):
             self.move(one, other)
             self.move(other, one)

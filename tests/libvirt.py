@@ -83,7 +83,7 @@ class Lab:
 
     def virsh_arguments(self, *more, uri=None, how=("--live", "--p2p")):
         """Of a `virsh migrate` that an operator types."""
-        stream = f"unix:///run/presync/libvirt/{libvirt.UUID}.stream" if uri is None else uri
+        stream = f"unix:///run/presync/libvirt/libvirt-{libvirt.UUID}.stream" if uri is None else uri
         return ["migrate", *how, "--unsafe", "--persistent", "--undefinesource", NAME,
                 self.two.peer_uri(self.there), "--migrateuri", stream, *more]
 

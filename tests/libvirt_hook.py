@@ -17,6 +17,7 @@ RACES = int(os.environ.get("PRESYNC_HOOK_RACES", "200"))
 HOOK = pathlib.Path(__file__).resolve().parent.parent / "tools" / "libvirt" / "presync-hook"
 KNOWN = "6d1e3a52-7c0b-4f55-9b0a-0a5e5f1c2d3e"
 OTHER = "11111111-2222-3333-4444-555555555555"
+QEMU_USER = 64055  # any that is not root
 
 
 class HookTest(unittest.TestCase):
@@ -87,6 +88,26 @@ class HookTest(unittest.TestCase):
         self.assertEqual(self.call("start").returncode, 0, "libvirt brings it")
         self.assertEqual(self.call("start").returncode, 1, "it does not")
 
+    @unittest.skipUnless(os.geteuid() == 0, "only root can be several users")
+    def test_a_monitor_is_closed_to_others_of_its_user(self):
+        """By the rights of its owner: a link in its place changes nothing of root's."""
+        self.folder.chmod(0o755)
+        monitor = self.folder / f"libvirt-{KNOWN}.qmp"
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(monitor))
+            os.chown(monitor, QEMU_USER, QEMU_USER)
+            self.assertEqual(self.call("started").returncode, 0)
+            self.assertEqual(monitor.stat().st_mode & 0o777, 0)
+            secret = self.folder / "secret"
+            with socket.socket(socket.AF_UNIX) as other:
+                other.bind(str(secret))
+                before = secret.stat().st_mode
+                monitor.unlink()
+                monitor.symlink_to(secret)
+                os.chown(monitor, QEMU_USER, QEMU_USER, follow_symlinks=False)
+                self.assertEqual(self.call("started").returncode, 0)
+                self.assertEqual(secret.stat().st_mode, before)
+
     def test_a_mirrored_guest_is_asked_about_with_its_xml(self):
         self.mirror(KNOWN)
         for operation, sub in (("migrate", "begin"), ("start", "begin"), ("started", "begin"), ("stopped", "end"), ("release", "end")):
@@ -127,7 +148,6 @@ class HookTest(unittest.TestCase):
         self.assertTrue(self.calls.exists())
 
 
-QEMU_USER = 64055  # any that is not root
 # As that user: puts a symbolic link to `secret` wherever `to` appears, for as long as it is let.
 SWAPPER = """
 import ctypes, os, sys

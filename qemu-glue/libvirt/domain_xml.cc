@@ -14,6 +14,10 @@ namespace {
 constexpr char kNamespace[] = "http://libvirt.org/schemas/domain/qemu/1.0";
 constexpr char kMonitorId[] = "presync";
 
+DomainSockets Sockets(const std::string& base) {
+  return {.qmp = base + ".qmp", .glue = base + ".glue", .stream = base + ".stream"};
+}
+
 // QEMU's arguments, as pairs of an option and its value.
 using Arguments = std::vector<std::pair<std::string, std::string>>;
 
@@ -116,8 +120,19 @@ void RemoveOurs(pugi::xml_node command_line) {
 }  // namespace
 
 DomainSockets SocketsOf(const std::string& folder, const std::string& uuid) {
-  const std::string base = absl::StrCat(folder, "/", uuid);
-  return {.qmp = base + ".qmp", .glue = base + ".glue", .stream = base + ".stream"};
+  return Sockets(absl::StrCat(folder, "/libvirt-", uuid));
+}
+
+DomainSockets OldSocketsOf(const std::string& folder, const std::string& uuid) {
+  return Sockets(absl::StrCat(folder, "/", uuid));
+}
+
+DomainSockets SocketsIn(const std::string& xml, const std::string& folder,
+                        const std::string& uuid) {
+  pugi::xml_document document;
+  const absl::StatusOr<pugi::xml_node> domain = Parse(xml, &document);
+  const DomainSockets old = OldSocketsOf(folder, uuid);
+  return domain.ok() && HasPlugin(*domain, old.glue) ? old : SocketsOf(folder, uuid);
 }
 
 absl::StatusOr<DomainNames> NamesIn(const std::string& xml) {

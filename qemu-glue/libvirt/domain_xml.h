@@ -15,7 +15,14 @@ struct DomainSockets {
   std::string glue;    // the plug-in's
   std::string stream;  // the device state: presyncd listens on the source, QEMU on the target
 };
+// Named libvirt-UUID, as the domain's profile of AppArmor's is: so a rule for all domains can let
+// each have its own only.
 DomainSockets SocketsOf(const std::string& folder, const std::string& uuid);
+// Named UUID, as domains have them whose XML is of before 2026-12: any of libvirt's QEMUs may use
+// them.
+DomainSockets OldSocketsOf(const std::string& folder, const std::string& uuid);
+// Those that this domain's XML names; SocketsOf if it names none.
+DomainSockets SocketsIn(const std::string& xml, const std::string& folder, const std::string& uuid);
 
 // Name, UUID and (of an active one) number, in a domain's XML. INVALID_ARGUMENT: it is none.
 struct DomainNames {

@@ -54,10 +54,23 @@ std::string MemoryFolder(const LibvirtHostOptions& options) {
 
 // What a QEMU that libvirt ended leaves: no domain of this UUID is active here.
 void RemoveSockets(const LibvirtHostOptions& options, const std::string& uuid) {
-  const DomainSockets sockets = SocketsOf(options.socket_folder, uuid);
-  for (const std::string& path : {sockets.qmp, sockets.glue, sockets.stream}) {
-    RemoveFile(path).IgnoreError();
+  for (const auto& of : {SocketsOf, OldSocketsOf}) {
+    const DomainSockets sockets = of(options.socket_folder, uuid);
+    for (const std::string& path : {sockets.qmp, sockets.glue, sockets.stream}) {
+      RemoveFile(path).IgnoreError();
+    }
   }
+}
+
+// Those that the domain's QEMU, which waits, has made. Which ones only its XML says, and libvirt is
+// busy with the domain.
+DomainSockets SocketsMade(const LibvirtHostOptions& options, const std::string& uuid) {
+  struct stat there = {};
+  const DomainSockets sockets = SocketsOf(options.socket_folder, uuid);
+  const DomainSockets old = OldSocketsOf(options.socket_folder, uuid);
+  const bool is_old =
+      ::lstat(sockets.qmp.c_str(), &there) != 0 && ::lstat(old.qmp.c_str(), &there) == 0;
+  return is_old ? old : sockets;
 }
 
 absl::Status WriteMarker(const std::string& path) {
@@ -177,7 +190,7 @@ absl::Status CheckFiles(const PeerProcess& process, const std::vector<MirroredFi
 absl::StatusOr<std::unique_ptr<LibvirtTargetGuest>> LookAtWaiting(
     const LibvirtArrival& arrival, const LibvirtHostOptions& options) {
   const absl::Time deadline = MonotonicNow() + kQmpTimeout;
-  const DomainSockets sockets = SocketsOf(options.socket_folder, arrival.uuid);
+  const DomainSockets sockets = SocketsMade(options, arrival.uuid);
   absl::StatusOr<std::unique_ptr<QmpClient>> qmp = QmpClient::Connect(sockets.qmp, deadline);
   if (!qmp.ok()) return qmp.status();
   absl::StatusOr<GuestInfo> info = DescribeGuest(**qmp, deadline);

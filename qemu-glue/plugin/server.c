@@ -60,10 +60,32 @@ static void drop_client(void) {
   presync_scratch_close(&server.session.scratch);
 }
 
+/* The socket is of mode 0600: whoever connects is root, has the right to pass by modes, or is of
+ * this process's user. The last is another QEMU, where all of a host's QEMUs are one user's
+ * (libvirt) and the folder is somebody else's (presync's): that one has no business with this
+ * guest. */
+static bool is_welcome(int client) {
+  struct ucred peer;
+  socklen_t size = sizeof(peer);
+  if (getsockopt(client, SOL_SOCKET, SO_PEERCRED, &peer, &size) != 0) return false;
+  if (peer.uid == 0 || peer.uid != geteuid()) return true;
+  char folder[sizeof(server.address.sun_path)];
+  strcpy(folder, server.address.sun_path);
+  char* const end = strrchr(folder, '/');
+  if (end == NULL || end == folder) return true; /* relative, or in the root's folder */
+  *end = '\0';
+  struct stat there;
+  return stat(folder, &there) == 0 && (there.st_uid == 0 || there.st_uid == peer.uid);
+}
+
 static void accept_client(void) {
   const int client = accept4(server.listener, NULL, NULL, SOCK_CLOEXEC);
   if (client < 0) {
     if (errno != EINTR && errno != ECONNABORTED) pause_100ms(); /* out of descriptors: don't spin */
+    return;
+  }
+  if (!is_welcome(client)) {
+    close(client);
     return;
   }
   struct presync_glue_reply hello = new_reply(PRESYNC_GLUE_HELLO);

@@ -190,7 +190,7 @@ void ExamineDomain(const LibvirtClient& libvirt, const std::string& name,
     findings->push_back(ExamineUnknown(status, name, domain.status()));
     return;
   }
-  const DomainSockets sockets = SocketsOf(socket_folder, domain->uuid);
+  const DomainSockets sockets = SocketsIn(domain->xml, socket_folder, domain->uuid);
   const absl::StatusOr<std::vector<Problem>> problems = CheckDomain(domain->xml, sockets);
   if (!problems.ok()) {
     findings->push_back(Bad("domain", std::string(problems.status().message()), ""));
@@ -211,6 +211,13 @@ void ExamineDomain(const LibvirtClient& libvirt, const std::string& name,
   findings->push_back(
       Good("domain", absl::StrCat(domain->name, " (", domain->uuid, "), ",
                                   domain->active ? "runs" : "does not run", ", its XML is fit")));
+  if (sockets.glue != SocketsOf(socket_folder, domain->uuid).glue) {
+    findings->push_back(
+        Note("sockets", "they have names that AppArmor lets every guest of this host's use",
+             absl::StrCat("presync libvirt xml ", domain->name,
+                          " --apply; it counts from the domain's next start on, and its "
+                          "migration's URI changes (docs/libvirt.md)")));
+  }
   ExamineAutostart(libvirt, *domain, findings);
   if (!domain->active) return;
   const Json synced = FindGuest(status, "guests", "qmp", sockets.qmp);

@@ -100,7 +100,7 @@ absl::StatusOr<Domain> FindDomain(const LibvirtConfig& config, const std::string
     return absl::FailedPreconditionError(absl::StrCat(
         "the domain ", info->name, " does not run here: start it (virsh start ", info->name, ")"));
   }
-  const DomainSockets sockets = SocketsOf(config.socket_folder, info->uuid);
+  const DomainSockets sockets = SocketsIn(info->xml, config.socket_folder, info->uuid);
   absl::StatusOr<std::vector<Problem>> problems = CheckDomain(info->xml, sockets);
   if (!problems.ok()) return problems.status();
   std::vector<std::string> texts;
@@ -114,8 +114,11 @@ absl::StatusOr<Domain> FindDomain(const LibvirtConfig& config, const std::string
     return absl::FailedPreconditionError(absl::StrCat(
         "the domain ", info->name, " can't be kept in sync: ", absl::StrJoin(texts, "; ")));
   }
-  return Domain{
-      .name = info->name, .uuid = info->uuid, .qmp_path = sockets.qmp, .glue_path = sockets.glue};
+  return Domain{.name = info->name,
+                .uuid = info->uuid,
+                .qmp_path = sockets.qmp,
+                .glue_path = sockets.glue,
+                .stream_path = sockets.stream};
 }
 
 MakeSourceGuest MakeDomainGuest(const LibvirtConfig& config, const Domain& domain,
@@ -123,7 +126,7 @@ MakeSourceGuest MakeDomainGuest(const LibvirtConfig& config, const Domain& domai
   LibvirtSourceOptions options = {
       .libvirt_uri = config.uri,
       .uuid = domain.uuid,
-      .stream_path = SocketsOf(config.socket_folder, domain.uuid).stream,
+      .stream_path = domain.stream_path,
       .move = {.peer_uri = absl::StrReplaceAll(config.peer_uri, {{"{host}", peer_host}}),
                .stream_uri = "",
                .peer_to_peer = config.migration == "p2p",

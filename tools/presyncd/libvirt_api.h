@@ -18,6 +18,7 @@ struct Domain {
   std::string uuid;
   std::string qmp_path;
   std::string glue_path;
+  std::string stream_path;
 };
 
 // FAILED_PRECONDITION: it does not run, or lacks something: all of it, each with its remedy. Else

@@ -5,6 +5,8 @@
 
 #include <string>
 
+#include "absl/strings/str_cat.h"
+
 namespace presync {
 namespace {
 
@@ -95,6 +97,23 @@ TEST(DomainXml, AnothersSocketIsNotThisDomains) {
   const absl::StatusOr<std::string> xml = AddPresync(Domain(""), other, kPlugin);
   ASSERT_TRUE(xml.ok());
   EXPECT_THAT(Problems(*xml), HasSubstr("plug-in"));
+}
+
+// A domain goes on with the names in its XML until it is given new ones.
+TEST(DomainXml, SocketsAreThoseThatTheXmlNames) {
+  const std::string folder = "/run/presync/libvirt";
+  EXPECT_EQ(Sockets().glue, absl::StrCat(folder, "/libvirt-", kUuid, ".glue"));
+  const DomainSockets old = OldSocketsOf(folder, kUuid);
+  EXPECT_EQ(old.stream, absl::StrCat(folder, "/", kUuid, ".stream"));
+  const absl::StatusOr<std::string> before = AddPresync(Domain(""), old, kPlugin);
+  ASSERT_TRUE(before.ok());
+  EXPECT_EQ(SocketsIn(*before, folder, kUuid).qmp, old.qmp);
+  const absl::StatusOr<std::string> after = AddPresync(*before, Sockets(), kPlugin);
+  ASSERT_TRUE(after.ok());
+  EXPECT_THAT(*after, Not(HasSubstr(old.qmp)));
+  EXPECT_EQ(SocketsIn(*after, folder, kUuid).qmp, Sockets().qmp);
+  EXPECT_EQ(SocketsIn(Domain(""), folder, kUuid).qmp, Sockets().qmp);
+  EXPECT_EQ(SocketsIn("no XML", folder, kUuid).qmp, Sockets().qmp);
 }
 
 TEST(DomainXml, ElementsForAPersonHaveThePaths) {
