@@ -58,7 +58,9 @@ Finding ExamineKernel() {
 
 Finding ExamineUserfaultfd() {
   const UniqueFd device(::open("/dev/userfaultfd", O_RDWR | O_CLOEXEC));
-  if (device.valid()) return Good("userfaultfd", "/dev/userfaultfd opens; it is passed on to QEMU for the dirty log uffd-handler");
+  if (device.valid())
+    return Good("userfaultfd",
+                "/dev/userfaultfd opens; it is passed on to QEMU for the dirty log uffd-handler");
   return Note("userfaultfd", absl::StrCat("/dev/userfaultfd: ", std::strerror(errno)),
               "uffd-async works without it; for uffd-handler run presyncd as root");
 }
