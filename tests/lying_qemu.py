@@ -2,17 +2,20 @@
 """A QEMU that was taken over, against a real presyncd with the unit's rights: he owns his own guest, and nothing else.
 
     tests/lying_qemu.py [TestCase.test ...] [-v]     PRESYNC_BUILD names the build folder
+    tests/lying_qemu.py --runs 1000 --seed 7 LyingTest.test_monitor
 
 Needs root, to be several users. The presyncds run as a user of their own with the unit's two capabilities, the guests'
 QEMUs as one user each.
 """
 
+import argparse
 import contextlib
+import ctypes
 import json
 import os
 import pathlib
 import shutil
-import socket
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +31,9 @@ PRESYNC_USER, VICTIM_USER, EVIL_USER = 64123, 64124, 64125  # nobody's
 CAPABILITIES = "+dac_override,+sys_ptrace"
 SECRET = b"VICTIM-SECRET-" * 100
 AT = 40 << 20
+RUNS, SEED = 24, 20261201  # of each kind, in the suite
+WORKERS = 4
+IN_OPEN, IN_NONBLOCK = 0x20, 0o4000
 
 
 def as_user(user):
@@ -68,6 +74,8 @@ class Lab:
             tiny.boot_disk(self.boot)
             shutil.copy(presync.plugin_path(), self.plugin)
             self.plugin.chmod(0o755)
+            self.liar = shutil.copy(ROOT / "tests" / "lying_process.py", self.folder)
+            os.chmod(self.liar, 0o755)
             self.two = tiny.Loopback()
             waiting = tiny.argv("{ram.ram0}", "{qmp}", "{glue}", boot=self.boot, waiting=True)
             waiting = [word.replace(presync.plugin_path(), str(self.plugin)) for word in waiting]
@@ -126,8 +134,8 @@ class AnotherGuestTest(unittest.TestCase):
     def lie(self, lab, evil, victim, *more):
         """A monitor that passes all on to evil's, but calls the victim's memory its own."""
         monitor = f"{evil.folder}/liar"
-        lab.spawn([*as_user(evil.user), sys.executable, pathlib.Path(__file__).resolve(), "--lie", monitor, evil.monitor,
-                   victim.ram, *more], evil.folder / "liar.log")
+        lab.spawn([*as_user(evil.user), sys.executable, lab.liar, "--name", victim.ram, monitor, evil.monitor, *more],
+                  evil.folder / "liar.log")
         deadline = time.monotonic() + 20
         while not os.path.exists(monitor):
             self.assertLess(time.monotonic(), deadline)
@@ -182,50 +190,169 @@ class AnotherGuestTest(unittest.TestCase):
             self.assertEqual(read_at(waiting.ram), SECRET)
 
 
-def lie(path, real, memory, own="", *_):
-    """Serves a monitor at `path`: what the real one says, with `memory` as the guest's, and this process as its vCPU.
-    It has `own` mapped, if that is given: a file as large. Further arguments are for who looks at the command line."""
-    if own:
-        import mmap
-        with open(own, "w+b") as file:
-            file.truncate(64 << 20)
-            own = mmap.mmap(file.fileno(), 64 << 20)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(path)
-    listener.listen(4)
-    while True:
-        client, _ = listener.accept()
-        qemu = socket.socket(socket.AF_UNIX)
-        qemu.connect(real)
-        threading.Thread(target=pass_on, args=(client, qemu), daemon=True).start()
-        for line in qemu.makefile():
-            answer = json.loads(line)
-            result = answer.get("return")
-            if isinstance(result, str) and "presync-lying" in result:
-                answer["return"] = memory
-            if isinstance(result, list):
-                for each in result:
-                    if isinstance(each, dict) and "thread-id" in each:
-                        each["thread-id"] = os.getpid()
-            with contextlib.suppress(OSError):
-                client.sendall(json.dumps(answer).encode() + b"\r\n")
+class Opened:
+    """Who opens files that are nobody's business: what the kernel saw (inotify)."""
+
+    def __init__(self, paths):
+        libc = ctypes.CDLL(None)
+        self._fd = libc.inotify_init1(IN_NONBLOCK)
+        for path in paths:
+            assert libc.inotify_add_watch(self._fd, str(path).encode(), IN_OPEN) >= 0, path
+
+    def any(self):
+        try:
+            return bool(os.read(self._fd, 65536))
+        except BlockingIOError:
+            return False
+
+    def close(self):
+        os.close(self._fd)
 
 
-def pass_on(client, qemu):
-    """What presyncd says, with its descriptors."""
-    while True:
-        words, fds, _, _ = socket.recv_fds(client, 65536, 4)
-        if not words:
-            qemu.shutdown(socket.SHUT_RDWR)
-            return
-        socket.send_fds(qemu, [words], fds)
-        for fd in fds:
-            os.close(fd)
+def held_by(daemon):
+    """How many descriptors and threads a presyncd has."""
+    folder = pathlib.Path(f"/proc/{daemon.process.pid}")
+    return len(list((folder / "fd").iterdir())), len(list((folder / "task").iterdir()))
+
+
+class Worker(threading.Thread):
+    """Plays run after run, each with a liar of its own seed, in front of one real QEMU."""
+
+    def __init__(self, lab, name, what, seeds, others):
+        super().__init__()
+        self.lab, self.guest, self.what, self.seeds, self.others = lab, name, what, seeds, others
+        self.evil = None
+        self.accepted = self.played = 0
+        self.failures = []
+
+    def run(self):
+        for seed in self.seeds:
+            try:
+                self.play(seed)
+                self.played += 1
+            except Exception as error:  # for the test to tell, with the seed
+                self.failures.append(f"seed {seed}: {type(error).__name__}: {error}")
+                return
+        try:
+            self.tell_the_truth()
+        except Exception as error:
+            self.failures.append(f"{self.guest}, at the end: {type(error).__name__}: {error}")
+
+    def play(self, seed):
+        if self.evil is None or self.evil.process.poll() is not None:
+            self.evil = Guest(self.lab, f"{self.guest}-{seed}", EVIL_USER)
+        evil, folder = self.evil, self.evil.folder
+        monitor, glue, inner = (f"{folder}/{seed}.{kind}" for kind in ("q", "g", "i"))
+        liar = self.lab.spawn(
+            [*as_user(EVIL_USER), "env", f"LD_PRELOAD={self.lab.plugin}", f"PRESYNC_GLUE_SOCKET={inner}", sys.executable,
+             self.lab.liar, seed, self.what, evil.ram, monitor, evil.monitor, glue, inner, *self.others],
+            self.lab.folder / "liars.log")
+        for path in (monitor, glue, inner):
+            while not os.path.exists(path):
+                if liar.poll() is not None:
+                    raise RuntimeError("the liar did not start")
+                time.sleep(0.01)
+        # What does not answer is waited for: its end is what ends a run.
+        timer = threading.Timer(3, liar.kill)
+        timer.start()
+        try:
+            log = ("auto", "uffd-async", "uffd-handler")[seed % 3]
+            code, _ = self.lab.start(self.guest, monitor, "--glue", glue, "--dirty-log", log)
+            self.accepted += code == 0
+            if code == 0:
+                command = (("verify",), ("launch",), ("status",), ("launch", "--verify"))[seed % 4]
+                self.ask(*command)
+        finally:
+            timer.cancel()
+            liar.kill()
+            liar.wait()
+        self.ask("stop")
+
+    def tell_the_truth(self):
+        """A guest of this name may be kept in sync all the same, and with the end of that the target lets go of what it
+        keeps of a sync that broke (for ten minutes)."""
+        with contextlib.suppress(KeyError, ProcessLookupError):  # what a launch has brought there
+            os.kill(self.lab.target.guest_pids()[self.guest], signal.SIGKILL)
+        evil = Guest(self.lab, f"{self.guest}-true", EVIL_USER)
+        deadline = time.monotonic() + 60
+        while True:
+            code, said = self.lab.start(self.guest, evil.monitor, "--wait")
+            if code == 0:
+                break
+            if time.monotonic() > deadline:
+                raise RuntimeError(said)
+            self.lab.source.run("may-start", self.guest, "--clear", "-c", self.lab.source.config,
+                                capture_output=True, timeout=30)
+            time.sleep(0.5)
+        self.ask("stop")
+
+    def ask(self, *command):
+        self.lab.source.run(command[0], self.guest, *command[1:], capture_output=True, timeout=90)
+
+
+@unittest.skipIf(os.geteuid() != 0, "needs root, to be several users")
+class LyingTest(unittest.TestCase):
+    """Seeded lies in what a real QEMU, or the real plug-in, says."""
+
+    def play(self, what):
+        names = [f"evil{number}" for number in range(WORKERS)]
+        print(f"seed {SEED}, {RUNS} runs", file=sys.stderr)
+        with Lab({"good": None, **{name: None for name in names}}) as lab:
+            canary = lab.folder / "canary"
+            canary.write_bytes(bytes(64 << 20))
+            canary.chmod(0o600)
+            good = Guest(lab, "good", VICTIM_USER)
+            code, said = lab.start("good", good.monitor, "--wait")
+            self.assertEqual(code, 0, said)
+            daemons = (lab.source, lab.target)
+            before = [held_by(daemon) for daemon in daemons]
+            others = [str(good.ram), str(canary), good.glue, good.monitor, lab.source.socket, "/etc/shadow", "/dev/zero"]
+            with contextlib.closing(Opened([good.ram, canary, "/etc/shadow"])) as opened:
+                seeds = range(SEED, SEED + RUNS)
+                workers = [Worker(lab, name, what, seeds[at::WORKERS], others) for at, name in enumerate(names)]
+                for worker in workers:
+                    worker.start()
+                for worker in workers:
+                    worker.join()
+                self.assertFalse(opened.any(), "a file of others was opened")
+            self.assertEqual([each for worker in workers for each in worker.failures], [])
+            self.assertEqual(sum(worker.played for worker in workers), RUNS)
+            self.assertGreater(sum(worker.accepted for worker in workers), 0, "no lie came far")
+            self.all_is_as_before(lab, good, daemons, before)
+
+    def all_is_as_before(self, lab, good, daemons, before):
+        for daemon in daemons:
+            self.assertIsNone(daemon.process.poll(), daemon.words())
+        state = next(guest for guest in lab.source.ask_status()["guests"] if guest["name"] == "good")
+        self.assertEqual(state["state"], "syncing", state)
+        done = lab.source.run("verify", "good", capture_output=True, text=True, timeout=60)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        deadline = time.monotonic() + 40
+        after = before
+        while time.monotonic() < deadline:
+            after = [held_by(daemon) for daemon in daemons]
+            if all(now <= then for a, b in zip(after, before) for now, then in zip(a, b)):
+                break
+            time.sleep(0.2)
+        else:
+            self.fail(f"(descriptors, threads) of source and target before {before}, now {after}")
+        for daemon in daemons:  # and it still hears
+            daemon.process.terminate()
+            daemon.process.wait(30)
+        self.assertEqual([daemon.process.returncode for daemon in daemons], [0, 0])
+        self.assertIsNone(good.process.poll())
+
+    def test_monitor(self):
+        self.play("monitor")
+
+    def test_plugin(self):
+        self.play("plugin")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--lie"]:
-        lie(*sys.argv[2:])
-    unittest.main()
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--runs", type=int, default=RUNS)
+    parser.add_argument("--seed", type=int, default=SEED)
+    known, rest = parser.parse_known_args()
+    RUNS, SEED = known.runs, known.seed
+    unittest.main(argv=[sys.argv[0], *rest])
