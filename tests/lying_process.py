@@ -1,7 +1,7 @@
 """The process of a QEMU that was taken over: it has mapped the guest's memory, serves the monitor and the plug-in, and
 passes on what a real QEMU and the real plug-in (preloaded into it) say, until it begins to lie. Run by lying_qemu.py.
 
-    lying_process.py SEED monitor|plugin MEMORY MONITOR REAL_MONITOR GLUE REAL_GLUE OTHERS_PATH...
+    lying_process.py SEED monitor|plugin|restless MEMORY MONITOR REAL_MONITOR GLUE REAL_GLUE OTHERS_PATH...
     lying_process.py --name MEMORY MONITOR REAL_MONITOR [OWN [-S]]     all is true, but MEMORY is another guest's
 """
 
@@ -32,6 +32,7 @@ class Liar:
     def __init__(self, seed, others):
         self.dice = random.Random(seed)
         self.others = others
+        self.restless = False
         self.patience = self.dice.choice((0, 0, 3, 10, 30, 60, 90))  # answers that are true at first
         self.eagerness = self.dice.choice((0.02, 0.1, 0.5))
 
@@ -139,7 +140,10 @@ class Liar:
             reply, fds, _, _ = socket.recv_fds(plugin, 256, 8)
             if not reply:
                 return
-            if self.lies_now():
+            if self.restless and fds:
+                close_all(fds)
+                fds = [restless_userfaultfd()]
+            elif self.lies_now():
                 reply, fds = self.lie_in_packet(reply, fds)
             if reply is None:
                 close_all(fds)
@@ -278,7 +282,8 @@ def main(seed, what, memory, monitor, real_monitor, glue, real_glue, *others):
         KEPT.append(mmap.mmap(file.fileno(), 0))
     true, false = Liar(seed, others), Liar(seed, others)
     true.patience = 1 << 60
-    talker, helper = (false, true) if what == "monitor" else (true, false)
+    true.restless = what == "restless"
+    talker, helper = (false, true) if what == "monitor" else (true, true if true.restless else false)
     threading.Thread(target=helper.serve_plugin, args=(glue, real_glue), daemon=True).start()
     talker.serve_monitor(monitor, real_monitor)
 

@@ -238,7 +238,8 @@ class Worker(threading.Thread):
         except Exception as error:
             self.failures.append(f"{self.guest}, at the end: {type(error).__name__}: {error}")
 
-    def play(self, seed):
+    def liar(self, seed):
+        """Begins to lie: the process, and the sockets of its monitor and its plug-in."""
         if self.evil is None or self.evil.process.poll() is not None:
             self.evil = Guest(self.lab, f"{self.guest}-{seed}", EVIL_USER)
         evil, folder = self.evil, self.evil.folder
@@ -252,6 +253,10 @@ class Worker(threading.Thread):
                 if liar.poll() is not None:
                     raise RuntimeError("the liar did not start")
                 time.sleep(0.01)
+        return liar, monitor, glue
+
+    def play(self, seed):
+        liar, monitor, glue = self.liar(seed)
         # What does not answer is waited for: its end is what ends a run.
         timer = threading.Timer(3, liar.kill)
         timer.start()
@@ -347,6 +352,16 @@ class LyingTest(unittest.TestCase):
 
     def test_plugin(self):
         self.play("plugin")
+
+    def test_a_userfaultfd_that_never_comes_to_rest(self):
+        """The kernel says "again" for as long as its event lies unread, and the liar lives on."""
+        with Lab({"evil": None}) as lab:
+            _, monitor, glue = Worker(lab, "evil", "restless", (), ()).liar(0)
+            code, said = lab.start("evil", monitor, "--glue", glue, "--dirty-log", "uffd-async", seconds=30)
+            self.assertNotEqual(code, 0, said)
+            self.assertIn("does not come to rest", said)
+            lab.source.process.terminate()
+            self.assertEqual(lab.source.process.wait(20), 0)
 
 
 if __name__ == "__main__":
