@@ -70,7 +70,9 @@ std::vector<std::string> FindRamFileUsers(const std::vector<std::string>& paths,
   std::vector<RamFile> files;
   for (const std::string& path : paths) {
     RamFile file = {.path = path};
-    if (::stat(path.c_str(), &file.numbers) == 0) files.push_back(std::move(file));
+    if (::stat(path.c_str(), &file.numbers) == 0 && WrittenBy(qemu, {file}).has_value()) {
+      files.push_back(std::move(file));
+    }
   }
   std::vector<std::string> warnings;
   const std::unique_ptr<DIR, int (*)(DIR*)> folder(::opendir("/proc"), ::closedir);

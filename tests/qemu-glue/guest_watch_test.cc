@@ -258,9 +258,13 @@ TEST_F(GuestWatchTest, FindsAnotherProcessThatMapsTheRam) {
   char word = 'x';
   ASSERT_EQ(::read(ready[0], &word, 1), 1);
   ASSERT_EQ(word, '.');
+  EXPECT_THAT(FindRamFileUsers({ram_}, ::getpid()), IsEmpty()) << "not this QEMU's memory";
+  void* const own = ::mmap(nullptr, 1 << 20, PROT_READ | PROT_WRITE, MAP_SHARED, file_.get(), 0);
+  ASSERT_NE(own, MAP_FAILED);
   EXPECT_THAT(FindRamFileUsers({ram_}, ::getpid()),
               ElementsAre(AllOf(HasSubstr(absl::StrCat("process ", child)), HasSubstr(ram_))));
   EXPECT_THAT(FindRamFileUsers({ram_}, child), IsEmpty()) << "QEMU itself";
+  ::munmap(own, 1 << 20);
   ::kill(child, SIGKILL);
   ::waitpid(child, nullptr, 0);
   ::close(ready[0]);
