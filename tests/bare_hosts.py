@@ -6,6 +6,9 @@
 The list "Two bare hosts to a guest moved" is read from that page and typed: certificates, installation, configuration, services,
 doctor, start, status, launch, report. Then both hosts' packages are upgraded while the guest is synced for its way back.
 
+    PRESYNC_PACKAGES_BEFORE=FOLDER tests/bare_hosts.py -v     the same, but first with the packages in FOLDER, which an earlier version's
+                                                              tools/package made; they are then upgraded to those of this tree
+
 The hosts are network namespaces with a root and a systemd of their own (tools/lab/machine.py). The root is Debian's minimum and what
 the lab needs (QEMU, iproute2, python3, openssl), made once from this machine's own package sources and kept as
 ${PRESYNC_CACHE:-~/.cache/presync}/root-SUITE-HASH.tar. Not there: sshd, for which `cp` stands; the mirror, which the hosts can't
@@ -36,6 +39,8 @@ from lab import guest, hosts as lab_hosts, machine  # noqa: E402  (after the pat
 package.PACKAGES += ("systemd",)
 run, clean_root, BUILD = package.run, package.clean_root, package.BUILD
 OPERATIONS = ROOT / "docs" / "operations.md"
+BEFORE = os.environ.get("PRESYNC_PACKAGES_BEFORE")
+GUEST_FOLDER = "/run/presync/guests/web1.d"
 SHARED = "/shared"  # the storage that both hosts reach
 # In the hosts' PATH: what the operator does by hand in steps 7 and 8.
 EDITOR = f"""#!/bin/sh
@@ -99,8 +104,11 @@ class BareHostsTest(unittest.TestCase):
     def test_bare_hosts(self):
         with tempfile.TemporaryDirectory(prefix="presync-package-") as folder, contextlib.ExitStack() as stack:
             self.folder = pathlib.Path(folder)
-            self.debs = self.folder / "build" / "package"
-            print(run(ROOT / "tools" / "package", "--build", BUILD, "--out", self.debs, "--lintian"))
+            self.debs = self.newer_debs = self.folder / "build" / "package"
+            if BEFORE:
+                self.newer_debs = self.folder / "newer" / "package"
+                shutil.copytree(BEFORE, self.debs, ignore=lambda _, names: [name for name in names if not name.endswith(".deb")])
+            print(run(ROOT / "tools" / "package", "--build", BUILD, "--out", self.newer_debs, "--lintian"))
             self.names = sorted(p.name for p in self.debs.glob("*.deb"))
             self.assertEqual(len(self.names), 3, self.names)
             self.set_up_root(folder)
@@ -118,7 +126,7 @@ class BareHostsTest(unittest.TestCase):
         self.image = guest.image_for("hammer")
         disk = pathlib.Path(guest.copy_data_disk(self.image, shared))
         shared.chmod(0o755)
-        disk.chmod(0o666)  # QEMU is root's on the one host, presync's on the other
+        disk.chmod(0o666)  # QEMU is root's on the one host, presync-qemu's on the other
         run("cp", "-r", "--sparse=always", self.image, shared / "image")
         run("chmod", "-R", "a+rX", shared / "image")
         shutil.copy(next(self.debs.glob("presync-libvirt_*")), shared)
@@ -135,7 +143,9 @@ class BareHostsTest(unittest.TestCase):
         (self.folder / "tools").symlink_to(ROOT / "tools")
         self.spec = guest.GuestSpec(image=f"{SHARED}/image", data_disk=f"{SHARED}/data.img", workload="hammer",
                                     kernel_args="presync.area_mb=24 presync.pages_s=1000")
-        target = self.qemu(self.spec, "target", ram="{ram.ram0}", qmp="{qmp}", glue="{glue}", agent="/run/presync/web1.agent")
+        # Before QEMUs ran apart there was no folder of a guest's own.
+        self.agent_folder, self.agent_prefix = ("/run/presync", "/run/presync/web1.") if BEFORE else (GUEST_FOLDER, "{folder}/web1.")
+        target = self.qemu(self.spec, "target", ram="{ram.ram0}", qmp="{qmp}", glue="{glue}", agent=f"{self.agent_prefix}agent")
         edit = {"host1": {"certificate": "/etc/presync/host1.crt", "key": "/etc/presync/host1.key", "ca": "/etc/presync/ca.crt"}}
         edit["host2"] = {key: path.replace("host1", "host2") for key, path in edit["host1"].items()}
         edit["host2"]["listen"] = "10.0.0.2:7350"
@@ -177,7 +187,7 @@ class BareHostsTest(unittest.TestCase):
             if "launch " in command:
                 self.before = self.check_guest()
                 self.reader.mark()
-                self.reader.attach("target", str(self.machines["target"].path("/run/presync/web1.agent")), 30)
+                self.reader.attach("target", str(self.machines["target"].path(f"{self.agent_folder}/web1.agent")), 30)
             if who == "admin":
                 text = run("bash", "-ec", command, cwd=self.folder, env=admin)
             else:
@@ -236,7 +246,7 @@ class BareHostsTest(unittest.TestCase):
         """The way back, and each host gets a newer package while the guest is synced."""
         here, there = self.machines["target"], self.machines["source"]
         config = there.path("/etc/presync/presyncd.toml")
-        back = self.qemu(self.spec, "target", ram="{ram.ram0}", qmp="{qmp}", glue="{glue}", agent="/run/presync/web1.agent")
+        back = self.qemu(self.spec, "target", ram="{ram.ram0}", qmp="{qmp}", glue="{glue}", agent=f"{self.agent_prefix}agent")
         config.write_text(config.read_text(encoding="utf-8").replace('listen = "127.0.0.1:7350"', 'listen = "10.0.0.1:7350"') +
                           f"\n[peer.host2]\n\n[guest.web1]\ncommand = {json.dumps(back)}\n", encoding="utf-8")
         there.run("systemctl restart presyncd")
@@ -245,6 +255,9 @@ class BareHostsTest(unittest.TestCase):
         qemu = here.run("pgrep qemu-system")
         self.make_newer()
         self.upgrade(there)
+        if BEFORE:  # docs/operations.md, "From a presync whose QEMUs ran as the user presync"
+            config.write_text(config.read_text(encoding="utf-8").replace(self.agent_prefix, "{folder}/web1."), encoding="utf-8")
+            there.run("systemctl restart presyncd")
         self.wait_synced(here, lambda guest: guest["reconnects"] > 0)
         self.upgrade(here)
         self.assertEqual(here.run("pgrep qemu-system"), qemu, "the guest is presyncd's child and outlives it")
@@ -252,7 +265,9 @@ class BareHostsTest(unittest.TestCase):
         print(self.wait_synced(here, lambda guest: guest["resumption"]["from"] == "copy")["resumption"])
         self.before = self.check_guest()
         self.reader.mark()
-        self.reader.attach("source", str(there.path("/run/presync/web1.agent")), 30)
+        self.assertEqual(here.run("ps -o user= -C qemu-system-x86_64").strip(), "presync" if BEFORE else "presync-qemu")
+        self.assertEqual(there.run("ps -o user= -C qemu-system-x86_64").strip(), "presync-qemu")
+        self.reader.attach("source", str(there.path(f"{GUEST_FOLDER}/web1.agent")), 30)
         report = json.loads(here.run("presync launch web1 --verify --json"))
         self.assertEqual(report["pages_differing"], 0)
         self.expect_runs("source")
@@ -263,7 +278,7 @@ class BareHostsTest(unittest.TestCase):
         newer.mkdir()
         for name in self.names:
             parts = newer / name.split("_")[0]
-            run("dpkg-deb", "-R", self.debs / name, parts)
+            run("dpkg-deb", "-R", self.newer_debs / name, parts)
             control = parts / "DEBIAN" / "control"
             control.write_text(re.sub("(?m)^(Version: .*)$", r"\1+newer", control.read_text(encoding="utf-8")), encoding="utf-8")
             run("dpkg-deb", "--root-owner-group", "-Zgzip", "-z1", "-b", parts, newer / name)
@@ -271,7 +286,8 @@ class BareHostsTest(unittest.TestCase):
     def upgrade(self, host):
         config = host.path("/etc/presync/presyncd.toml").read_text(encoding="utf-8")
         before = host.run("systemctl show -P MainPID presyncd")
-        print(host.run(f"cd {SHARED}/newer; apt-get install ./presync_*.deb ./presync-qemu_*.deb"))
+        # To the question about presyncd.toml, which both sides changed, the answer is the default: keep.
+        print(host.run(f"cd {SHARED}/newer; apt-get -o Dpkg::Options::=--force-confold install ./presync_*.deb ./presync-qemu_*.deb"))
         self.assertIn("+newer", host.run("dpkg-query -W presync"))
         self.assertEqual(host.try_run("systemctl is-active presyncd").stdout.strip(), "active",
                          host.run("systemctl --no-pager status presyncd || true; journalctl --no-pager -n 40 -u presyncd"))

@@ -141,7 +141,7 @@ class Run:
             raise Violation("pages_differing", f"the guest's counter went back: {before} then {after}")
         if side != source:
             self._old_one_gone(source)
-            pair.monitor = f"{pair.daemons[side].folder}/run/guests/{NAME}.qmp.front"
+            pair.monitor = f"{pair.daemons[side].folder}/run/guests/{NAME}.d/qmp.front"
             pair.here, pair.there = side, source
         return "moved" if side != source else "stayed"
 

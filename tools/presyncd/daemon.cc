@@ -111,7 +111,9 @@ absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Create(Config config) {
   auto recovery = std::make_unique<RecoveryLoop>(
       c.state_folder, daemon->host_.get(), daemon->security_->peers(), daemon->claims_, LogLine);
   daemon->qemu_users_ = QemuUsersToJson(*users);
-  WarnOfQemuUsers(c, *users);
+  if (const std::string not_apart = NotApart(c, *users); !not_apart.empty()) {
+    spdlog::warn("{}", not_apart);
+  }
   daemon->host_->qemu()->EndWaitingLeftovers();
 
   absl::StatusOr<UniqueFd> listener = Listen(c.listen_host, c.listen_port);

@@ -21,6 +21,7 @@
 #include "tools/presyncd/config.h"
 #include "tools/presyncd/daemon.h"
 #include "tools/presyncd/local_server.h"
+#include "tools/presyncd/qemu_users_api.h"
 #include "transport/printable.h"
 
 namespace presync {
@@ -137,12 +138,18 @@ int Serve(Config config, const UniqueFd& signals) {
   return 0;
 }
 
-// A certificate that can't be looked at by whoever checks is only told of: its key is presyncd's.
+// What the file alone does not tell. A certificate that can't be looked at by whoever checks is
+// only told of: its key is presyncd's. Nor is it an error where QEMUs could not be apart if he
+// started presyncd; but a user that this host lacks is one.
 int Check(const Config& config, const std::string& path) {
   const absl::Status tls =
       config.tls.certificate.empty() ? absl::OkStatus() : TlsIdentity::Load(config.tls).status();
-  if (absl::IsInvalidArgument(tls)) {
-    std::fprintf(stderr, "presyncd: %s: %s\n", path.c_str(), std::string(tls.message()).c_str());
+  const absl::StatusOr<QemuUsers> users = FindQemuUsers(config);
+  const absl::Status wrong = absl::IsInvalidArgument(tls)       ? tls
+                             : absl::IsNotFound(users.status()) ? users.status()
+                                                                : absl::OkStatus();
+  if (!wrong.ok()) {
+    std::fprintf(stderr, "presyncd: %s: %s\n", path.c_str(), std::string(wrong.message()).c_str());
     return 2;
   }
   std::printf("%s is good\n", path.c_str());
@@ -150,6 +157,9 @@ int Check(const Config& config, const std::string& path) {
     std::printf("note: this host's certificate was not looked at: %s\n",
                 std::string(tls.message()).c_str());
   }
+  const std::string not_apart =
+      users.ok() ? NotApart(config, *users) : std::string(users.status().message());
+  if (!not_apart.empty()) std::printf("note: started by this user: %s\n", not_apart.c_str());
   for (const std::string& note : ConfigNotes(config)) std::printf("note: %s\n", note.c_str());
   return 0;
 }

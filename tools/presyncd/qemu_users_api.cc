@@ -1,11 +1,10 @@
 #include "tools/presyncd/qemu_users_api.h"
 
-#include <spdlog/spdlog.h>
-
 #include <algorithm>
 #include <map>
 #include <string>
 
+#include "absl/strings/str_cat.h"
 #include "qemu-glue/spawn_apart.h"
 
 namespace presync {
@@ -26,15 +25,14 @@ nlohmann::json QemuUsersToJson(const QemuUsers& users) {
           {"landlock", LandlockVersion()}};
 }
 
-void WarnOfQemuUsers(const Config& config, const QemuUsers& users) {
+std::string NotApart(const Config& config, const QemuUsers& users) {
   const bool starts = std::any_of(config.guests.begin(), config.guests.end(), [](const auto& each) {
     return !each.second.command.empty() && each.second.user.empty();
   });
-  if (!starts || users.apart() || config.qemu.user == "own") return;
-  spdlog::warn(
-      "QEMUs are started as presyncd's own user ({}), so one that is taken over by its guest "
-      "reaches all that presyncd has: {}",
-      users.described(), users.why_not());
+  if (!starts || users.apart() || config.qemu.user == "own") return "";
+  return absl::StrCat(
+      "QEMUs are started as presyncd's own user (", users.described(),
+      "), so one that is taken over by its guest reaches all that presyncd has: ", users.why_not());
 }
 
 }  // namespace presync

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <nlohmann/json.hpp>
+#include <string>
 
 #include "absl/status/statusor.h"
 #include "qemu-glue/qemu_user.h"
@@ -15,8 +16,8 @@ absl::StatusOr<QemuUsers> FindQemuUsers(const Config& config);
 // "qemu" of a status: docs/protocol.md, "status".
 nlohmann::json QemuUsersToJson(const QemuUsers& users);
 
-// Says in the log, where guests may be started here, what keeps their QEMUs from being apart,
-// unless the configuration wants it so.
-void WarnOfQemuUsers(const Config& config, const QemuUsers& users);
+// What an operator has to know where guests may be started here and their QEMUs are not apart;
+// empty: they are, or the configuration wants it so.
+std::string NotApart(const Config& config, const QemuUsers& users);
 
 }  // namespace presync
