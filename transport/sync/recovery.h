@@ -63,6 +63,8 @@ struct OpenMatter {
   std::string known;          // what is known, and why it is not settled
   std::string advice;         // what to look at and to type, or what presyncd waits for
   bool for_a_person = false;  // presyncd can't settle it by itself, whatever comes back
+  // The guest is this host's, and its process would not run it when it was asked to.
+  bool resume_refused = false;
 };
 
 // "web1: given up to 10.0.0.2:7350 ...; look ...".
@@ -122,6 +124,9 @@ class Recovery {
                           const Entries& all, OpenMatter* matter);
   absl::Status Moved(const HandoverEntry& entry, OpenMatter* matter);
   absl::Status Resume(const HandoverEntry& entry, const Entries& all, OpenMatter* matter);
+  bool WasRefused(const std::string& path) const ABSL_LOCKS_EXCLUDED(mutex_);
+  absl::Status RunsThereUntold(const HandoverEntry& entry, const wire::Outcome& outcome,
+                               OpenMatter* matter);
   absl::Status Append(const HandoverEntry& entry, std::initializer_list<HandoverPhase> phases);
   absl::Status Apply(const HandoverEntry& entry, const Word& word, std::string* done);
   absl::Status ApplyAtTarget(const HandoverEntry& entry, const Word& word, std::string* done);

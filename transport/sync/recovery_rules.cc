@@ -63,13 +63,42 @@ absl::Status Recovery::Append(const HandoverEntry& entry,
   return absl::OkStatus();
 }
 
+bool Recovery::WasRefused(const std::string& path) const {
+  MutexLock lock(&mutex_);
+  const auto before = open_.find(path);
+  return before != open_.end() && before->second.resume_refused;
+}
+
+// The guest was not given up, and somebody ran it at the target by hand.
+absl::Status Recovery::RunsThereUntold(const HandoverEntry& entry, const wire::Outcome& outcome,
+                                       OpenMatter* matter) {
+  if (outcome.value() == wire::Outcome::RUNNING && entry.phase == HandoverPhase::kPreparing) {
+    // A person said there that it is the one.
+    const absl::Status moved = Append(entry, {HandoverPhase::kGivenUp, HandoverPhase::kMoved});
+    if (!moved.ok()) return moved;
+    matter->entry.phase = HandoverPhase::kMoved;
+    return Moved(entry, matter);
+  }
+  matter->resume_refused = true;
+  matter->for_a_person = true;
+  matter->advice = SayThereWhoGoesOn(entry.guest);
+  return absl::FailedPreconditionError(absl::StrCat(
+      "it could not be resumed here, and ", entry.peer, " says: ", PrintableText(outcome.text())));
+}
+
 // The guest is this host's.
 absl::Status Recovery::Resume(const HandoverEntry& entry, const Entries& all, OpenMatter* matter) {
   if (IsGone(entry, all)) return WaitForLater(matter);
   matter->advice =
       absl::StrCat("tried again until its QEMU (", entry.detail, ") answers or has ended");
-  if (absl::Status s = host_->ResumeSource(entry); !s.ok()) return s;
-  return HandoverRecord::Forget(options_.folder, entry);
+  if (WasRefused(matter->path)) {
+    const absl::StatusOr<wire::Outcome> outcome = host_->AskTarget(entry, false);
+    if (outcome.ok() && RanUntold(*outcome)) return RunsThereUntold(entry, *outcome, matter);
+  }
+  const absl::Status resumed = host_->ResumeSource(entry);
+  if (resumed.ok()) return HandoverRecord::Forget(options_.folder, entry);
+  matter->resume_refused = absl::IsFailedPrecondition(resumed);
+  return resumed;
 }
 
 absl::Status Recovery::Moved(const HandoverEntry& entry, OpenMatter* matter) {

@@ -3,6 +3,7 @@
 #include "absl/strings/str_cat.h"
 #include "transport/printable.h"
 #include "transport/sync/conversation.h"
+#include "transport/sync/handover_record.h"
 
 namespace presync {
 
@@ -15,6 +16,17 @@ std::string LookAndSettle(const std::string& guest, const std::string& peer) {
       "look at ", peer, " whether ", guest,
       " runs there. If it does, there or wherever it moved on to: ", SettleCommand(guest, "there"),
       ". If it certainly does not, and never will: ", SettleCommand(guest, "here"));
+}
+
+bool RanUntold(const wire::Outcome& outcome) {
+  return outcome.value() == wire::Outcome::RUNNING ||
+         outcome.phase() == PhaseName(HandoverPhase::kRanUntold);
+}
+
+std::string SayThereWhoGoesOn(const std::string& guest) {
+  return absl::StrCat("look there which of the two is to go on, and say so there. The one there: ",
+                      SettleCommand(guest, "ran"), ". The one here, if the other has ended: ",
+                      SettleCommand(guest, "never-ran"));
 }
 
 absl::Status CheckWord(const std::string& guest, const std::string& peer, const Word& word,

@@ -28,6 +28,12 @@ struct Word {
 // "presync settle web1 there".
 std::string SettleCommand(const std::string& guest, const std::string& how);
 
+// A guest whose process its source could not run again: its disks may be locked because it runs at
+// the target, where somebody ran it by hand. Once they are free, what the source has of it is old.
+// Whether the target's answer says so, and what a person has to do then.
+bool RanUntold(const wire::Outcome& outcome);
+std::string SayThereWhoGoesOn(const std::string& guest);
+
 // Where only a person can know where a guest that was given up to `peer` runs: what to look at, and
 // what to type.
 std::string LookAndSettle(const std::string& guest, const std::string& peer);

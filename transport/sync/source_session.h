@@ -221,6 +221,7 @@ class SourceSession {
   absl::Status TakeWord(const Word& word, const absl::StatusOr<wire::Outcome>& outcome);
   std::optional<Word> PendingWord() const ABSL_LOCKS_EXCLUDED(mutex_);
   void AnswerWord(absl::Status answer) ABSL_LOCKS_EXCLUDED(mutex_);
+  bool MayRunHere();
   void ResumeHere(const std::string& why);
   void Settle(SessionState state, const absl::Status& why);
   void Publish() ABSL_LOCKS_EXCLUDED(mutex_);
@@ -251,8 +252,9 @@ class SourceSession {
   bool attached_before_ = false;
   SessionState state_ = SessionState::kConnecting;
   std::string problem_;
-  GuestOutlook outlook_;                                 // as it was at the last look
-  bool shape_told_ = false;                              // the target has compared outlook_.shape
+  GuestOutlook outlook_;         // as it was at the last look
+  bool resume_refused_ = false;  // its process was asked to run the guest again, and would not
+  bool shape_told_ = false;      // the target has compared outlook_.shape
   std::vector<std::string> differences_, fit_warnings_;  // as the target last found them
   bool unproven_again_ = false;  // memory was written unseen, and the copy is not compared yet
   absl::Time next_watch_ = absl::InfinitePast();

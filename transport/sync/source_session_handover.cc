@@ -197,9 +197,31 @@ absl::Status SourceSession::TakeWord(const Word& word,
   return absl::OkStatus();
 }
 
+// Whether a guest that its process refused to run may be tried again (RanUntold). A target that
+// can't be asked is not waited for: the guest is this host's.
+bool SourceSession::MayRunHere() {
+  if (!resume_refused_) return true;
+  const absl::StatusOr<wire::Outcome> outcome =
+      AskOutcome(dialer_.get(), id_, options_.guest, false, MonotonicNow() + absl::Seconds(5));
+  if (!outcome.ok() || !RanUntold(*outcome)) return true;
+  // A person said there that it is the one.
+  if (outcome->value() == wire::Outcome::RUNNING && record_->Append(HandoverPhase::kGivenUp).ok()) {
+    Settle(SessionState::kMoved, absl::OkStatus());
+    return false;
+  }
+  problem_ = absl::StrCat("the guest could not be resumed here, and ", dialer_->peer(),
+                          " says: ", PrintableText(outcome->text()), "; ",
+                          SayThereWhoGoesOn(options_.guest));
+  Publish();
+  WaitForOrder(options_.reconnect_every);
+  return false;
+}
+
 // The guest is this host's and stands still: tries until it runs, or its process has ended.
 void SourceSession::ResumeHere(const std::string& why) {
+  if (!MayRunHere()) return;
   const absl::Status resumed = guest_->Resume(MonotonicNow() + absl::Seconds(30));
+  resume_refused_ = absl::IsFailedPrecondition(resumed);
   if (resumed.ok()) {
     RemoveRecord();
     state_ = SessionState::kConnecting;

@@ -159,6 +159,9 @@ absl::Status ModelSourceGuest::FinishSave(absl::Time) {
 
 absl::Status ModelSourceGuest::Resume(absl::Time) {
   stream_.reset();
+  if (fails_ == "disk-is-locked" && world_->target_running()) {
+    return absl::FailedPreconditionError("disk-is-locked, as scripted");
+  }
   world_->SetRunning(true, true);
   return absl::OkStatus();
 }

@@ -154,6 +154,26 @@ TEST_F(RecoveryTest, AQemuThatDoesNotAnswerIsTriedAgainUntilItDoes) {
   EXPECT_THAT(Phases(), IsEmpty());
 }
 
+// Its disks are locked as long as it runs there, and changed when they are not any more.
+TEST_F(RecoveryTest, AGuestThatSomebodyRanAtTheTargetIsNotResumedWhenItsDisksAreFree) {
+  Write(HandoverRole::kSource, HandoverPhase::kPreparing);
+  host_.resume = absl::FailedPreconditionError("its disk is locked");
+  Pass();
+  EXPECT_THAT(host_.calls(), ElementsAre("resume"));
+  host_.Forget();
+  host_.resume = absl::OkStatus();
+  host_.phase = "ran-untold";
+  Pass();
+  EXPECT_THAT(host_.calls(), ElementsAre("ask"));
+  EXPECT_THAT(OpenText(), HasSubstr("which of the two"));
+  host_.Forget();
+  host_.answer = wire::Outcome::RUNNING;
+  host_.phase = "running";
+  Pass();
+  EXPECT_THAT(host_.calls(), ElementsAre("ask", "quit"));
+  EXPECT_THAT(Phases(), IsEmpty());
+}
+
 TEST_F(RecoveryTest, GivenUpResumesOnlyOnTheWordThatItNeverRan) {
   Write(HandoverRole::kSource, HandoverPhase::kGivenUp);
   host_.ask = absl::UnavailableError("refused");

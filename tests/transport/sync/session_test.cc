@@ -155,6 +155,32 @@ TEST_F(SessionTest, AWordThatTheTargetContradictsChangesNothing) {
   EXPECT_EQ(session_->status().state, SessionState::kMoved);
 }
 
+// Its disks are locked as long as it runs there, and changed when they are not any more.
+TEST_F(SessionTest, AGuestThatSomebodyRanAtTheTargetIsNotResumedWhenItsDisksAreFree) {
+  host_.set_fails("runs-untold");
+  host_.set_orphan(absl::AlreadyExistsError("somebody ran it"));
+  ASSERT_TRUE(StartSession("disk-is-locked").ok());
+  EXPECT_FALSE(Launch().ok());
+  ASSERT_TRUE(Await([&] {
+    return absl::StrContains(session_->status().problem, "look there which of the two");
+  })) << session_->status().problem;
+  EXPECT_EQ(session_->status().state, SessionState::kStuck);
+  world_.SetRunning(false, false);
+  absl::SleepFor(absl::Milliseconds(300));
+  EXPECT_FALSE(world_.source_running());
+
+  // As "presync settle g1 ran" at the target leaves it.
+  std::vector<std::string> unreadable;
+  const HandoverEntry entry = HandoverRecord::ReadAll(target_folder_.path(), &unreadable).at(0);
+  EXPECT_EQ(entry.phase, HandoverPhase::kRanUntold);
+  absl::StatusOr<HandoverRecord> record = HandoverRecord::Reserve(target_folder_.path(), entry);
+  ASSERT_TRUE(record.ok());
+  ASSERT_TRUE(record->Append(HandoverPhase::kToldToRun).ok());
+  ASSERT_TRUE(record->Append(HandoverPhase::kRunning).ok());
+  EXPECT_TRUE(Await([&] { return session_->status().state == SessionState::kMoved; }));
+  EXPECT_FALSE(world_.source_running());
+}
+
 // A target that was told to run it and does not is told to end it.
 TEST_F(SessionTest, WhereAPersonSaysHereATargetThatDoesNotRunItEndsIt) {
   host_.set_fails("run-unanswered");
