@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
+#include "transport/clock.h"
 
 namespace presync {
 namespace {
@@ -19,8 +20,9 @@ uint32_t LoadLength(const char* p) {
 
 }  // namespace
 
-ControlChannel::ControlChannel(Connection connection, std::string peer)
-    : connection_(std::move(connection)), peer_(std::move(peer)) {
+ControlChannel::ControlChannel(Connection connection, std::string peer,
+                               absl::Duration longest_frame)
+    : connection_(std::move(connection)), peer_(std::move(peer)), longest_frame_(longest_frame) {
   // A handover is a chain of short messages: none may wait for an acknowledgement of the one
   // before.
   const int on = 1;
@@ -83,8 +85,13 @@ absl::Status ControlChannel::FillTo(size_t bytes, absl::Time deadline) {
     short events = 0;
     const absl::StatusOr<size_t> n = connection_.TryReceive({buffer, want}, &events);
     if (!n.ok()) return Gone(n.status());
+    if (received_.empty()) frame_began_ = MonotonicNow();
     received_.append(buffer, *n);
     if (*n > 0) continue;
+    if (!received_.empty() && MonotonicNow() - frame_began_ > longest_frame_) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(peer_, " began a control frame and does not end it"));
+    }
     if (absl::Status s = AwaitSocket(connection_.fd(), events, deadline); !s.ok()) return s;
   }
   return absl::OkStatus();

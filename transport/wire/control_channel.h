@@ -16,6 +16,9 @@ namespace presync {
 
 // Frames larger than this are refused before anything is allocated for them.
 inline constexpr uint32_t kMaxControlFrameBytes = 1 << 20;
+// A frame that has begun and is not whole after so long never will be: its length is damaged, or
+// whoever sends it wants the reader to wait.
+inline constexpr absl::Duration kLongestControlFrame = absl::Seconds(15);
 // Device state travels in pieces of at most this.
 inline constexpr uint32_t kMaxStateChunkBytes = 256 << 10;
 
@@ -24,7 +27,8 @@ inline constexpr uint32_t kMaxStateChunkBytes = 256 << 10;
 class ControlChannel {
  public:
   // Takes a connection; `peer` names the other side in error texts.
-  ControlChannel(Connection connection, std::string peer);
+  ControlChannel(Connection connection, std::string peer,
+                 absl::Duration longest_frame = kLongestControlFrame);
   ~ControlChannel();
   ControlChannel(const ControlChannel&) = delete;
   ControlChannel& operator=(const ControlChannel&) = delete;
@@ -42,7 +46,8 @@ class ControlChannel {
   absl::Status Send(const wire::ControlMessage& message, absl::Time deadline);
 
   // Waits for one message. DEADLINE_EXCEEDED: none yet, ask again. UNAVAILABLE, UNAUTHENTICATED:
-  // as above. INVALID_ARGUMENT: not a frame of this protocol, or one that is too long.
+  // as above. INVALID_ARGUMENT: not a frame of this protocol, one that is too long, or one that
+  // does not end.
   absl::StatusOr<wire::ControlMessage> Receive(absl::Time deadline);
 
   // Wakes whoever is blocked in Send or Receive, with UNAVAILABLE. Any thread.
@@ -56,7 +61,9 @@ class ControlChannel {
   const std::string peer_;
   Mutex send_mutex_;
   absl::Status send_status_ ABSL_GUARDED_BY(send_mutex_);
-  std::string received_;  // bytes of a frame that is not whole yet
+  const absl::Duration longest_frame_;
+  std::string received_;    // bytes of a frame that is not whole yet
+  absl::Time frame_began_;  // if there are any
 };
 
 }  // namespace presync

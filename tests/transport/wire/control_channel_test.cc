@@ -64,6 +64,20 @@ TEST(ControlChannel, ADeadlineKeepsWhatHasArrivedOfAMessage) {
   EXPECT_EQ(b.Receive(Soon())->ping().sequence(), 7u);
 }
 
+// Its length was damaged on the way: what follows it is taken for its rest, a few bytes at a time.
+TEST(ControlChannel, AFrameThatDoesNotEndIsNotWaitedForWithoutEnd) {
+  Pair pair;
+  const int raw = pair.a.get();
+  ControlChannel b(std::move(pair.b), "b", absl::Milliseconds(100));
+  ASSERT_EQ(::write(raw, "\0\x20\0\0", 4), 4);
+  absl::Status last;
+  for (int i = 0; i < 100 && (last.ok() || absl::IsDeadlineExceeded(last)); ++i) {
+    ASSERT_EQ(::write(raw, "abcd", 4), 4);
+    last = b.Receive(MonotonicNow() + absl::Milliseconds(10)).status();
+  }
+  EXPECT_TRUE(absl::IsInvalidArgument(last)) << last;
+}
+
 TEST(ControlChannel, RefusesWhatIsNoFrame) {
   for (const std::string& bytes :
        {std::string("\xff\xff\xff\xff"), std::string("\x04\0\0\0\xff\xff\xff\xff", 8),
