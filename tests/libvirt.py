@@ -373,7 +373,7 @@ class FailureTest(LibvirtTest):
 
     def test_domjobabort_before_the_guest_stops(self):
         lab = self.lab
-        marker = lab.two.run_presync(lab.there) / "libvirt" / f"{libvirt.UUID}.qmp"
+        marker = lab.two.run_presync(lab.there) / "libvirt" / f"libvirt-{libvirt.UUID}.qmp"
         virsh = lab.two.start_virsh(lab.here, *lab.virsh_arguments())
         deadline = time.monotonic() + 60
         while not marker.exists():  # QEMU is started on the target

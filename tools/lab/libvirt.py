@@ -227,7 +227,7 @@ class LibvirtHosts(_hosts.TwoHosts):
         root = pathlib.Path(f"/proc/{self._holders[host]}/root")
         memory = root / str(self.folder(host) / "memory").lstrip("/")
         found = [p for p in memory.rglob("*") if p.is_file()]
-        found += [p for p in (self.run_presync(host) / "libvirt").iterdir() if p.name.startswith(UUID)]
+        found += [p for p in (self.run_presync(host) / "libvirt").iterdir() if p.name.startswith((UUID, f"libvirt-{UUID}"))]
         return [p.name for p in found]
 
     def qemu_pids(self, host):
@@ -259,7 +259,7 @@ def _end_all(namespace):
 
 def domain_xml(spec, two, name=NAME, uuid=UUID, presync=True):
     """A domain of the lab's guest.  `presync`: with what presync needs; else as it would be without."""
-    sockets = f"/run/presync/libvirt/{uuid}"
+    sockets = f"/run/presync/libvirt/libvirt-{uuid}"
     agent = "/run/presync/libvirt/agent.sock" if name == NAME else f"/run/presync/libvirt/{name}.sock"
     append = (f"console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off init_on_alloc=0 nokaslr "
               f"presync.workload={spec.workload} presync.beat_ms={spec.beat_ms} {spec.kernel_args}")

@@ -159,9 +159,7 @@ absl::Status ModelSourceGuest::FinishSave(absl::Time) {
 
 absl::Status ModelSourceGuest::Resume(absl::Time) {
   stream_.reset();
-  if (fails_ == "disk-is-locked" && world_->target_running()) {
-    return absl::FailedPreconditionError("disk-is-locked, as scripted");
-  }
+  if (world_->disks_locked()) return absl::FailedPreconditionError("its disks are locked");
   world_->SetRunning(true, true);
   return absl::OkStatus();
 }

@@ -61,6 +61,9 @@ class World {
   bool source_running() const { return source_; }
   bool target_running() const { return target_; }
   bool ever_both() const { return ever_both_; }
+  // Somebody else has the guest's disks: its source is refused when it would run it again.
+  void set_disks_locked(bool locked) { disks_locked_ = locked; }
+  bool disks_locked() const { return disks_locked_; }
   // What a look at the source guest finds, instead of whether it runs. `was_written_unseen` is told
   // once. Nothing: whether it runs.
   void set_outlook(std::optional<GuestOutlook> outlook) ABSL_LOCKS_EXCLUDED(mutex_);
@@ -71,6 +74,7 @@ class World {
   std::atomic<bool> source_ = true;
   std::atomic<bool> target_ = false;
   std::atomic<bool> ever_both_ = false;
+  std::atomic<bool> disks_locked_ = false;
   std::optional<GuestOutlook> outlook_ ABSL_GUARDED_BY(mutex_);
 };
 
