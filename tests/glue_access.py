@@ -16,7 +16,7 @@ import unittest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
-from lab import hosts, presync  # noqa: E402  (after the path is set)
+from lab import hosts, presync, users  # noqa: E402  (after the path is set)
 
 QEMUS, PRESYNC = 64055, 64056  # as libvirt-qemu and presync; neither need exist
 
@@ -50,21 +50,13 @@ class PluginTest(unittest.TestCase):
         return path
 
     def is_greeted(self, path, user):
-        child = os.fork()
-        if child == 0:
-            status = 2
-            try:
-                os.setgroups([])
-                os.setgid(user)
-                os.setuid(user)
-                status = 1
-                stream = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                stream.settimeout(30)
-                stream.connect(str(path))
-                status = 0 if stream.recv(256) else 1
-            finally:
-                os._exit(status)  # the child is no test
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        def listen():
+            stream = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            stream.settimeout(30)
+            stream.connect(str(path))
+            return stream.recv(256)
+
+        status = users.try_as(user, listen)
         self.assertIn(status, (0, 1))
         return status == 0
 
