@@ -369,8 +369,9 @@ class Run:
         front = pair.monitor
         monitor = pathlib.Path(front.removesuffix(".front"))
         deadline = time.monotonic() + 10
-        while monitor.with_suffix(".guest").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)  # presync started this one, and clears it away: no service would have its socket there before
+        while monitor.parent.name == f"{NAME}.d" and monitor.parent.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)  # presync started this one, and clears its folder away: no service would be there before
+        monitor.parent.mkdir(exist_ok=True)
         process = pair.two.popen(source, [
             TOOLS / "fronted", f"{pair.folder}/fronts", front, "qemu-system-x86_64", "-machine", "q35", "-m", "16",
             "-nodefaults", "-display", "none", "-qmp", f"unix:{monitor},server=on,wait=off",
